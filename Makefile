@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-slow test-torch lint bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## trains a tiny autoencoder on photographs and writes demo-run/index.html
+	$(PY) -m dcae_jax.demo --workdir=demo-run
+
+test: $(VENV)/installed  ## everything fast
+	$(PY) -m pytest -n 2 --dist loadgroup -m 'not slow and not torch'
+
+test-torch: $(VENV)/installed  ## parity with PyTorch, which must be installed in .venv
+	$(PY) -m pytest -m 'torch and not slow'
+
+test-slow: $(VENV)/installed  ## full-size and long tests
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed
+	for script in benchmarks/*.py; do $(PY) $$script; done
+
+clean:
+	rm -rf $(VENV) demo-run

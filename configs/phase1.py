@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 1, low-resolution full training: everything, at 256 pixels, L1 + LPIPS (DC-AE, 3.3).
+
+    python -m dcae_jax.main --config=configs/phase1.py --workdir=runs/phase1 \
+        --config.data.source=folder --config.data.path=/data/imagenet/train \
+        --config.loss.lpips_weights=lpips-vgg.safetensors
+
+`:tiny` runs on two CPU cores on the embedded photographs, with no file to download.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant="f32c32"):
+    config = base.default()
+    config.model.variant = variant
+    if variant == "tiny":
+        config.steps = 800
+        config.batch_size = 16
+        config.resolution = 64
+        config.loss.lpips_weight = 0.0
+        config.optimizer.learning_rate = 2e-3
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 20
+        config.optimizer.weight_decay = 0.01
+        config.ema_decay = 0.99
+        config.ema_warmup = 20
+        config.log_every = 20
+        config.save_every = 200
+        config.evaluate_every = 200
+        config.evaluate.resolutions = (64, 256)
+        config.evaluate.count = 64
+        config.evaluate.crops = 32
+    return config

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python interface: an autoencoder to encode and decode with."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dcae_jax import checkpoint, sharding, state
+from dcae_jax import config as config_lib
+from dcae_jax.models import layers
+from dcae_jax.models.layers import Array, Weights
+
+RANGE_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """A trained (or fresh) autoencoder on the devices of a mesh."""
+
+    graph: nnx.GraphDef
+    weights: Weights  # parameters and running statistics by path, float32
+    architecture: Any  # a Variant of the model's file
+    model: dict[str, Any]  # config.model
+    mesh: Mesh
+
+    @property
+    def compression(self) -> int:
+        """Pixels a side that one latent position stands for."""
+        return self.architecture.compression
+
+    @property
+    def latent_channels(self) -> int:
+        return self.architecture.latent_channels
+
+    @property
+    def scaling_factor(self) -> float | None:
+        """latent * scaling_factor has an rms of about 1; None where it is not known."""
+        return self.architecture.scaling_factor
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers; running statistics are not counted."""
+        _, params, _ = layers.split(layers.merge(self.graph, self.weights))
+        return sum(leaf.size for leaf in params.values())
+
+    def encode(self, x: Any, *, check: bool = False) -> Array:
+        """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
+
+        H and W are multiples of `compression`. NumPy input is checked in full; a jax.Array by
+        shape and dtype only, unless `check`. Raises ValueError, naming the argument.
+        """
+        _check_input("x", x, 3, (self.compression,) * 2, check, limit=1.0)
+        return self._encode(self.weights, self._place(x))
+
+    def decode(self, z: Any, *, check: bool = False) -> Array:
+        """Latents [B, h, w, c], unscaled -> images [B, h*f, w*f, 3] float32, not clipped.
+
+        Checks and errors as in `encode`.
+        """
+        _check_input("z", z, self.latent_channels, (1, 1), check, limit=None)
+        return self._decode(self.weights, self._place(z))
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(lambda weights, x: layers.merge(self.graph, weights).encode(x))
+
+    @functools.cached_property
+    def _decode(self):
+        return jax.jit(lambda weights, z: layers.merge(self.graph, weights).decode(z))
+
+    def _place(self, x: Any) -> Array:
+        x = jnp.asarray(x)
+        divides = x.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+        divides = divides and x.shape[1] % self.mesh.shape["spatial"] == 0
+        shard = sharding.batch_sharding(self.mesh, 4) if divides else sharding.replicated(self.mesh)
+        return jax.device_put(x, shard)
+
+
+def _check_input(name, x, channels, multiples, check, *, limit):
+    """Raises ValueError unless x is [B, H, W, channels] floating with values that make sense."""
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        raise ValueError(f"{name} must be an array, not {type(x).__name__}")
+    if x.dtype == np.uint8:
+        raise ValueError(f"{name} is uint8; convert it: {name}.astype('float32') / 127.5 - 1")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {x.dtype}; give float32")
+    if len(shape) != 4 or shape[3] != channels or 0 in shape:
+        raise ValueError(f"{name} has shape {tuple(shape)}; give [B, H, W, {channels}]")
+    for size, multiple, side in zip(shape[1:3], multiples, ("height", "width"), strict=True):
+        if size % multiple:
+            low, high = size // multiple * multiple, -(-size // multiple) * multiple
+            raise ValueError(
+                f"{name} has {side} {size}, no multiple of {multiple}; pad to {high}"
+                + (f" or crop to {low}" if low else "")
+            )
+    if isinstance(x, np.ndarray) or check:
+        values = np.asarray(x)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} has values that are not finite; remove them")
+        peak = float(np.abs(values).max())
+        if limit is not None and peak > limit + RANGE_TOLERANCE:
+            raise ValueError(f"{name} reaches {peak:.4g}; scale it to [-1, 1]")
+
+
+def create_autoencoder(
+    variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> Autoencoder:
+    """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
+    config = _config(dtype)
+    config.model.variant = variant
+    mesh = mesh or sharding.make_mesh(config.mesh)
+    model = state.create_model(config, mesh, layers.random(seed))
+    _, params, stats = layers.split(model)
+    return build_autoencoder(config, {**params, **stats}, mesh)
+
+
+def load_autoencoder(
+    path: str, dtype: str | None = None, mesh: Mesh | None = None, weights: str = "ema"
+) -> Autoencoder:
+    """The autoencoder in `path`: a workdir, or one of its checkpoints/<step>.
+
+    dtype: compute dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); weights:
+    'ema' or 'raw'. Raises UserError, a ValueError, when there is nothing to load.
+    """
+    values, saved = checkpoint.load_weights(path, weights)
+    config = _config(dtype)
+    config.model.update(saved["model"])
+    return build_autoencoder(config, values, mesh or sharding.make_mesh(config.mesh))
+
+
+def _config(dtype: str | None):
+    config = config_lib.default()
+    config.dtype = dtype or "auto"
+    config_lib.check(config)
+    return config
+
+
+def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
+    """The model of config.model with `weights`, checked and placed on every device of the mesh."""
+    graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
+    state.check_weights(weights, {**params, **stats})
+    placed = {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}
+    arch = state.model_module(config.model).architecture(config.model)
+    return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)

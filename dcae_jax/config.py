@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every configuration key, once, with what it means. Files in configs/ override a few of them."""
+
+import difflib
+import importlib.util
+import json
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message is one line: the value and the remedy."""
+
+
+# Keys that a resumed run must share with the run it continues.
+IDENTITY = (
+    "model",
+    "trainable",
+    "loss",
+    "optimizer",
+    "ema_decay",
+    "ema_warmup",
+    "accumulate",
+    "data",
+    "seed",
+    "batch_size",
+    "resolution",
+    "resolutions",
+    "dtype",
+)
+# ... except these, which change how fast the same batches arrive.
+NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
+
+
+def default() -> ConfigDict:
+    """The configuration of a training job, with a safe value for every key."""
+    c = ConfigDict()
+    c.job = "train"  # train, phases or evaluate
+    c.seed = 0  # of the weights, the data's order and every random choice
+    c.batch_size = 256  # images a step, over all devices and processes
+    c.resolution = 256  # pixels a side; a multiple of the model's compression
+    c.resolutions = ()  # drawn uniformly, one a step, instead of `resolution` (repeat to weigh)
+    c.dtype = "auto"  # compute: float32, bfloat16; auto = bfloat16 except on a CPU
+    c.init_from = ""  # weights to start from: a workdir or one of its checkpoints/<step>
+    c.weights = "ema"  # which weights of a training run to read: ema or raw
+
+    # Training. Authors' defaults where they published one (docs/training.md).
+    c.phase = 1  # 1 from scratch; 2 and 3 need init_from
+    c.steps = 100_000  # optimizer steps in all, also after a resume
+    c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
+    c.accumulate = 1  # microbatches a step whose gradients are averaged
+    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup))
+    c.ema_warmup = 2000
+    c.log_every = 100  # steps between rows of metrics.jsonl
+    c.save_every = 1000  # steps between checkpoints
+    c.keep = 2  # checkpoints to keep
+    c.evaluate_every = 5000  # steps between evaluations; 0: only at the end
+    c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
+    c.allow_change = ()  # identity keys that may differ from the run being resumed
+    c.max_skipped = 10  # stop after so many non-finite steps in a row
+
+    m = c.model = ConfigDict()
+    m.name = "dcae"  # the file of dcae_jax/models that builds it
+    m.variant = "f32c32"  # a row of VARIANTS there, or a published name
+    m.residual = True  # False drops the parameter-free shortcuts (the paper's ablation)
+    m.depthwise = "auto"  # grouped or shifted; auto = shifted on a CPU
+    m.latent_channels = 0  # 0 and () keep the variant's own
+    m.widths = ()
+    m.encoder_depths = ()
+    m.decoder_depths = ()
+
+    m = c.loss = ConfigDict()
+    m.l1_weight = 1.0
+    m.lpips_weight = 1.0  # weight of the perceptual loss; > 0 needs lpips_weights
+    m.lpips_weights = ""  # converted VGG16 file (docs/evaluation.md)
+
+    m = c.optimizer = ConfigDict()
+    m.learning_rate = 6.4e-5
+    m.schedule = "constant"  # after the warm-up: constant, or cosine to 0 at `steps`
+    m.warmup_steps = 50_000
+    m.warmup_from = 0.1  # share of the learning rate at step 0
+    m.b1 = 0.9
+    m.b2 = 0.999
+    m.eps = 1e-8
+    m.weight_decay = 0.1
+    m.decay = (r".*kernel",)  # paths that decay; biases and norms do not
+    m.clip_norm = 1.0  # global norm of the trained gradients; 0: no clipping
+
+    m = c.data = ConfigDict()
+    m.source = "photos"  # photos (embedded), folder or tfds
+    m.path = ""  # folder: images, searched recursively; evaluate also takes one picture
+    m.name = ""  # tfds: builder name, prepared as ArrayRecord
+    m.data_dir = ""  # tfds: where it was prepared; '' is tfds's own default
+    m.split = "train"  # tfds: split to read
+    m.held_out_path = ""  # folder: images for evaluation while training
+    m.held_out_split = "validation"  # tfds: likewise
+    m.held_out = 0.02  # folder without held_out_path: share of files kept from training
+    m.crop = "random"  # random (native scale), random_resized or center (ADM)
+    m.crop_area = (0.25, 1.0)  # random_resized: share of the image's area
+    m.flip = True  # mirror half of the images
+    m.rotation = 0.0  # degrees, uniform in +-
+    m.color_jitter = 0.0  # brightness, contrast, saturation: factor in 1 +- this
+    m.workers = 0  # reader processes; 0 reads in threads of this one
+    m.threads = 4  # reader threads (of each worker)
+    m.prefetch = 4  # batches read ahead (of each worker)
+
+    m = c.evaluate = ConfigDict()
+    m.resolutions = (256,)  # pixels a side
+    m.batch_size = 32  # images a step, over all devices and processes
+    m.count = 1000  # images at most; 0: all
+    m.crops = 1  # a picture: 1 is the ADM centre crop, more are fixed random crops
+    m.grid = 8  # images in the PNG grids
+
+    m = c.mesh = ConfigDict()  # devices along each axis; -1: what is left
+    m.data = -1  # the batch
+    m.fsdp = 1  # the batch, and the weights and moments
+    m.tensor = 1  # heads and MLPs of transformers
+    m.spatial = 1  # the height of images
+    c.sharding = ((".*", "fsdp"),)  # (path pattern, rule), first match: fsdp or replicate
+    return c
+
+
+def load_file(path: str, variant: str | None = None) -> ConfigDict:
+    """The configuration that the file `path` makes, for a job that runs other jobs."""
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or not os.path.exists(path):
+        raise UserError(f"no config file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The configuration as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{key: (before, now)} of the identity keys that differ between two `to_json` results."""
+    flat_before, flat_now = _flatten(before), _flatten(now)
+    changes = {}
+    for key in sorted(flat_before.keys() | flat_now.keys()):
+        if not any(key == top or key.startswith(f"{top}.") for top in IDENTITY):
+            continue
+        if key not in NOT_IDENTITY and flat_before.get(key) != flat_now.get(key):
+            changes[key] = (flat_before.get(key), flat_now.get(key))
+    return changes
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def suggest(key: str, config: ConfigDict) -> str:
+    """A sentence with the keys of `config` nearest to an unknown `key`."""
+    near = difflib.get_close_matches(key, _flatten(config.to_dict()), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "see dcae_jax/config.py for the keys"
+
+
+def check(config: ConfigDict) -> None:
+    """Checks values that need neither data nor devices. Raises UserError."""
+    choices = {
+        "dtype": ("auto", "float32", "bfloat16"),
+        "weights": ("ema", "raw"),
+        "model.depthwise": ("auto", "grouped", "shifted"),
+        "optimizer.schedule": ("constant", "cosine"),
+        "data.source": ("photos", "folder", "tfds"),
+        "data.crop": ("random", "random_resized", "center"),
+    }
+    flat = _flatten(config.to_dict())
+    for key, allowed in choices.items():
+        if flat[key] not in allowed:
+            raise UserError(f"{key}={flat[key]!r} is not known; choose one of {', '.join(allowed)}")
+    at_least = {
+        "batch_size": 1,
+        "resolution": 1,
+        "steps": 0,
+        "accumulate": 1,
+        "log_every": 1,
+        "save_every": 1,
+        "keep": 1,
+        "evaluate_every": 0,
+        "max_skipped": 1,
+        "ema_warmup": 1,
+        "data.workers": 0,
+        "data.threads": 1,
+        "data.prefetch": 1,
+        "evaluate.batch_size": 1,
+        "evaluate.count": 0,
+        "evaluate.crops": 1,
+        "evaluate.grid": 1,
+        "optimizer.warmup_steps": 0,
+        "optimizer.clip_norm": 0,
+        "optimizer.weight_decay": 0,
+        "loss.l1_weight": 0,
+        "loss.lpips_weight": 0,
+    }
+    for key, low in at_least.items():
+        if not flat[key] >= low:
+            raise UserError(f"{key}={flat[key]} is too small; it must be at least {low}")
+    if not config.optimizer.learning_rate > 0:
+        rate = config.optimizer.learning_rate
+        raise UserError(f"optimizer.learning_rate={rate} must be above 0")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
+    if not 0 <= config.data.held_out < 1:
+        raise UserError(f"data.held_out={config.data.held_out} must be in [0, 1)")
+    low, high = config.data.crop_area
+    if not 0 < low <= high <= 1:
+        raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
+        )
+    if config.profile_steps and len(config.profile_steps) != 2:
+        raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def training_resolutions(config: ConfigDict) -> tuple[int, ...]:
+    """The sizes that training draws from; a repeated size is drawn more often."""
+    return tuple(config.resolutions) or (config.resolution,)

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a picture or a set of pictures is worth: PSNR, SSIM, FID, IS, KID, precision and recall.
+
+Every function works on arrays: images, or the features that `models/inception.py` makes of them.
+FID and rFID follow mseitzer/pytorch-fid; the Inception score, KID, precision and recall follow
+torch-fidelity, with its order of random draws, so that equal features give its numbers.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PSNR_CAP = 100.0  # dB; what identical images score, so that a mean over images stays finite
+MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
+
+
+def to_levels(x):
+    """Rounds images to the 256 levels that a PNG holds, as the published protocol does.
+
+    x: [..., C] float in [-1, 1] (values outside are clipped) -> the same shape, float32, whole
+    numbers 0..255. Both pictures of a pair go through this before every metric
+    (mit-han-lab/efficientvit: x * 255 + 0.5, clamped, truncated). NaN stays NaN.
+    """
+    return jnp.floor(jnp.clip(jnp.asarray(x, jnp.float32) * 127.5 + 128.0, 0.0, 255.0))
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
+
+    x, y: [B, H, W, C] levels 0..255 (`to_levels`) -> [B] float32 in dB, at most `PSNR_CAP`:
+    identical pictures score the cap, not infinity, and so leave the mean of a set meaningful.
+    """
+    x, y = _pair(x, y)
+    mse = jnp.mean(jnp.square(x - y), axis=(1, 2, 3))
+    floor = 255.0**2 / 10 ** (PSNR_CAP / 10)
+    return 10 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
+
+
+def ssim(x, y):
+    """Structural similarity of each pair (Wang et al. 2004), as torchmetrics computes it.
+
+    x, y: [B, H, W, C] levels 0..255, H and W at least 6 -> [B] float32 in [-1, 1]. A Gaussian
+    window of 11x11 with sigma 1.5, K1 0.01, K2 0.03, each channel by itself, reflect padding, the
+    mean over the full picture. On the interior (5 pixels cropped) it equals scikit-image's
+    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.
+    """
+    return jnp.mean(ssim_map(x, y), axis=(1, 2, 3))
+
+
+def ssim_map(x, y):
+    """SSIM before the mean: [B, H, W, C], see `ssim`."""
+    x, y = _pair(x, y)
+    if min(x.shape[1:3]) < 6:
+        raise ValueError(f"ssim needs pictures of at least 6x6 pixels, got {x.shape[1:3]}; enlarge")
+    c1, c2 = (0.01 * 255.0) ** 2, (0.03 * 255.0) ** 2
+    # Variances do not change when a constant is taken off, and float32 loses 4 times less on it.
+    a, b = x - 127.5, y - 127.5
+    mean_a, mean_b, aa, bb, ab = (_gaussian_blur(v) for v in (a, b, a * a, b * b, a * b))
+    var_a = jnp.maximum(aa - mean_a * mean_a, 0.0)
+    var_b = jnp.maximum(bb - mean_b * mean_b, 0.0)
+    covariance = ab - mean_a * mean_b
+    mean_x, mean_y = mean_a + 127.5, mean_b + 127.5
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    return luminance * (2 * covariance + c2) / (var_a + var_b + c2)
+
+
+def _pair(x, y):
+    x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    if x.shape != y.shape or x.ndim != 4:
+        raise ValueError(
+            f"a pair of pictures must share one shape [B, H, W, C], got {x.shape} and {y.shape}"
+        )
+    return x, y
+
+
+def _gaussian_blur(x):
+    """[B, H, W, C] -> the same shape, 11 taps of sigma 1.5 along H and W, reflect padding."""
+    taps = np.exp(-np.square(np.arange(-5, 6) / 1.5) / 2)
+    taps = (taps / taps.sum()).tolist()
+    x = jnp.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
+    for axis in (1, 2):  # sums of slices, not a convolution: exact float32 on every platform
+        size = x.shape[axis] - 10
+        x = sum(w * jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i, w in enumerate(taps))
+    return x
+
+
+def moments_init(dim=2048):
+    """Empty sums for `moments_update`: a dict of float32 arrays that lives on the devices.
+
+    Keys: count [], shift [dim], sum and outer with their compensations sum_low and outer_low
+    ([dim], [dim, dim]). The shift is the mean of the first batch; sums of x - shift lose nothing
+    where a feature's mean is large against its deviation.
+    """
+    vector, matrix = jnp.zeros((dim,), jnp.float32), jnp.zeros((dim, dim), jnp.float32)
+    return {
+        "count": jnp.zeros((), jnp.float32),
+        "shift": vector,
+        "sum": vector,
+        "sum_low": vector,
+        "outer": matrix,
+        "outer_low": matrix,
+    }
+
+
+def moments_update(state, features, weight=None):
+    """Adds a batch to the sums. Pure, for use under jit; the batch may be sharded over a mesh.
+
+    features: [B, dim]; weight: [B], 1 for a row that counts and 0 for padding (a padded row may
+    hold anything, NaN too); None counts every row. -> the new state. Batches are added with
+    compensation (Knuth's two-sum), so the error does not grow with their number.
+    """
+    x = jnp.asarray(features, jnp.float32)
+    weight = jnp.ones(x.shape[0], bool) if weight is None else jnp.asarray(weight) > 0
+    count = jnp.sum(weight.astype(jnp.float32))
+    x = jnp.where(weight[:, None], x, 0.0)
+    mean = jnp.sum(x, axis=0) / jnp.maximum(count, 1.0)
+    shift = jnp.where(state["count"] == 0, mean, state["shift"])
+    x = jnp.where(weight[:, None], x - shift, 0.0)
+    outer = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+    total, total_low = _two_sum(state["sum"], jnp.sum(x, axis=0))
+    outer, outer_low = _two_sum(state["outer"], outer)
+    return {
+        "count": state["count"] + count,
+        "shift": shift,
+        "sum": total,
+        "sum_low": state["sum_low"] + total_low,
+        "outer": outer,
+        "outer_low": state["outer_low"] + outer_low,
+    }
+
+
+def _two_sum(a, b):
+    """a + b rounded, and what the rounding lost."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def moments_merge(a, b):
+    """Joins two states into one, on the host in float64: `moments_merge(f(A), f(B))` = f(A + B).
+
+    a, b: states of `moments_update`, or results of this function. -> a state of float64 NumPy
+    arrays for `moments_merge` or `moments_finalize` (an update would round it to float32 again).
+    """
+    a, b = _moments_host(a), _moments_host(b)
+    if a["sum"].shape != b["sum"].shape:
+        raise ValueError(
+            f"moments of {a['sum'].size} and of {b['sum'].size} features cannot be merged: "
+            "take both from the same network"
+        )
+    if a["count"] == 0:
+        return b
+    move = b["shift"] - a["shift"]
+    cross = np.outer(b["sum"], move)
+    return {
+        "count": a["count"] + b["count"],
+        "shift": a["shift"],
+        "sum": a["sum"] + b["sum"] + b["count"] * move,
+        "sum_low": np.zeros_like(a["sum"]),
+        "outer": a["outer"] + b["outer"] + cross + cross.T + b["count"] * np.outer(move, move),
+        "outer_low": np.zeros_like(a["outer"]),
+    }
+
+
+def moments_finalize(state):
+    """State -> (mu [dim], sigma [dim, dim]), float64 NumPy; sigma divides by n - 1."""
+    state = _moments_host(state)
+    count = float(state["count"])
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 pictures, got {count:.0f}; give more")
+    sigma = state["outer"] - np.outer(state["sum"], state["sum"]) / count
+    sigma = (sigma + sigma.T) / 2  # the device's float32 product is symmetric only to rounding
+    return state["shift"] + state["sum"] / count, sigma / (count - 1)
+
+
+def _moments_host(state):
+    state = {k: np.asarray(v, np.float64) for k, v in state.items()}
+    for key in ("sum", "outer"):
+        state[key] = state[key] + state[f"{key}_low"]
+        state[f"{key}_low"] = np.zeros_like(state[key])
+    return state
+
+
+def biased(count):
+    """Whether `count` pictures are too few for an FID to be compared; if so, logs a warning."""
+    if count >= MIN_FRECHET_SAMPLES:
+        return False
+    logging.warning(
+        "FID of %d pictures is biased upwards: its covariance needs at least %d, papers use 50000",
+        count,
+        MIN_FRECHET_SAMPLES,
+    )
+    return True
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    mu1, mu2: [d]; sigma1, sigma2: [d, d] symmetric positive semidefinite, rank-deficient ones
+    included -> float, never negative. Computed in float64 on the host. With S1 = L L^T the product
+    S1 S2 has the eigenvalues of the symmetric L^T S2 L, so one Cholesky factor and one symmetric
+    eigenvalue problem replace a matrix square root; a singular S1 gives its L by an
+    eigendecomposition. Source of the formula: Heusel et al. 2017 (TTUR), equation 6.
+    """
+    import scipy.linalg
+
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    dim = mu1.size
+    if mu1.shape != (dim,) or mu2.shape != (dim,) or {sigma1.shape, sigma2.shape} != {(dim, dim)}:
+        raise ValueError(
+            "statistics must be mu [d] and sigma [d, d] of one d, got "
+            f"{mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}: use one network for both"
+        )
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("statistics hold NaN or infinity: look for non-finite pictures or weights")
+    try:
+        eigenvalues = scipy.linalg.eigh(
+            sigma2, sigma1, type=2, driver="gv", eigvals_only=True, check_finite=False
+        )
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(sigma1)
+        kept = values > max(values[-1], 0.0) * dim * np.finfo(np.float64).eps
+        factor = vectors[:, kept] * np.sqrt(values[kept])
+        eigenvalues = np.linalg.eigvalsh(factor.T @ sigma2 @ factor)
+    trace_root = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
+    difference = mu1 - mu2
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root
+    return max(float(distance), 0.0)
+
+
+def inception_score(logits, splits=10, seed=2020):
+    """Inception score (Salimans et al. 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
+
+    logits: [N, classes], those of the network without the bias of its last layer, as the original
+    and torch-fidelity have it -> (mean, standard deviation) over the splits of the shuffled rows.
+    Computed in float64; the shuffle is torch-fidelity's, `RandomState(seed).permutation(N)`.
+    """
+    logits = np.asarray(logits)
+    count = len(logits)
+    if logits.ndim != 2 or count < splits:
+        raise ValueError(
+            f"inception_score needs [N, classes] with N >= {splits} splits, got {logits.shape}; "
+            "give more pictures or fewer splits"
+        )
+    order = np.random.RandomState(seed).permutation(count)
+    scores = []
+    for i in range(splits):
+        rows = logits[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
+        rows = rows - rows.max(axis=1, keepdims=True)
+        log_p = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kl = np.where(p > 0, p * (log_p - np.log(p.mean(axis=0))), 0.0)
+        scores.append(np.exp(kl.sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
+    """Kernel Inception distance (Binkowski et al. 2018): unbiased MMD^2 with (x.y/d + 1)^3.
+
+    features1 (generated), features2 (reference): [N, d] and [M, d] -> (mean, standard deviation)
+    over the subsets. Rows are drawn as torch-fidelity draws them: from `RandomState(seed)`, for
+    each subset `choice` without replacement from the first set, then from the second. The kernels
+    are computed on the default device in float32, their sums end in float64.
+    """
+    features1, features2 = _feature_pair(features1, features2)
+    fewest = min(len(features1), len(features2))
+    if fewest < subset_size:
+        raise ValueError(
+            f"kernel_distance draws {subset_size} rows, but a set has {fewest}; "
+            f"give more pictures or subset_size={fewest}"
+        )
+    random = np.random.RandomState(seed)
+    distances = []
+    for _ in range(subsets):
+        x = features1[random.choice(len(features1), subset_size, replace=False)]
+        y = features2[random.choice(len(features2), subset_size, replace=False)]
+        xx, yy, xy = (np.asarray(v, np.float64).sum() for v in _kernel_sums(x, y))
+        pairs = subset_size * (subset_size - 1)
+        distances.append((xx + yy) / pairs - 2 * xy / subset_size**2)
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+@jax.jit
+def _kernel_sums(x, y):
+    """Row sums of the three kernel matrices, those of x and of y without their diagonals."""
+
+    def kernel(a, b):
+        root = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST) / a.shape[1] + 1.0
+        return root * root * root
+
+    xx, yy = kernel(x, x), kernel(y, y)
+    off_diagonal = (v.sum(axis=1) - jnp.diagonal(v) for v in (xx, yy))
+    return *off_diagonal, kernel(x, y).sum(axis=1)
+
+
+def precision_recall(generated, real, k=3, block=1024):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), as torch-fidelity computes them.
+
+    generated, real: [N, d] and [M, d] -> (precision, recall). Precision is the share of generated
+    rows that lie in the ball of some real row, whose radius reaches its k-th neighbour among the
+    real ones; recall exchanges the roles. Distances run on the default device in float32, `block`
+    rows at a time (block x N floats of memory).
+    """
+    generated, real = _feature_pair(generated, real)
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(
+            f"precision_recall needs more than k={k} rows in each set, "
+            f"got {len(generated)} and {len(real)}; give more pictures"
+        )
+    center = real.mean(axis=0, dtype=np.float64).astype(np.float32)
+    generated, real = jnp.asarray(generated - center), jnp.asarray(real - center)
+    precision = _covered(generated, real, k, block)
+    recall = _covered(real, generated, k, block)
+    return precision, recall
+
+
+def _covered(queries, points, k, block):
+    """Share of the queries within reach of a point: its distance to its k-th other point."""
+    radii = jnp.concatenate(
+        [_kth_distance(points[i : i + block], points, k) for i in range(0, len(points), block)]
+    )
+    inside = [
+        np.asarray(_inside(queries[i : i + block], points, radii))
+        for i in range(0, len(queries), block)
+    ]
+    return float(np.concatenate(inside).mean())
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _kth_distance(rows, points, k):
+    nearest = -jax.lax.top_k(-_squared_distances(rows, points), k + 1)[0]
+    # On CPUs a slice fused into top_k turns it into a full sort, five times slower.
+    return jax.lax.optimization_barrier(nearest)[:, -1]
+
+
+@jax.jit
+def _inside(rows, points, radii):
+    return jnp.any(_squared_distances(rows, points) <= radii, axis=1)
+
+
+def _squared_distances(a, b):
+    product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1) - 2 * product
+
+
+def _feature_pair(a, b):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"features must be [N, d] and [M, d] of one d, got {a.shape} and {b.shape}: "
+            "use one network for both"
+        )
+    return a, b

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LPIPS v0.1 (Zhang et al. 2018): the distance of two pictures in the features of a classifier.
+
+VGG16 is the training loss, AlexNet the number that papers report. Weights are a flat dict of
+float32 arrays, an argument of every function: `features.N.kernel` (HWIO) and `features.N.bias`
+with torchvision's N, and `lin0` .. `lin4`, the learned weight of each channel. The linear layers
+ship with this package; `python -m dcae_jax.torch_io` makes the file from torchvision's.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# torchvision's layers: (index, in, out, kernel, stride, padding), "pool" and "tap" (after ReLU).
+_POOL, _TAP = "pool", "tap"
+_LAYERS = {
+    "vgg": (
+        (0, 3, 64, 3, 1, 1),
+        (2, 64, 64, 3, 1, 1),
+        _TAP,
+        _POOL,
+        (5, 64, 128, 3, 1, 1),
+        (7, 128, 128, 3, 1, 1),
+        _TAP,
+        _POOL,
+        (10, 128, 256, 3, 1, 1),
+        (12, 256, 256, 3, 1, 1),
+        (14, 256, 256, 3, 1, 1),
+        _TAP,
+        _POOL,
+        (17, 256, 512, 3, 1, 1),
+        (19, 512, 512, 3, 1, 1),
+        (21, 512, 512, 3, 1, 1),
+        _TAP,
+        _POOL,
+        (24, 512, 512, 3, 1, 1),
+        (26, 512, 512, 3, 1, 1),
+        (28, 512, 512, 3, 1, 1),
+        _TAP,
+    ),
+    "alex": (
+        (0, 3, 64, 11, 4, 2),
+        _TAP,
+        _POOL,
+        (3, 64, 192, 5, 1, 2),
+        _TAP,
+        _POOL,
+        (6, 192, 384, 3, 1, 1),
+        _TAP,
+        (8, 384, 256, 3, 1, 1),
+        _TAP,
+        (10, 256, 256, 3, 1, 1),
+        _TAP,
+    ),
+}
+_POOL_WINDOW = {"vgg": 2, "alex": 3}  # stride 2, no padding
+_MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels: smaller ones leave nothing after the last pooling
+_SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for pictures in [-1, 1]
+_SCALE = (0.458, 0.448, 0.450)
+
+
+def distance(weights, x, y, net="vgg", normalize="lpips", precision=jax.lax.Precision.HIGHEST):
+    """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal pictures.
+
+    Differentiable in x and y. `normalize` names how a feature vector f becomes a unit vector:
+    'lpips' f / (|f| + 1e-10), as the lpips package; 'torchmetrics' f / sqrt(|f|^2 + 1e-8), which
+    the published LPIPS numbers of DC-AE use. Everything runs in float32 whatever the input's
+    dtype; `precision` is that of the convolutions on chips with a faster, coarser one.
+    """
+    _known(net)
+    if normalize not in ("lpips", "torchmetrics"):
+        raise ValueError(f"normalize={normalize!r}: choose 'lpips' or 'torchmetrics'")
+    if x.shape != y.shape or x.ndim != 4 or x.shape[3] != 3:
+        raise ValueError(f"LPIPS needs two [B, H, W, 3] of one shape, got {x.shape} and {y.shape}")
+    if min(x.shape[1:3]) < _MIN_SIZE[net]:
+        raise ValueError(
+            f"LPIPS with net={net!r} needs pictures of at least {_MIN_SIZE[net]} pixels, "
+            f"got {x.shape[1]}x{x.shape[2]}: enlarge them"
+        )
+    total = jnp.zeros(x.shape[0], jnp.float32)
+    taps = zip(_taps(weights, x, net, precision), _taps(weights, y, net, precision), strict=True)
+    for i, (a, b) in enumerate(taps):
+        difference = jnp.square(_unit(a, normalize) - _unit(b, normalize))
+        total += jnp.mean(jnp.sum(difference * weights[f"lin{i}"], axis=3), axis=(1, 2))
+    return total
+
+
+def _taps(weights, x, net, precision):
+    """Pictures [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
+    x = (x.astype(jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
+    taps = []
+    for layer in _LAYERS[net]:
+        if layer == _TAP:
+            taps.append(x)
+        elif layer == _POOL:
+            window = (1, _POOL_WINDOW[net], _POOL_WINDOW[net], 1)
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
+        else:
+            index, _, _, _, stride, padding = layer
+            x = jax.lax.conv_general_dilated(
+                x,
+                weights[f"features.{index}.kernel"],
+                (stride, stride),
+                [(padding, padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
+            x = jax.nn.relu(x + weights[f"features.{index}.bias"])
+    return taps
+
+
+def _unit(x, normalize):
+    square = jnp.sum(jnp.square(x), axis=3, keepdims=True)
+    if normalize == "torchmetrics":
+        return x * jax.lax.rsqrt(square + 1e-8)
+    # A vector of zeros is common after ReLU, and the root's gradient there is infinite.
+    positive = square > 0
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+    return x / (norm + 1e-10)
+
+
+def shapes(net):
+    """Name -> shape of every weight of `net` ('vgg' or 'alex')."""
+    _known(net)
+    convolutions = [layer for layer in _LAYERS[net] if not isinstance(layer, str)]
+    found = {}
+    for index, inputs, outputs, kernel, _, _ in convolutions:
+        found[f"features.{index}.kernel"] = (kernel, kernel, inputs, outputs)
+        found[f"features.{index}.bias"] = (outputs,)
+    channels = 3
+    tap = 0
+    for layer in _LAYERS[net]:
+        if layer == _TAP:
+            found[f"lin{tap}"] = (channels,)
+            tap += 1
+        elif layer != _POOL:
+            channels = layer[2]
+    return found
+
+
+def linear_layers(net):
+    """The published weights of the five taps, `lin0` .. `lin4` (v0.1), from the file beside this.
+
+    They come from the PyPI package lpips 0.1.4, whose license stands in lpips_linear.LICENSE.
+    """
+    from safetensors.numpy import load_file
+
+    _known(net)
+    arrays = load_file(Path(__file__).with_name("lpips_linear.safetensors"))
+    return {f"lin{i}": arrays[f"{net}.lin{i}"] for i in range(5)}
+
+
+def from_torch(state, linear=None):
+    """State dict of torchvision's vgg16 or alexnet -> (net, weights).
+
+    state: name -> NumPy array; the classifier's layers may be present and are dropped. linear: the
+    state dict of PerceptualSimilarity's v0.1/vgg.pth or alex.pth; None takes the shipped layers.
+    Raises ValueError for any other network.
+    """
+    net = "vgg" if "features.28.weight" in state else "alex"
+    expected = shapes(net)
+    names = {k for k in state if not k.startswith("classifier.")}
+    wanted = {k.replace("kernel", "weight") for k in expected if k.startswith("features.")}
+    if names != wanted:
+        odd = sorted(names ^ wanted)[0]
+        fault = "unexpected" if odd in names else "missing"
+        raise ValueError(f"not torchvision's vgg16 or alexnet: {odd!r} is {fault}")
+    weights = linear_layers(net)
+    if linear is not None:
+        wanted = {f"lin{i}.model.1.weight": f"lin{i}" for i in range(5)}
+        if set(linear) != set(wanted):
+            raise ValueError(f"not LPIPS linear layers of v0.1: it holds {sorted(linear)[:3]}")
+        weights = {ours: linear[name].reshape(-1) for name, ours in wanted.items()}
+    for name in expected:
+        if name.endswith("kernel"):
+            kernel = state[name.replace("kernel", "weight")]
+            weights[name] = kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel
+        elif name.endswith("bias"):
+            weights[name] = state[name]
+    weights = {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
+    _check(weights, net, "this file")
+    return net, weights
+
+
+def load(path, net=None):
+    """Reads a file that `python -m dcae_jax.torch_io` wrote -> weights for `distance`.
+
+    net: 'vgg' or 'alex' refuses a file of the other network; None takes either. Raises ValueError
+    for a file of another kind, or with missing, unknown or misshaped arrays.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if net is not None:
+        _known(net)
+    try:
+        with safe_open(path, "np") as file:
+            kind = (file.metadata() or {}).get("network", "unknown")
+            weights = {k: file.get_tensor(k) for k in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a readable LPIPS file ({error}); make it with dcae_jax.torch_io"
+        ) from error
+    if kind not in ("lpips-vgg", "lpips-alex") or (net is not None and kind != f"lpips-{net}"):
+        raise ValueError(
+            f"{path} holds the network {kind!r}, not LPIPS of net={net or 'vgg or alex'}; "
+            "convert the right file with dcae_jax.torch_io"
+        )
+    _check(weights, kind.removeprefix("lpips-"), path)
+    return weights
+
+
+def _check(weights, net, path):
+    expected = shapes(net)
+    for name in sorted(expected.keys() | weights.keys()):
+        found = weights[name].shape if name in weights else None
+        if found != expected.get(name):
+            raise ValueError(
+                f"{path}: {name} has shape {found}, LPIPS of net={net!r} needs "
+                f"{expected.get(name)}; convert the original file again"
+            )
+
+
+def _known(net):
+    if net not in _LAYERS:
+        raise ValueError(f"net={net!r}: LPIPS knows 'vgg' (training) and 'alex' (the reported one)")

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves in its workdir for people: config.json, metrics.jsonl, PNG grids, tables."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+METRICS = "metrics.jsonl"
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new one, whole."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    """The value in the JSON file `path`, None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
+    """Adds the row of `step` to metrics.jsonl. A value that is not finite becomes null."""
+    row = {"step": step}
+    row |= {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, METRICS), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(workdir: str) -> list[dict[str, Any]]:
+    """All whole rows of metrics.jsonl; a last line cut by a crash is left out."""
+    path = os.path.join(workdir, METRICS)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def drop_rows_after(workdir: str, step: int) -> None:
+    """Removes the rows later than `step`, which a resumed run is going to write again."""
+    rows = [row for row in read_rows(workdir) if row["step"] <= step]
+    path = os.path.join(workdir, METRICS)
+    if os.path.exists(path):
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def image_grid(columns: Sequence[np.ndarray], *, tile: int = 128, gap: int = 2) -> np.ndarray:
+    """Columns of equally many images [N, H, W, 3] uint8 -> one picture [*, *, 3] uint8.
+
+    Small images are enlarged, pixel by pixel, to at least `tile` pixels a side.
+    """
+    factor = max(1, math.ceil(tile / columns[0].shape[1]))
+    columns = [np.repeat(np.repeat(c, factor, axis=1), factor, axis=2) for c in columns]
+    n, h, w, _ = columns[0].shape
+    shape = (n * (h + gap) - gap, len(columns) * (w + gap) - gap, 3)
+    out = np.full(shape, 255, np.uint8)
+    for j, column in enumerate(columns):
+        for i, image in enumerate(column):
+            top, left = i * (h + gap), j * (w + gap)
+            out[top : top + h, left : left + w] = image
+    return out
+
+
+def difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a reconstruction got wrong, uint8: mid-grey where equal, four times the difference."""
+    delta = y.astype(np.int32) - x.astype(np.int32)
+    return np.clip(128 + 4 * delta, 0, 255).astype(np.uint8)
+
+
+def write_png(path: str, pixels: np.ndarray) -> None:
+    """Writes [H, W, 3] uint8 beside `path`, then renames."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    Image.fromarray(pixels).save(beside, format="PNG")
+    os.replace(beside, path)
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of cells as aligned text, the first row being the head; numbers to the right."""
+    text = [[_cell(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
+    lines = []
+    for number, row in enumerate(text):
+        cells = [
+            cell.rjust(width) if isinstance(rows[-1][i], int | float) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

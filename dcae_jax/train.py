@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop, the same for every training job: batch -> step -> log -> evaluate -> checkpoint.
+
+What a run did is a function of its configuration alone: batches come from (seed, index), and a
+checkpoint holds state, data position and the running means of the metrics together. Killed
+anywhere, the same command continues to the same numbers.
+"""
+
+import collections
+import functools
+import importlib.metadata
+import logging
+import os
+import platform as host
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics as clu_metrics
+from jax.sharding import Mesh
+
+from dcae_jax import checkpoint, data, evaluate, report, sharding, steps
+from dcae_jax import config as config_lib
+from dcae_jax import state as state_lib
+from dcae_jax.config import UserError
+from dcae_jax.models import lpips
+from dcae_jax.state import Blueprint, TrainState
+
+Totals = dict[str, clu_metrics.Metric]
+
+DONE, PREEMPTED = 0, 75
+
+# Read this many steps late, so that the devices always have work queued.
+LAG = 2
+# Not averaged between two rows: the last value counts.
+LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were not finite."""
+
+
+def run(config: Any, workdir: str) -> int:
+    """The job `train`. Returns 0 when done, 75 when stopped by SIGTERM after saving."""
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh)
+    plan = state_lib.blueprint(config, mesh)
+    judges = load_judges(config, mesh)
+    step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
+    abstract = state_lib.abstract_state(config, mesh, plan)
+    lowered = {
+        size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
+        for size in sorted(set(config_lib.training_resolutions(config)))
+    }
+    metric_shapes = next(iter(lowered.values())).out_info[1]
+    empty = jax.jit(lambda: empty_totals(metric_shapes), out_shardings=sharding.replicated(mesh))
+
+    saved_config = report.read_json(os.path.join(workdir, checkpoint.CONFIG))
+    manager = checkpoint.open_manager(workdir, config.keep)
+    start = manager.latest_step()
+    if start is None:
+        state, totals, index = _fresh_state(config, mesh, plan), empty(), 0
+        report.drop_rows_after(workdir, 0)
+    else:
+        changed = check_identity(saved_config, config, workdir)
+        state, totals, index = checkpoint.restore(manager, start, abstract, jax.eval_shape(empty))
+        totals = jax.device_put(totals, sharding.replicated(mesh))
+        report.drop_rows_after(workdir, start)
+        logging.info("resuming %s at step %d%s", workdir, start, changed)
+    start = start or 0
+    if jax.process_index() == 0:
+        report.write_json(
+            os.path.join(workdir, checkpoint.CONFIG),
+            {
+                "config": config_lib.to_json(config),
+                "versions": versions(),
+                "mesh": dict(mesh.shape),
+            },
+        )
+    logging.info("%s", parameter_table(plan))
+    if start >= config.steps:
+        logging.info("already at step %d of %d; raise steps to train on", start, config.steps)
+        return DONE
+
+    compiled = {}
+    for size, traced in lowered.items():
+        began = time.perf_counter()
+        compiled[size] = traced.lower().compile()
+        logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
+
+    with _PreemptionFlag() as preempted, _Writer(workdir, start) as writer:
+        loop = functools.partial(
+            _loop, config, mesh, plan, judges, compiled, empty, manager, writer, preempted, workdir
+        )
+        try:
+            status = loop(state, totals, start, index)
+        finally:
+            manager.wait_until_finished()
+            manager.close()
+    return status
+
+
+def _loop(
+    config: Any,
+    mesh: Mesh,
+    plan: Blueprint,
+    judges: Any,
+    compiled: dict[int, Callable],
+    empty: Callable[[], Totals],
+    manager: Any,
+    writer: "_Writer",
+    preempted: threading.Event,
+    workdir: str,
+    state: TrainState,
+    totals: Totals,
+    start: int,
+    index: int,
+) -> int:
+    batches = data.training_batches(config, index, jax.process_index(), jax.process_count())
+    accumulate = jax.jit(add_metrics, donate_argnums=0)
+    held_out = None
+    in_flight: collections.deque = collections.deque()
+    clock = _Clock(config.batch_size)
+    with _progress(config.steps, start) as bar:
+        for step in range(start + 1, config.steps + 1):
+            _profile(config, step, workdir)
+            batch = next(batches)
+            placed = sharding.put_batch(batch, mesh)
+            state, metrics = compiled[batch["image"].shape[1]](state, placed, judges)
+            totals = accumulate(totals, metrics)
+            index += config.batch_size
+
+            in_flight.append((step, metrics["skipped_in_row"]))
+            if len(in_flight) > LAG:
+                check_finite(*in_flight.popleft(), config.max_skipped)
+
+            last = step == config.steps
+            evaluates = last or bool(config.evaluate_every and step % config.evaluate_every == 0)
+            logs = evaluates or step % config.log_every == 0
+            stops = preempted.is_set()
+            saves = last or stops or step % config.save_every == 0
+            # A row is read one step late, when the device has the next step to work on; but it
+            # is on disk before a checkpoint that would not write it again.
+            writer.flush(bar)
+            if logs:
+                writer.pending = (step, totals, clock.lap(step))
+                totals = empty()
+            if evaluates or saves:
+                while in_flight:
+                    check_finite(*in_flight.popleft(), config.max_skipped)
+            if evaluates:
+                held_out = held_out or data.held_out_source(config.data)
+                results = evaluate.evaluate(
+                    config, plan.graph, state_lib.averaged(state), mesh, held_out
+                )
+                writer.evaluation(step, results)
+                clock.skip()
+            if saves:
+                writer.flush(bar)
+                checkpoint.save(manager, state, totals, step, index)
+                clock.skip()
+            manager.check_for_errors()
+            bar.update(1)
+            if stops and not last:
+                manager.wait_until_finished()
+                logging.info(
+                    "stopped by a signal, saved at step %d; the same command resumes", step
+                )
+                return PREEMPTED
+    return DONE
+
+
+# --- before the first step ------------------------------------------------------------------------
+
+
+def check(config: Any, mesh: Mesh) -> None:
+    """Raises UserError where the configuration does not fit itself, the model or the devices."""
+    config_lib.check(config)
+    arch = state_lib.model_module(config.model).architecture(config.model)
+    for size in config_lib.training_resolutions(config):
+        key = "resolutions" if config.resolutions else "resolution"
+        evaluate.check_resolution(size, arch.compression, key)
+    for size in config.evaluate.resolutions:
+        evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
+    sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
+    sharding.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
+
+
+def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
+    """Weights of the networks that the loss needs, on the mesh. Raises UserError without them."""
+    if not config.loss.lpips_weight:
+        return {}
+    if not config.loss.lpips_weights:
+        raise UserError(
+            f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
+            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.torch_io vgg16-397923af.pth "
+            "--out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
+        )
+    try:
+        weights = lpips.load(config.loss.lpips_weights, "vgg")
+    except (OSError, ValueError) as error:
+        raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
+    return {"lpips": {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}}
+
+
+def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch of pictures of `size` pixels, as `data` delivers it."""
+    shapes = {
+        "image": ((config.batch_size, size, size, 3), jnp.uint8),
+        "label": ((config.batch_size,), jnp.int32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape)))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
+    if not config.init_from:
+        return state_lib.init_state(config, mesh, plan)
+    weights, saved = checkpoint.load_weights(config.init_from, config.weights)
+    theirs, ours = saved["model"]["variant"], config.model.variant
+    try:
+        return state_lib.init_state(config, mesh, plan, weights)
+    except UserError as error:
+        if theirs == ours:
+            raise
+        raise UserError(
+            f"init_from={config.init_from!r} is a {theirs}, this run a {ours}; "
+            f"use --config=...:{theirs}"
+        ) from error
+
+
+def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> str:
+    """Raises UserError if `config` is not that of the run in `workdir`, allow_change aside.
+
+    Returns what was allowed to change, as text for the log.
+    """
+    if saved is None:
+        raise UserError(f"{workdir} has checkpoints but no config.json; use another --workdir")
+    changes = config_lib.identity_changes(saved["config"], config_lib.to_json(config))
+    allowed = {key for key in changes if _allows(config.allow_change, key)}
+    refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
+    if refused:
+        raise UserError(
+            f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
+            "the keys in --config.allow_change"
+        )
+    return f", changed: {', '.join(sorted(allowed))}" if allowed else ""
+
+
+def _allows(allow_change: tuple[str, ...], key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_change)
+
+
+def versions() -> dict[str, str]:
+    """What the run ran on, for config.json."""
+    packages = ("dcae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"python": host.python_version(), "backend": jax.default_backend()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def parameter_table(plan: Blueprint) -> str:
+    """Parameters trained and frozen, by top-level part."""
+    parts: dict[str, list[int]] = {}
+    for name, leaf in plan.params.items():
+        part = ".".join(name.split(".")[:2])
+        trained_frozen = parts.setdefault(part, [0, 0])
+        trained_frozen[name not in plan.trained] += leaf.size
+    rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
+    total = [sum(row[i] for row in rows) for i in (1, 2)]
+    return report.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def empty_totals(metrics: dict[str, Any]) -> Totals:
+    """Running means of no step."""
+    return {name: _metric(name).empty() for name in metrics if name != "finite"}
+
+
+def add_metrics(totals: Totals, metrics: dict[str, jax.Array]) -> Totals:
+    """Running means with one step more; a skipped step's values do not count."""
+    finite = metrics["finite"][None] > 0
+    return {
+        name: total.merge(
+            clu_metrics.LastValue.from_model_output(metrics[name])
+            if name in LAST_VALUES
+            else clu_metrics.Average.from_model_output(metrics[name][None], finite)
+        )
+        for name, total in totals.items()
+    }
+
+
+def _metric(name: str) -> type[clu_metrics.Metric]:
+    return clu_metrics.LastValue if name in LAST_VALUES else clu_metrics.Average
+
+
+def check_finite(step: int, skipped_in_row: jax.Array, limit: int) -> None:
+    """Raises Diverged after `limit` skipped steps in a row."""
+    if int(skipped_in_row) >= limit:
+        raise Diverged(
+            f"stopped at step {step}: loss or gradients were not finite {limit} times in a row; "
+            "the last checkpoint is good: lower optimizer.learning_rate, or look at the data"
+        )
+
+
+# --- around the loop ------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Rows, scalars and pictures of a run; holds the one row that is still on the device."""
+
+    def __init__(self, workdir: str, start: int):
+        self.workdir, self.start = workdir, start
+        self.pending: tuple[int, Totals, dict[str, float]] | None = None
+        self.scores: dict[str, float] = {}
+        self.events = None
+
+    def __enter__(self) -> "_Writer":
+        if jax.process_index() == 0:
+            from tensorboardX import SummaryWriter
+
+            self.events = SummaryWriter(self.workdir, purge_step=self.start + 1)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.events:
+            self.events.close()
+
+    def flush(self, bar: Any) -> None:
+        """Writes the pending row, waiting for its numbers."""
+        if self.pending is None:
+            return
+        step, totals, times = self.pending
+        values = {k: float(v) for k, v in compute(totals).items()} | times | self.scores
+        self.pending, self.scores = None, {}
+        if self.events is None:
+            return
+        report.append_row(self.workdir, step, values)
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        shown = {k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values}
+        bar.set_postfix(shown, refresh=False)
+        if bar.disable:
+            logging.info("step %d  %s", step, "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
+        """Takes an evaluation into the pending row, and writes its pictures."""
+        self.scores = evaluate.flat_scores(results)
+        if self.events is None:
+            return
+        logging.info("step %d\n%s", step, evaluate.score_table(results))
+        evaluate.write_grids(results, self.workdir, f"step{step:07d}")
+        for size, result in results.items():
+            self.events.add_image(f"reconstruction_{size}", result.grid(), step, dataformats="HWC")
+
+
+def compute(totals: Totals) -> dict[str, np.ndarray]:
+    """The running means as host numbers."""
+    return {name: np.asarray(total.compute()) for name, total in jax.device_get(totals).items()}
+
+
+class _Clock:
+    """Seconds a step and images a second between two rows, evaluations and saves left out."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.last, self.away, self.step = time.perf_counter(), 0.0, None
+
+    def lap(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        count, self.step = step - (self.step or 0), step
+        return {"step_s": seconds / count, "images_per_s": self.batch_size * count / seconds}
+
+    def skip(self) -> None:
+        self.last = time.perf_counter()
+
+
+class _PreemptionFlag:
+    """An event that SIGTERM sets: the loop then saves and stops after the step at hand."""
+
+    def __enter__(self) -> threading.Event:
+        self.event, self.old = threading.Event(), None
+        if threading.current_thread() is threading.main_thread():
+            self.old = signal.signal(signal.SIGTERM, lambda *_: self.event.set())
+        return self.event
+
+    def __exit__(self, *error) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+
+
+def _progress(total: int, start: int) -> Any:
+    """A bar when a person watches; otherwise the log lines are enough."""
+    from tqdm.auto import tqdm
+
+    watched = sys.stderr.isatty() and jax.process_index() == 0
+    return tqdm(total=total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
+
+
+def _profile(config: Any, step: int, workdir: str) -> None:
+    if not config.profile_steps:
+        return
+    first, last = config.profile_steps
+    if step == first:
+        jax.profiler.start_trace(os.path.join(workdir, "profile"))
+    elif step == last + 1:
+        jax.profiler.stop_trace()
