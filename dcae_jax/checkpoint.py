@@ -89,14 +89,13 @@ def load_weights(path: str, which: str = "ema") -> tuple[Weights, dict[str, Any]
     config = report.read_json(os.path.join(workdir, CONFIG))
     if config is None:
         raise UserError(f"init_from={path!r} is no workdir: it has no {CONFIG}")
-    folder = os.path.join(workdir, FOLDER)
-    steps = saved_steps(folder)
+    steps = saved_steps(workdir)
     if step is None and not steps:
         raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
     if step is not None and step not in steps:
         raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
     step = steps[-1] if step is None else step
-    items = _read_numpy(os.path.join(folder, str(step), "weights"))
+    items = _read_numpy(os.path.join(workdir, FOLDER, str(step), "weights"))
     weights = {**items["params"], **items["stats"]}
     if which == "ema":
         weights |= items["ema"]
@@ -113,8 +112,9 @@ def _read_numpy(path: str) -> dict[str, Any]:
     return {name: restored.get(name) or {} for name in _WEIGHTS}
 
 
-def saved_steps(folder: str) -> list[int]:
-    """Steps of the finished checkpoints in `folder`, rising. Unfinished ones have other names."""
+def saved_steps(workdir: str) -> list[int]:
+    """Steps of the finished checkpoints of `workdir`, rising. Unfinished ones have other names."""
+    folder = os.path.join(workdir, FOLDER)
     if not os.path.isdir(folder):
         return []
     return sorted(int(name) for name in os.listdir(folder) if name.isdigit())

@@ -47,7 +47,8 @@ def default() -> ConfigDict:
     c.weights = "ema"  # which weights of a training run to read: ema or raw
 
     # Training. Authors' defaults where they published one (docs/training.md).
-    c.phase = 1  # 1 from scratch; 2 and 3 need init_from
+    c.phase = 1  # of the recipe; 2 and 3 start from weights, 3 has a GAN
+    c.needs_weights = False  # starting without init_from is an error
     c.steps = 100_000  # optimizer steps in all, also after a resume
     c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
     c.accumulate = 1  # microbatches a step whose gradients are averaged
@@ -57,6 +58,7 @@ def default() -> ConfigDict:
     c.save_every = 1000  # steps between checkpoints
     c.keep = 2  # checkpoints to keep
     c.evaluate_every = 5000  # steps between evaluations; 0: only at the end
+    c.evaluate_first = False  # before step 1 too, and compare at the end
     c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
     c.allow_change = ()  # identity keys that may differ from the run being resumed
     c.max_skipped = 10  # stop after so many non-finite steps in a row
@@ -75,6 +77,16 @@ def default() -> ConfigDict:
     m.l1_weight = 1.0
     m.lpips_weight = 1.0  # weight of the perceptual loss; > 0 needs lpips_weights
     m.lpips_weights = ""  # converted VGG16 file (docs/evaluation.md)
+    m.gan_weight = 0.0  # weight of the PatchGAN loss, before the adaptive weight; 0: no GAN
+    m.gan_warmup_steps = 1000  # steps that train the discriminator alone on the GAN loss
+    m.gan_adaptive_max = 10.0  # bound of the ratio of gradient norms at the last layer
+    m.gan_learning_rate = 5.4e-5  # of the discriminator
+    m.gan_channels = 64  # of the discriminator's first layer
+    m.gan_layers = 3  # that halve the size
+    m.gan_norm = "group"  # group, or batch (over the global batch)
+    m.gan_diff_augment = False  # DiffAugment on what the discriminator sees; for few images
+    m.gan_lecam = 0.0  # weight of LeCAM
+    m.gan_r1 = 0.0  # weight of the R1 penalty
 
     m = c.optimizer = ConfigDict()
     m.learning_rate = 6.4e-5
@@ -89,9 +101,10 @@ def default() -> ConfigDict:
     m.clip_norm = 1.0  # global norm of the trained gradients; 0: no clipping
 
     m = c.data = ConfigDict()
-    m.source = "photos"  # photos (embedded), folder or tfds
+    m.source = "photos"  # photos (embedded), folder, tfds or mixture
     m.path = ""  # folder: images, searched recursively; evaluate also takes one picture
     m.name = ""  # tfds: builder name, prepared as ArrayRecord
+    m.parts = ()  # mixture: ((weight, source, path), ...); path: folder, or tfds NAME/SPLIT
     m.data_dir = ""  # tfds: where it was prepared; '' is tfds's own default
     m.split = "train"  # tfds: split to read
     m.held_out_path = ""  # folder: images for evaluation while training
@@ -172,7 +185,8 @@ def check(config: ConfigDict) -> None:
         "weights": ("ema", "raw"),
         "model.depthwise": ("auto", "grouped", "shifted"),
         "optimizer.schedule": ("constant", "cosine"),
-        "data.source": ("photos", "folder", "tfds"),
+        "loss.gan_norm": ("group", "batch"),
+        "data.source": ("photos", "folder", "tfds", "mixture"),
         "data.crop": ("random", "random_resized", "center"),
     }
     flat = _flatten(config.to_dict())
@@ -180,6 +194,7 @@ def check(config: ConfigDict) -> None:
         if flat[key] not in allowed:
             raise UserError(f"{key}={flat[key]!r} is not known; choose one of {', '.join(allowed)}")
     at_least = {
+        "seed": 0,
         "batch_size": 1,
         "resolution": 1,
         "steps": 0,
@@ -202,6 +217,13 @@ def check(config: ConfigDict) -> None:
         "optimizer.weight_decay": 0,
         "loss.l1_weight": 0,
         "loss.lpips_weight": 0,
+        "loss.gan_weight": 0,
+        "loss.gan_warmup_steps": 0,
+        "loss.gan_adaptive_max": 0,
+        "loss.gan_channels": 1,
+        "loss.gan_layers": 1,
+        "loss.gan_lecam": 0,
+        "loss.gan_r1": 0,
     }
     for key, low in at_least.items():
         if not flat[key] >= low:

@@ -18,6 +18,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from PIL import Image, ImageEnhance, ImageOps
 
 from dcae_jax.config import UserError, training_resolutions
@@ -177,8 +178,60 @@ class Subset:
         return self.source.name(int(self.records[i]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources one after the other; training draws from each by its weight."""
+
+    parts: tuple[Any, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def _locate(self, i: int) -> tuple[Any, int]:
+        for part in self.parts:
+            if i < len(part):
+                return part, i
+            i -= len(part)
+        raise IndexError(i)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        part, record = self._locate(i)
+        return part[record]
+
+    def name(self, i: int) -> str:
+        part, record = self._locate(i)
+        return part.name(record)
+
+
+def _mixture(data: Any, open_source: Any) -> Mixture:
+    """The parts (weight, source, path) of config.data.parts, opened by `open_source`.
+
+    path: a folder, or NAME/SPLIT of a tfds set; '' for photos. Raises UserError.
+    """
+    if not data.parts:
+        raise UserError("data.parts is empty; give (weight, source, path) for each part")
+    parts, weights = [], []
+    for entry in data.parts:
+        if len(entry) != 3 or entry[1] not in ("photos", "folder", "tfds") or not entry[0] > 0:
+            raise UserError(
+                f"data.parts: {tuple(entry)!r} must be (weight above 0, 'photos', 'folder' or "
+                "'tfds', path)"
+            )
+        weight, kind, path = entry
+        one = data.copy_and_resolve_references()
+        one.source, one.path, one.held_out_path = kind, path, ""
+        if kind == "tfds":
+            one.name, _, one.split = path.rpartition("/")
+        parts.append(open_source(one))
+        weights.append(float(weight))
+    return Mixture(tuple(parts), tuple(weights))
+
+
 def training_source(data: Any) -> Any:
     """The source that config.data names, without what is held out. Raises UserError."""
+    if data.source == "mixture":
+        return _mixture(data, training_source)
     if data.source == "photos":
         return photos(PHOTOS)
     if data.source == "tfds":
@@ -191,6 +244,8 @@ def training_source(data: Any) -> Any:
 
 def held_out_source(data: Any) -> Any:
     """The images that training does not see, for evaluation during and after it."""
+    if data.source == "mixture":
+        return _mixture(data, held_out_source)
     if data.source == "photos":
         return photos(HELD_OUT_PHOTOS)
     if data.source == "tfds":
@@ -372,6 +427,18 @@ class Unreadable:
         return batch
 
 
+def _record_order(source: Any, seed: int) -> grain.MapDataset:
+    """Global index -> record: each epoch a new order; a mixture's parts each by their own."""
+    if not isinstance(source, Mixture):
+        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    parts, first = [], 0
+    for part in source.parts:
+        records = grain.MapDataset.range(first, first + len(part))
+        parts.append(records.seed(seed).shuffle().repeat())
+        first += len(part)
+    return grain.MapDataset.mix(parts, weights=source.weights)
+
+
 def training_batches(
     config: Any, start: int, process: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
@@ -385,21 +452,20 @@ def training_batches(
     local = config.batch_size // processes
     load = _Load(source, config.data, config.seed, config.batch_size, training_resolutions(config))
     dataset = (
-        grain.MapDataset.range(len(source))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
+        _record_order(source, config.seed)
         .map_with_index(load)[start:]
         .batch(local)[process::processes]
         .to_iter_dataset(
             grain.ReadOptions(
-                num_threads=config.data.threads,
+                num_threads=min(config.data.threads, config.data.prefetch),
                 # Counted in batches, since it comes after .batch().
                 prefetch_buffer_size=config.data.prefetch,
             )
         )
     )
     if config.data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also in a notebook
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     counter = Unreadable(source)
     for batch in dataset:
@@ -465,7 +531,7 @@ def evaluation_batches(
         grain.MapDataset.range(padded)
         .map(_LoadOnce(source, size, crops, total))
         .batch(batch_size // processes)[process::processes]
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2))
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     )
     for batch in dataset:
         for record in batch.pop("unreadable"):

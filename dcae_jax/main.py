@@ -18,8 +18,12 @@ from dcae_jax.config import UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, and its :VARIANT")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures")
 
-# Job -> the module whose run(config, workdir) does it.
-JOBS = {"train": "train", "evaluate": "evaluate"}
+# Job -> module and function (config, workdir) -> exit status.
+JOBS = {
+    "train": ("train", "run"),
+    "phases": ("train", "run_phases"),
+    "evaluate": ("evaluate", "run"),
+}
 
 FAILED, MISTAKE = 1, 2
 
@@ -33,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, workdir = parse(sys.argv if argv is None else argv)
         use_compile_cache()
-        return importlib.import_module(f"dcae_jax.{JOBS[config.job]}").run(config, workdir)
+        module, function = JOBS[config.job]
+        return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE

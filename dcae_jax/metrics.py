@@ -151,8 +151,6 @@ def moments_merge(a, b):
             f"moments of {a['sum'].size} and of {b['sum'].size} features cannot be merged: "
             "take both from the same network"
         )
-    if a["count"] == 0:
-        return b
     move = b["shift"] - a["shift"]
     cross = np.outer(b["sum"], move)
     return {

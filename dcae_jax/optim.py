@@ -72,3 +72,9 @@ def optimizer(
     labels = {name: "train" if name in trained else "freeze" for name in names}
     transforms = {"train": optax.chain(*steps), "freeze": optax.set_to_zero()}
     return optax.partition(transforms, labels)
+
+
+def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW for all of the discriminator, with the betas of the run and its own learning rate."""
+    o = config.optimizer
+    return optax.adamw(config.loss.gan_learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=0.0)

@@ -14,16 +14,28 @@ from jax.sharding import Mesh
 
 from dcae_jax import optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import layers
+from dcae_jax.models import layers, patchgan
 from dcae_jax.models.layers import Weights
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "stats", "ema", "opt_state", "skipped", "skipped_in_row"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
+def _pytree(cls):
+    """A frozen dataclass whose fields are all arrays or trees of them."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
+class Discriminator:
+    """The other side of phase 3."""
+
+    params: Weights
+    stats: Weights
+    opt_state: optax.OptState
+    logit_means: jax.Array  # [2] running means on real and fake pictures, for LeCAM
+
+
+@_pytree
 class TrainState:
     """Everything that a step changes."""
 
@@ -32,8 +44,17 @@ class TrainState:
     stats: Weights  # running statistics of BatchNorm
     ema: Weights  # moving averages of the trained parameters and statistics only
     opt_state: optax.OptState
+    discriminator: Discriminator | None  # where loss.gan_weight > 0
     skipped: jax.Array  # steps without effect since something was not finite, int32
     skipped_in_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorBlueprint:
+    graph: nnx.GraphDef
+    params: dict[str, jax.ShapeDtypeStruct]
+    stats: dict[str, jax.ShapeDtypeStruct]
+    optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +66,8 @@ class Blueprint:
     stats: dict[str, jax.ShapeDtypeStruct]
     trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
     optimizer: optax.GradientTransformation
+    discriminator: DiscriminatorBlueprint | None
+    last_layer: str  # the kernel that makes the picture, whose gradients weigh the GAN loss
 
 
 def model_module(model_config: Any) -> Any:
@@ -77,7 +100,25 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
-    return Blueprint(graph, params, stats, trained | moving, optimizer)
+    last_layer = model_module(config.model).last_layer(arch)
+    if config.loss.gan_weight and last_layer not in trained:
+        raise UserError(
+            f"loss.gan_weight={config.loss.gan_weight} needs {last_layer!r} in trainable: its "
+            "gradients weigh the GAN loss"
+        )
+    other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
+    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer)
+
+
+def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
+    """The PatchGAN of config.loss, and its optimizer."""
+    graph, params, stats = layers.split(create_discriminator(config, mesh, layers.shapes))
+    return DiscriminatorBlueprint(graph, params, stats, optim.discriminator_optimizer(config))
+
+
+def create_discriminator(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
+    dtype = sharding.compute_dtype(config, mesh)
+    return patchgan.create(config.loss, dtype=dtype, init=init)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -94,16 +135,30 @@ def _norm_of(stat: str) -> set[str]:
     return {f"{prefix}.scale", f"{prefix}.bias"}
 
 
-def fresh(plan: Blueprint, params: Weights, stats: Weights) -> TrainState:
-    """The state before the first step: zero moments, averages equal to the weights."""
+def fresh(plan: Blueprint, weights: Weights, other: Weights) -> TrainState:
+    """The state before the first step: zero moments, averages equal to the weights.
+
+    weights: the model's parameters and statistics; other: the discriminator's, if there is one.
+    """
     zero = jnp.zeros((), jnp.int32)
+    params = {name: weights[name] for name in plan.params}
+    discriminator = None
+    if plan.discriminator:
+        other_params = {name: other[name] for name in plan.discriminator.params}
+        discriminator = Discriminator(
+            params=other_params,
+            stats={name: other[name] for name in plan.discriminator.stats},
+            opt_state=plan.discriminator.optimizer.init(other_params),
+            logit_means=jnp.zeros(2),
+        )
     return TrainState(
         step=zero,
         params=params,
-        stats=stats,
+        stats={name: weights[name] for name in plan.stats},
         # Copies, since a donated buffer must not stand twice in the state.
-        ema={k: jnp.copy(v) for k, v in {**params, **stats}.items() if k in plan.trained},
+        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.trained},
         opt_state=plan.optimizer.init(params),
+        discriminator=discriminator,
         skipped=zero,
         skipped_in_row=jnp.copy(zero),
     )
@@ -111,7 +166,12 @@ def fresh(plan: Blueprint, params: Weights, stats: Weights) -> TrainState:
 
 def abstract_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: for restoring, planning, init."""
-    shapes = jax.eval_shape(functools.partial(fresh, plan), plan.params, plan.stats)
+    other = plan.discriminator
+    shapes = jax.eval_shape(
+        functools.partial(fresh, plan),
+        {**plan.params, **plan.stats},
+        {**other.params, **other.stats} if other else {},
+    )
     places = sharding.state_shardings(shapes, config.sharding, mesh)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
@@ -126,15 +186,29 @@ def init_state(
     Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
     Raises UserError when `weights` are not those of this model.
     """
+    abstract = abstract_state(config, mesh, plan)
     if weights is None:
-        _, params, stats = layers.split(create_model(config, mesh, layers.random(config.seed)))
-        weights = {**params, **stats}
+        weights = _joined(create_model(config, mesh, layers.random(config.seed)))
     check_weights(weights, {**plan.params, **plan.stats})
-    places = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, plan))
-    params = {name: sharding.put(weights[name], places.params[name]) for name in plan.params}
-    stats = {name: sharding.put(weights[name], places.stats[name]) for name in plan.stats}
+    weights = _place(weights, {**abstract.params, **abstract.stats})
+    other: Weights = {}
+    if plan.discriminator:
+        d = abstract.discriminator
+        # Another seed than the model's, or both would start from the same draws.
+        init = layers.random(config.seed + 2**32)
+        other = _place(_joined(create_discriminator(config, mesh, init)), {**d.params, **d.stats})
+    places = jax.tree.map(lambda s: s.sharding, abstract)
     start = jax.jit(functools.partial(fresh, plan), out_shardings=places, donate_argnums=(0, 1))
-    return start(params, stats)
+    return start(weights, other)
+
+
+def _joined(model: nnx.Module) -> Weights:
+    _, params, stats = layers.split(model)
+    return {**params, **stats}
+
+
+def _place(weights: Weights, abstract: Weights) -> Weights:
+    return {name: sharding.put(weights[name], leaf.sharding) for name, leaf in abstract.items()}
 
 
 def check_weights(weights: Weights, wanted: Weights) -> None:

@@ -29,7 +29,7 @@ from dcae_jax import checkpoint, data, evaluate, report, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import lpips
+from dcae_jax.models import lpips, patchgan
 from dcae_jax.state import Blueprint, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
@@ -50,130 +50,160 @@ def run(config: Any, workdir: str) -> int:
     """The job `train`. Returns 0 when done, 75 when stopped by SIGTERM after saving."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    plan = state_lib.blueprint(config, mesh)
+    start = max(checkpoint.saved_steps(workdir), default=None)
+    changed = ""
+    if start is not None:
+        saved_config = report.read_json(os.path.join(workdir, checkpoint.CONFIG))
+        changed = check_identity(saved_config, config, workdir)
+        if start >= config.steps:
+            logging.info("%s is done: step %d of %d", workdir, start, config.steps)
+            return DONE
     judges = load_judges(config, mesh)
+    plan = state_lib.blueprint(config, mesh)
     step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, plan)
-    lowered = {
+    traced = {
         size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
         for size in sorted(set(config_lib.training_resolutions(config)))
     }
-    metric_shapes = next(iter(lowered.values())).out_info[1]
+    metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_totals(metric_shapes), out_shardings=sharding.replicated(mesh))
-
-    saved_config = report.read_json(os.path.join(workdir, checkpoint.CONFIG))
-    manager = checkpoint.open_manager(workdir, config.keep)
-    start = manager.latest_step()
     if start is None:
-        state, totals, index = _fresh_state(config, mesh, plan), empty(), 0
-        report.drop_rows_after(workdir, 0)
-    else:
-        changed = check_identity(saved_config, config, workdir)
+        state, provenance = _fresh_state(config, mesh, plan)
+        totals, index = empty(), 0
+    manager = checkpoint.open_manager(workdir, config.keep)
+    if start is not None:
         state, totals, index = checkpoint.restore(manager, start, abstract, jax.eval_shape(empty))
         totals = jax.device_put(totals, sharding.replicated(mesh))
-        report.drop_rows_after(workdir, start)
+        provenance = saved_config["weights"]
         logging.info("resuming %s at step %d%s", workdir, start, changed)
-    start = start or 0
     if jax.process_index() == 0:
+        # Row 0 is the evaluation before the first step.
+        report.drop_rows_after(workdir, -1 if start is None else start)
         report.write_json(
             os.path.join(workdir, checkpoint.CONFIG),
             {
                 "config": config_lib.to_json(config),
-                "versions": versions(),
+                "weights": provenance,
+                "versions": versions(mesh),
                 "mesh": dict(mesh.shape),
             },
         )
-    logging.info("%s", parameter_table(plan))
-    if start >= config.steps:
-        logging.info("already at step %d of %d; raise steps to train on", start, config.steps)
-        return DONE
+        logging.info("%s", parameter_table(plan))
 
     compiled = {}
-    for size, traced in lowered.items():
+    for size, trace in traced.items():
         began = time.perf_counter()
-        compiled[size] = traced.lower().compile()
+        compiled[size] = trace.lower().compile()
         logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
 
-    with _PreemptionFlag() as preempted, _Writer(workdir, start) as writer:
-        loop = functools.partial(
-            _loop, config, mesh, plan, judges, compiled, empty, manager, writer, preempted, workdir
-        )
+    with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
+        evaluate_now = functools.partial(_evaluate, config, mesh, plan, writer)
+        if start is None and config.evaluate_first:
+            evaluate_now(0, state)
+            writer.flush()
         try:
-            status = loop(state, totals, start, index)
+            return _loop(
+                config,
+                mesh,
+                judges,
+                compiled,
+                empty,
+                manager,
+                writer,
+                preempted,
+                evaluate_now,
+                (state, totals, start or 0, index),
+            )
         finally:
             manager.wait_until_finished()
             manager.close()
-    return status
+
+
+def run_phases(config: Any, workdir: str) -> int:
+    """The job `phases`: phases 1, 2 and 3 into WORKDIR/phase1, phase2, phase3, each from the last.
+
+    A phase that is done is not run again, so that the same command resumes the chain.
+    """
+    before = ""
+    for phase in ("phase1", "phase2", "phase3"):
+        folder = os.path.join(workdir, phase)
+        one = config[phase].copy_and_resolve_references()
+        one.init_from = before
+        logging.info("== %s: %s", phase, folder)
+        status = run(one, folder)
+        if status != DONE:
+            return status
+        before = folder
+    return DONE
 
 
 def _loop(
     config: Any,
     mesh: Mesh,
-    plan: Blueprint,
     judges: Any,
     compiled: dict[int, Callable],
     empty: Callable[[], Totals],
     manager: Any,
     writer: "_Writer",
     preempted: threading.Event,
-    workdir: str,
-    state: TrainState,
-    totals: Totals,
-    start: int,
-    index: int,
+    evaluate_now: Callable[[int, TrainState], None],
+    position: tuple[TrainState, Totals, int, int],
 ) -> int:
+    state, totals, start, index = position
     batches = data.training_batches(config, index, jax.process_index(), jax.process_count())
     accumulate = jax.jit(add_metrics, donate_argnums=0)
-    held_out = None
-    in_flight: collections.deque = collections.deque()
-    clock = _Clock(config.batch_size)
+    in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
+    clock = _Clock(config.batch_size, start)
     with _progress(config.steps, start) as bar:
+        writer.bar = bar
         for step in range(start + 1, config.steps + 1):
-            _profile(config, step, workdir)
+            _profile(config, step, writer.workdir)
             batch = next(batches)
             placed = sharding.put_batch(batch, mesh)
             state, metrics = compiled[batch["image"].shape[1]](state, placed, judges)
             totals = accumulate(totals, metrics)
             index += config.batch_size
-
             in_flight.append((step, metrics["skipped_in_row"]))
-            if len(in_flight) > LAG:
-                check_finite(*in_flight.popleft(), config.max_skipped)
+            # A row is read one step late, when the device has the next step to work on.
+            writer.flush()
 
             last = step == config.steps
-            evaluates = last or bool(config.evaluate_every and step % config.evaluate_every == 0)
-            logs = evaluates or step % config.log_every == 0
             stops = preempted.is_set()
             saves = last or stops or step % config.save_every == 0
-            # A row is read one step late, when the device has the next step to work on; but it
-            # is on disk before a checkpoint that would not write it again.
-            writer.flush(bar)
-            if logs:
+            evaluates = last or bool(config.evaluate_every and step % config.evaluate_every == 0)
+            while len(in_flight) > (0 if saves or evaluates else LAG):
+                check_finite(*in_flight.popleft(), config.max_skipped)
+            if evaluates or step % config.log_every == 0:
                 writer.pending = (step, totals, clock.lap(step))
                 totals = empty()
-            if evaluates or saves:
-                while in_flight:
-                    check_finite(*in_flight.popleft(), config.max_skipped)
+            began = time.perf_counter()
             if evaluates:
-                held_out = held_out or data.held_out_source(config.data)
-                results = evaluate.evaluate(
-                    config, plan.graph, state_lib.averaged(state), mesh, held_out
-                )
-                writer.evaluation(step, results)
-                clock.skip()
+                evaluate_now(step, state)
             if saves:
-                writer.flush(bar)
+                # On disk before the checkpoint, after which it would not be written again.
+                writer.flush()
                 checkpoint.save(manager, state, totals, step, index)
-                clock.skip()
+            clock.leave_out(time.perf_counter() - began)
             manager.check_for_errors()
             bar.update(1)
             if stops and not last:
                 manager.wait_until_finished()
-                logging.info(
-                    "stopped by a signal, saved at step %d; the same command resumes", step
-                )
+                logging.info("saved at step %d after a signal; the same command resumes", step)
                 return PREEMPTED
     return DONE
+
+
+def _evaluate(
+    config: Any, mesh: Mesh, plan: Blueprint, writer: "_Writer", step: int, state: TrainState
+) -> None:
+    """Scores the averaged weights on the held-out images, into the row of `step`."""
+    source = data.held_out_source(config.data)
+    weights = state_lib.averaged(state)
+    results = evaluate.evaluate(config, plan.graph, weights, mesh, source)
+    writer.evaluation(step, results)
+    if step and step == config.steps:
+        writer.compare_with_start(evaluate.flat_scores(results))
 
 
 # --- before the first step ------------------------------------------------------------------------
@@ -182,12 +212,21 @@ def _loop(
 def check(config: Any, mesh: Mesh) -> None:
     """Raises UserError where the configuration does not fit itself, the model or the devices."""
     config_lib.check(config)
+    if config.phase == 3 and not config.loss.gan_weight:
+        raise UserError("loss.gan_weight=0 in phase 3, which is the GAN's; set it above 0")
     arch = state_lib.model_module(config.model).architecture(config.model)
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
     for size in config.evaluate.resolutions:
         evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
+    if config.loss.gan_weight:
+        least = patchgan.smallest_input(config.loss.gan_layers)
+        if min(config_lib.training_resolutions(config)) < least:
+            raise UserError(
+                f"loss.gan_layers={config.loss.gan_layers} needs pictures of {least} pixels; "
+                "use fewer layers or a higher resolution"
+            )
     sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
     sharding.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
 
@@ -221,20 +260,28 @@ def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     }
 
 
-def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
+def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, str]:
+    """(the state before step 1, where its weights are from). Raises UserError."""
     if not config.init_from:
-        return state_lib.init_state(config, mesh, plan)
+        if config.phase > 1 or config.needs_weights:
+            raise UserError(
+                f"init_from is empty, and {'phase ' + str(config.phase)} starts from weights; run "
+                f"configs/phase{config.phase - 1 or 1}.py first and name its workdir with "
+                "--config.init_from"
+            )
+        return state_lib.init_state(config, mesh, plan), f"random, seed {config.seed}"
     weights, saved = checkpoint.load_weights(config.init_from, config.weights)
     theirs, ours = saved["model"]["variant"], config.model.variant
     try:
-        return state_lib.init_state(config, mesh, plan, weights)
+        state = state_lib.init_state(config, mesh, plan, weights)
     except UserError as error:
         if theirs == ours:
             raise
         raise UserError(
-            f"init_from={config.init_from!r} is a {theirs}, this run a {ours}; "
-            f"use --config=...:{theirs}"
+            f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
+            f"--config=...:{theirs}"
         ) from error
+    return state, f"{config.weights} weights of {os.path.abspath(config.init_from)}"
 
 
 def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> str:
@@ -259,10 +306,10 @@ def _allows(allow_change: tuple[str, ...], key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_change)
 
 
-def versions() -> dict[str, str]:
+def versions(mesh: Mesh) -> dict[str, str]:
     """What the run ran on, for config.json."""
     packages = ("dcae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {"python": host.python_version(), "backend": jax.default_backend()}
+    found = {"python": host.python_version(), "platform": sharding.platform(mesh)}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
@@ -328,6 +375,7 @@ class _Writer:
         self.pending: tuple[int, Totals, dict[str, float]] | None = None
         self.scores: dict[str, float] = {}
         self.events = None
+        self.bar = None
 
     def __enter__(self) -> "_Writer":
         if jax.process_index() == 0:
@@ -340,26 +388,28 @@ class _Writer:
         if self.events:
             self.events.close()
 
-    def flush(self, bar: Any) -> None:
+    def flush(self) -> None:
         """Writes the pending row, waiting for its numbers."""
         if self.pending is None:
             return
-        step, totals, times = self.pending
-        values = {k: float(v) for k, v in compute(totals).items()} | times | self.scores
+        (step, totals, times), scores = self.pending, self.scores
         self.pending, self.scores = None, {}
         if self.events is None:
             return
+        values = compute(totals) | times | scores
         report.append_row(self.workdir, step, values)
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
         shown = {k: f"{values[k]:.4g}" for k in ("loss", "images_per_s") if k in values}
-        bar.set_postfix(shown, refresh=False)
-        if bar.disable:
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix(shown, refresh=False)
+        elif shown:
             logging.info("step %d  %s", step, "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
-        """Takes an evaluation into the pending row, and writes its pictures."""
+        """Takes an evaluation into the row of `step`, and writes its pictures."""
         self.scores = evaluate.flat_scores(results)
+        self.pending = self.pending or (step, {}, {})
         if self.events is None:
             return
         logging.info("step %d\n%s", step, evaluate.score_table(results))
@@ -367,27 +417,47 @@ class _Writer:
         for size, result in results.items():
             self.events.add_image(f"reconstruction_{size}", result.grid(), step, dataformats="HWC")
 
+    def compare_with_start(self, scores: dict[str, float]) -> None:
+        """Says which figures rose and which fell since the evaluation before the first step."""
+        rows = report.read_rows(self.workdir)
+        before = rows[0] if rows and rows[0]["step"] == 0 else {}
+        pairs = {name: (before[name], score) for name, score in scores.items() if name in before}
+        if pairs and self.events is not None:
+            logging.info("%s", changes(pairs))
 
-def compute(totals: Totals) -> dict[str, np.ndarray]:
-    """The running means as host numbers."""
-    return {name: np.asarray(total.compute()) for name, total in jax.device_get(totals).items()}
+
+def changes(pairs: dict[str, tuple[float, float]]) -> str:
+    """'fell: psnr_64 24.10 -> 23.80 (-0.30); rose: ...' of scores where higher is better."""
+    sides = {"fell": [], "rose": []}
+    for name, (before, after) in pairs.items():
+        text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
+        sides["fell" if after < before else "rose"].append(text)
+    return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
+
+
+def compute(totals: Totals) -> dict[str, float]:
+    """The running means as host numbers, NaN where no step counted."""
+    return {
+        name: float(np.asarray(total.compute())) for name, total in jax.device_get(totals).items()
+    }
 
 
 class _Clock:
     """Seconds a step and images a second between two rows, evaluations and saves left out."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.last, self.away, self.step = time.perf_counter(), 0.0, None
+    def __init__(self, batch_size: int, start: int):
+        self.batch_size, self.step = batch_size, start
+        self.last = time.perf_counter()
 
     def lap(self, step: int) -> dict[str, float]:
+        """The figures of the steps since the last lap, up to `step`."""
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        count, self.step = step - (self.step or 0), step
+        seconds, count = now - self.last, step - self.step
+        self.last, self.step = now, step
         return {"step_s": seconds / count, "images_per_s": self.batch_size * count / seconds}
 
-    def skip(self) -> None:
-        self.last = time.perf_counter()
+    def leave_out(self, seconds: float) -> None:
+        self.last += seconds
 
 
 class _PreemptionFlag:

@@ -197,9 +197,12 @@ def test_command_knows_the_official_files(tmp_path, capsys, monkeypatch):
     assert "alexnet-owt-7be5be79.pth" in errors[0] and "--allow_unknown_checksum" in errors[0]
     official = {torch_io.sha256(source)[:8]: "official.pth"}
     monkeypatch.setitem(torch_io.CHECKSUMS, "lpips-alex", official)
+    out.write_bytes(b"an older file")
     status, lines, _ = run(capsys, source, f"--out={out}")
     assert status == 0 and lines[1] == "this is official.pth, lpips-alex"
     lpips.load(out, "alex")
+    with pytest.raises(ValueError, match="'lpips-alex', not the Inception"):
+        inception.load(out)
 
 
 def test_command_refuses_wrong_files(tmp_path, capsys):

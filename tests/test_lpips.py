@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from dcae_jax.models import lpips
 
 NETS = ("vgg", "alex")
+distance = jax.jit(lpips.distance, static_argnames=("net", "normalize"))
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def save(path, arrays, network):
 @pytest.mark.parametrize("net", NETS)
 def test_equals_the_golden_distance(net, normalize):
     """Fails on a wrong tap, padding, input scaling, linear layer or the other normalisation."""
-    found = jax.jit(lpips.distance, static_argnums=(3, 4))(weights(net), *pair(), net, normalize)
+    found = distance(weights(net), *pair(), net, normalize)
     expected = json.loads(judges.PATH.read_text())
     np.testing.assert_allclose(found, expected[f"{net} {normalize}"], rtol=0, atol=1e-6)
     other = expected[f"{net} {'lpips' if normalize == 'torchmetrics' else 'torchmetrics'}"]
@@ -79,33 +80,32 @@ def test_gradient_steps_reduce_it():
         values.append(float(value.mean()))
         x = x - 0.05 * gradient / jnp.abs(gradient).max()
     assert all(b < a for a, b in zip(values, values[1:], strict=False)), values
-    assert values[-1] < 0.9 * values[0], values
+    assert 0 < values[-1] < 0.9 * values[0], values
 
 
 @pytest.mark.parametrize("normalize", ["lpips", "torchmetrics"])
-def test_gradient_is_finite_where_every_channel_is_off(normalize):
-    """Fails if the root of a zero norm, which ReLU makes common, turns the gradient into NaN."""
-    off = {k: v - 100 if k.endswith("0.bias") else v for k, v in weights("alex").items()}
+def test_gradient_is_finite_where_features_vanish(normalize):
+    """Fails if the root of a norm that is zero, or underflows to it, makes the gradient NaN."""
     x, y = pair(32)
-    _, gradient = value_and_gradient(off, x, y, "alex", normalize)
-    assert np.isfinite(gradient).all()
-    _, gradient = value_and_gradient(weights("alex"), x, x, "alex", normalize)
-    assert np.isfinite(gradient).all()
+    vanishing = lpips.from_torch(judges.lpips_state("alex", scale=1e-25))[1]
+    for weight, other in ((vanishing, y), (weights("alex"), x)):
+        _, gradient = value_and_gradient(weight, x, other, "alex", normalize)
+        assert np.isfinite(gradient).all()
 
 
 def test_bfloat16_pictures_are_judged_in_float32():
     """Fails if a bfloat16 input lowers the network's own precision."""
     x, y = pair(32)
     x = jnp.asarray(x, jnp.bfloat16)
-    found = lpips.distance(weights("alex"), x, y, "alex")
-    expected = lpips.distance(weights("alex"), x.astype(jnp.float32), y, "alex")
+    found = distance(weights("alex"), x, y, "alex")
+    expected = distance(weights("alex"), x.astype(jnp.float32), y, "alex")
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, expected)
 
 
 def test_linear_layers_are_the_published_ones():
     """Fails if the shipped file is damaged: counts and sums of lpips 0.1.4, weights/v0.1."""
-    for net, (size, total) in {"vgg": (1472, 307.16113), "alex": (1152, 393.9613)}.items():
+    for net, (size, total) in {"vgg": (1472, 131.855509), "alex": (1152, 105.275355)}.items():
         layers = lpips.linear_layers(net)
         joined = np.concatenate([layers[f"lin{i}"] for i in range(5)])
         assert joined.size == size and joined.min() >= 0
@@ -144,6 +144,6 @@ def test_arguments_are_checked():
     for net in NETS:
         smallest = lpips._MIN_SIZE[net]
         small = [v[:, :smallest, :smallest] for v in (x, y)]
-        assert np.isfinite(lpips.distance(weights(net), *small, net)).all()
+        assert np.isfinite(distance(weights(net), *small, net)).all()
         with pytest.raises(ValueError, match="enlarge"):
             lpips.distance(weights(net), *(v[:, 1:] for v in small), net)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 2, high-resolution latent adaptation: the middle of the model at 512 and 1024 pixels.
+
+    python -m dcae_jax.main --config=configs/phase2.py --workdir=runs/phase2 \
+        --config.init_from=runs/phase1 --config.data.source=folder \
+        --config.data.path=/data/high_resolution --config.loss.lpips_weights=lpips-vgg.safetensors
+
+Everything else is frozen, so no gradient runs through the encoder's large feature maps.
+`:tiny` runs on two CPU cores on the embedded photographs.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant="f32c32"):
+    config = base.default()
+    config.model.variant = variant
+    config.phase = 2
+    config.trainable = (
+        r"encoder\.stages\.{deepest}\..*",
+        r"encoder\.project_out\..*",
+        r"decoder\.project_in\..*",
+        r"decoder\.stages\.{deepest}\..*",
+    )
+    # 256 keeps what phase 1 learned: without it, low resolution gets worse (docs/training.md).
+    config.resolutions = (256, 512, 512, 1024)
+    config.batch_size = 32
+    config.steps = 20_000
+    config.optimizer.learning_rate = 1.6e-5
+    config.optimizer.weight_decay = 1e-3
+    config.optimizer.warmup_steps = 1000
+    config.evaluate.resolutions = (256, 512, 1024)
+    config.evaluate_first = True
+    if variant == "tiny":
+        config.resolutions = (64, 128, 128)
+        config.steps = 150
+        config.batch_size = 8
+        config.loss.lpips_weight = 0.0
+        config.optimizer.learning_rate = 5e-4
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 10
+        config.ema_decay = 0.99
+        config.ema_warmup = 20
+        config.log_every = 10
+        config.save_every = 50
+        config.evaluate_every = 0
+        config.evaluate.resolutions = (64, 256)
+        config.evaluate.count = 64
+        config.evaluate.crops = 32
+    return config

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 3, low-resolution local refinement: the decoder's head, with a PatchGAN, at 256 pixels.
+
+    python -m dcae_jax.main --config=configs/phase3.py --workdir=runs/phase3 \
+        --config.init_from=runs/phase2 --config.data.source=folder \
+        --config.data.path=/data/imagenet/train --config.loss.lpips_weights=lpips-vgg.safetensors
+
+The encoder is not touched: latents stay bit-identical, and a diffusion model on them stays valid.
+`:tiny` runs on two CPU cores on the embedded photographs.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant="f32c32"):
+    config = base.default()
+    config.model.variant = variant
+    config.phase = 3
+    config.trainable = (r"decoder\.stages\.{outermost}\..*", r"decoder\.project_out\..*")
+    config.batch_size = 96
+    config.steps = 20_000
+    config.loss.gan_weight = 0.5
+    config.optimizer.learning_rate = 5.4e-5
+    config.optimizer.b1 = 0.5
+    config.optimizer.b2 = 0.9
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.warmup_steps = 1000
+    config.evaluate.resolutions = (256, 512)
+    config.evaluate_first = True
+    if variant == "tiny":
+        config.resolution = 64
+        config.steps = 200
+        config.batch_size = 16
+        config.loss.lpips_weight = 0.0
+        config.loss.gan_channels = 32
+        config.loss.gan_layers = 2
+        config.loss.gan_warmup_steps = 50
+        config.loss.gan_learning_rate = 1e-3
+        config.loss.gan_diff_augment = True
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.warmup_steps = 10
+        config.ema_decay = 0.99
+        config.ema_warmup = 20
+        config.log_every = 10
+        config.save_every = 50
+        config.evaluate_every = 0
+        config.evaluate.resolutions = (64, 256)
+        config.evaluate.count = 64
+        config.evaluate.crops = 32
+    return config

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phases 1, 2 and 3 in a row, into WORKDIR/phase1, phase2 and phase3.
+
+    python -m dcae_jax.main --config=configs/phases.py:tiny --workdir=runs/tiny
+
+Each phase is the configuration of its own file: --config.phase2.steps=1000 changes one of them.
+The same command resumes the chain wherever it stopped.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from dcae_jax import config as base
+
+
+def get_config(variant="f32c32"):
+    here = os.path.dirname(os.path.abspath(__file__))
+    config = ConfigDict({"job": "phases"})
+    for phase in ("phase1", "phase2", "phase3"):
+        config[phase] = base.load_file(os.path.join(here, f"{phase}.py"), variant)
+    return config

@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoencoder of Stable Diffusion (arXiv:2112.10752), diffusers' `AutoencoderKL`: the f8
+baseline that DC-AE is measured against.
+
+Its encoder gives a Gaussian for each latent; `encode` returns the mean, or a sample of it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dcae_jax.config import UserError
+from dcae_jax.models import layers, names
+from dcae_jax.models.layers import Array
+
+EPS = 1e-6  # of every GroupNorm
+LOG_VARIANCE = (-30.0, 20.0)  # the posterior's is clipped to this
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An architecture. `widths` has one entry a stage, from full size to the deepest."""
+
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    depth: int = 2  # residual blocks a stage of the encoder; the decoder has one more
+    groups: int = 32  # of every GroupNorm
+    scaling_factor: float | None = 0.18215  # latent * scaling_factor has an rms of about 1
+
+    @property
+    def compression(self) -> int:
+        """Pixels a side that one latent position stands for (f)."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def encoder_depths(self) -> tuple[int, ...]:
+        return (self.depth,) * len(self.widths)
+
+    @property
+    def decoder_depths(self) -> tuple[int, ...]:
+        return (self.depth + 1,) * len(self.widths)
+
+
+VARIANTS = {"sd-vae-f8": Variant()}
+
+
+def variant(name: str) -> Variant:
+    """The architecture called `name`, a key of VARIANTS."""
+    if name not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise UserError(f"model.variant={name!r} is not known; choose one of {known}")
+    return VARIANTS[name]
+
+
+def architecture(model_config: Any) -> Variant:
+    """The architecture of a run: config.model's variant with the keys set beside it.
+
+    Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
+    """
+    arch = variant(model_config.variant)
+    for key in ("encoder_depths", "decoder_depths"):
+        if model_config[key]:
+            raise UserError(
+                f"model.{key}={tuple(model_config[key])}: {model_config.variant} has "
+                f"{arch.depth} blocks in every stage; leave it at ()"
+            )
+    if not model_config.residual:
+        raise UserError(
+            f"model.residual=False: {model_config.variant} has no parameter-free shortcuts; "
+            "leave it at True"
+        )
+    changes = {key: model_config[key] for key in ("latent_channels",) if model_config[key]}
+    if model_config.widths:
+        changes["widths"] = tuple(model_config.widths)
+    arch = dataclasses.replace(arch, **changes)
+    if len(arch.widths) != len(variant(model_config.variant).widths) or any(
+        width % arch.groups for width in arch.widths
+    ):
+        raise UserError(
+            f"model.widths={arch.widths}: give {len(variant(model_config.variant).widths)} "
+            f"multiples of {arch.groups}"
+        )
+    return arch
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class GroupNorm(nnx.Module):
+    """Normalises each of `groups` runs of channels over (height, width, run), float32 inside."""
+
+    def __init__(self, channels, *, groups, dtype, init):
+        self.scale = nnx.Param(init((channels,), layers.ones))
+        self.bias = nnx.Param(init((channels,), layers.zeros))
+        self.groups, self.dtype = groups, dtype
+
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        grouped = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+        y = ((grouped - mean) * jax.lax.rsqrt(variance + EPS)).reshape(b, h, w, c)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class ResBlock(nnx.Module):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+
+    def __init__(self, inputs, outputs, *, groups, dtype, init):
+        self.norm1 = GroupNorm(inputs, groups=groups, dtype=dtype, init=init)
+        self.conv1 = layers.Conv(inputs, outputs, dtype=dtype, init=init)
+        self.norm2 = GroupNorm(outputs, groups=groups, dtype=dtype, init=init)
+        self.conv2 = layers.Conv(outputs, outputs, dtype=dtype, init=init)
+        changes = inputs != outputs
+        self.shortcut = (
+            layers.Pointwise(inputs, outputs, dtype=dtype, init=init) if changes else None
+        )
+
+    def __call__(self, x: Array) -> Array:
+        y = self.conv1(nnx.silu(self.norm1(x)))
+        y = self.conv2(nnx.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nnx.Module):
+    """x + softmax attention over all positions, one head of all channels, softmax in float32."""
+
+    def __init__(self, channels, *, groups, dtype, init):
+        self.norm = GroupNorm(channels, groups=groups, dtype=dtype, init=init)
+        self.q = layers.Pointwise(channels, channels, dtype=dtype, init=init)
+        self.k = layers.Pointwise(channels, channels, dtype=dtype, init=init)
+        self.v = layers.Pointwise(channels, channels, dtype=dtype, init=init)
+        self.out = layers.Pointwise(channels, channels, dtype=dtype, init=init)
+
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        y = self.norm(x)
+        q, k, v = (layer(y).reshape(b, h * w, c) for layer in (self.q, self.k, self.v))
+        scores = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)
+        return x + self.out(jnp.einsum("bnm,bmc->bnc", weights, v).reshape(b, h, w, c))
+
+
+class Downsample(nnx.Module):
+    """A convolution of stride 2 that is padded at the bottom and the right only."""
+
+    def __init__(self, channels, *, dtype, init):
+        fill = layers.uniform(channels * 9)
+        self.kernel = nnx.Param(init((3, 3, channels, channels), fill))
+        self.bias = nnx.Param(init((channels,), fill))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            (2, 2),
+            ((0, 1), (0, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.bias[...].astype(self.dtype)
+
+
+def _middle(width, *, groups, dtype, init) -> nnx.List:
+    kwargs = dict(groups=groups, dtype=dtype, init=init)
+    return nnx.List(
+        [
+            ResBlock(width, width, **kwargs),
+            Attention(width, **kwargs),
+            ResBlock(width, width, **kwargs),
+        ]
+    )
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class Encoder(nnx.Module):
+    """Images [B, H, W, 3] -> features [B, H/f, W/f, 2 * latent_channels]."""
+
+    def __init__(self, arch: Variant, *, dtype, init):
+        kwargs = dict(groups=arch.groups, dtype=dtype, init=init)
+        self.conv_in = layers.Conv(3, arch.widths[0], dtype=dtype, init=init)
+        self.stages = nnx.List()
+        inputs = arch.widths[0]
+        for i, width in enumerate(arch.widths):
+            blocks = [
+                ResBlock(inputs if j == 0 else width, width, **kwargs) for j in range(arch.depth)
+            ]
+            if i < len(arch.widths) - 1:
+                blocks.append(Downsample(width, dtype=dtype, init=init))
+            self.stages.append(nnx.List(blocks))
+            inputs = width
+        self.middle = _middle(inputs, **kwargs)
+        self.norm_out = GroupNorm(inputs, **kwargs)
+        self.conv_out = layers.Conv(inputs, 2 * arch.latent_channels, dtype=dtype, init=init)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for stage in (*self.stages, self.middle):
+            for block in stage:
+                x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents [B, H/f, W/f, latent_channels] -> images [B, H, W, 3].
+
+    As in DC-AE, `stages` goes from full size to the deepest, which runs first.
+    """
+
+    def __init__(self, arch: Variant, *, dtype, init):
+        kwargs = dict(groups=arch.groups, dtype=dtype, init=init)
+        inputs = arch.widths[-1]
+        self.conv_in = layers.Conv(arch.latent_channels, inputs, dtype=dtype, init=init)
+        self.middle = _middle(inputs, **kwargs)
+        stages: list[nnx.List] = [None] * len(arch.widths)
+        for i in reversed(range(len(arch.widths))):  # the order in which they run
+            width = arch.widths[i]
+            blocks: list[nnx.Module] = []
+            for j in range(arch.depth + 1):
+                blocks.append(ResBlock(inputs if j == 0 else width, width, **kwargs))
+            if i > 0:
+                blocks.append(
+                    layers.Upsample(
+                        width, width, form="nearest", shortcut=False, dtype=dtype, init=init
+                    )
+                )
+            stages[i] = nnx.List(blocks)
+            inputs = width
+        self.stages = nnx.List(stages)
+        self.norm_out = GroupNorm(inputs, **kwargs)
+        self.conv_out = layers.Conv(inputs, 3, dtype=dtype, init=init)
+
+    def __call__(self, z: Array) -> Array:
+        x = self.conv_in(z)
+        for stage in (self.middle, *reversed(self.stages)):
+            for block in stage:
+                x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class SDVAE(nnx.Module):
+    """The autoencoder, without its KL term."""
+
+    def __init__(self, arch: Variant, *, dtype: Any, init: layers.Init):
+        c = arch.latent_channels
+        self.encoder = Encoder(arch, dtype=dtype, init=init)
+        self.quant_conv = layers.Pointwise(2 * c, 2 * c, dtype=dtype, init=init)
+        self.post_quant_conv = layers.Pointwise(c, c, dtype=dtype, init=init)
+        self.decoder = Decoder(arch, dtype=dtype, init=init)
+
+    def posterior(self, x: Array) -> tuple[Array, Array]:
+        """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, each [B, H/f, W/f, c] float32."""
+        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE))
+
+    def encode(self, x: Array, sample_key: Array | None = None) -> Array:
+        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
+
+        The posterior's mean or, with a `sample_key` of jax.random, a sample of it.
+        """
+        mean, deviation = self.posterior(x)
+        if sample_key is None:
+            return mean
+        return mean + deviation * jax.random.normal(sample_key, mean.shape, jnp.float32)
+
+    def decode(self, z: Array) -> Array:
+        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+
+    def __call__(self, x: Array) -> Array:
+        return self.decode(self.encode(x))
+
+
+def create(model_config: Any, *, platform: str, dtype: Any, init: layers.Init) -> SDVAE:
+    """The model of config.model, the same for devices of every `platform`."""
+    del platform
+    return SDVAE(architecture(model_config), dtype=jnp.dtype(dtype), init=init)
+
+
+def count_parameters(arch: Variant) -> tuple[int, int]:
+    """Numbers of parameters of (the whole model, its encoder), without allocating them."""
+    sizes = {path: int(np.prod(shape)) for path, shape in _shapes(arch).items()}
+    encoder = ("encoder.", "quant_conv.")
+    return sum(sizes.values()), sum(n for path, n in sizes.items() if path.startswith(encoder))
+
+
+def last_layer(arch: Variant) -> str:
+    """Path of the kernel that makes the picture, whose gradient weighs the GAN loss."""
+    del arch
+    return "decoder.conv_out.kernel"
+
+
+def input_shape(resolution: int) -> jax.ShapeDtypeStruct:
+    """Shape of one picture of a batch, as data delivers it."""
+    return jax.ShapeDtypeStruct((resolution, resolution, 3), jnp.uint8)
+
+
+# --- diffusers' weights and configuration ---------------------------------------------------------
+
+FORMATS = ("diffusers",)
+
+# Fields of AutoencoderKL and the values that absent ones have.
+DIFFUSERS_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+# What a model of this file has in these fields; sample_size and force_upcast change no number.
+_ONLY = {
+    "_class_name": ("AutoencoderKL",),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+
+_RES = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "shortcut": "conv_shortcut",
+}
+# Our layer of the attention -> theirs today, theirs in older files.
+_ATTENTION = {
+    "norm": ("group_norm", "group_norm"),
+    "q": ("to_q", "query"),
+    "k": ("to_k", "key"),
+    "v": ("to_v", "value"),
+    "out": ("to_out.0", "proj_attn"),
+}
+
+
+def to_torch(weights: Mapping, arch: Variant, form: str) -> dict[str, np.ndarray]:
+    """{our path: array} -> {AutoencoderKL's name: float32 array}, kernels [out, in, h, w]."""
+    _only_diffusers(form)
+    return names.to_torch(weights, _table(arch), _shapes(arch))
+
+
+def from_torch(tensors: Mapping, arch: Variant, form: str) -> dict[str, np.ndarray]:
+    """{AutoencoderKL's name: array} -> {our path: float32 array}; views where possible.
+
+    Files from before diffusers renamed the attention layers are read too. Raises UserError, in
+    one line with the likely cause, when a tensor is missing, unknown or misshapen.
+    """
+    _only_diffusers(form)
+    renamed = {}
+    for name, tensor in tensors.items():
+        for now, before in _ATTENTION.values():
+            name = name.replace(f".attentions.0.{before}.", f".attentions.0.{now}.")
+        renamed[name] = tensor
+    return names.from_torch(renamed, _table(arch), _shapes(arch), _cause)
+
+
+def _only_diffusers(form: str) -> None:
+    if form not in FORMATS:
+        raise UserError(f"export.format={form!r}: an AutoencoderKL travels as diffusers only")
+
+
+def _shapes(arch: Variant) -> names.Shapes:
+    model = SDVAE(arch, dtype=jnp.float32, init=layers.shapes)
+    _, params, _ = layers.split(model)
+    return {path: tuple(leaf.shape) for path, leaf in params.items()}
+
+
+def _table(arch: Variant) -> dict[str, names.Layer]:
+    """What each layer is called in AutoencoderKL, whose decoder counts stages as they run."""
+    there = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    blocks = {}
+    last = len(arch.widths) - 1
+    for i in range(last + 1):
+        for side, stage, depth in (
+            ("encoder", f"encoder.down_blocks.{i}", arch.depth),
+            ("decoder", f"decoder.up_blocks.{last - i}", arch.depth + 1),
+        ):
+            for j in range(depth):
+                blocks[f"{side}.stages.{i}.{j}"] = f"{stage}.resnets.{j}"
+        there[f"encoder.stages.{i}.{arch.depth}"] = f"encoder.down_blocks.{i}.downsamplers.0.conv"
+        there[f"decoder.stages.{i}.{arch.depth + 1}.conv"] = (
+            f"decoder.up_blocks.{last - i}.upsamplers.0.conv"
+        )
+    for side in ("encoder", "decoder"):
+        there[f"{side}.conv_in"] = f"{side}.conv_in"
+        there[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        there[f"{side}.conv_out"] = f"{side}.conv_out"
+        blocks[f"{side}.middle.0"] = f"{side}.mid_block.resnets.0"
+        blocks[f"{side}.middle.2"] = f"{side}.mid_block.resnets.1"
+        for ours, (theirs, _) in _ATTENTION.items():
+            there[f"{side}.middle.1.{ours}"] = f"{side}.mid_block.attentions.0.{theirs}"
+    for block, resnet in blocks.items():
+        there.update({f"{block}.{ours}": f"{resnet}.{theirs}" for ours, theirs in _RES.items()})
+    return {
+        ours: names.Layer((theirs,), linear=".attentions." in theirs)
+        for ours, theirs in there.items()
+    }
+
+
+def _cause(found: names.Shapes) -> str:
+    """The likely reason why the tensors found are not those of the model asked for."""
+    if not any(".resnets." in name for name in found):
+        return "these are not AutoencoderKL weights; for DC-AE, name one of its variants"
+    if "quant_conv.weight" not in found:
+        return "an AutoencoderKL without quant_conv, as Flux and SD3 have, is not supported"
+    for name, arch in VARIANTS.items():
+        if names.shapes_there(_shapes(arch), _table(arch)) == found:
+            return f"these are {name} weights; load them as that variant"
+    return "the file is incomplete or damaged, or of another AutoencoderKL than Stable Diffusion's"
+
+
+def config_of(arch: Variant, form: str) -> dict[str, Any]:
+    """The content of `config.json` beside the weights. An unknown scaling factor is 1.0."""
+    _only_diffusers(form)
+    stages = len(arch.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        **DIFFUSERS_DEFAULTS,
+        "down_block_types": ["DownEncoderBlock2D"] * stages,
+        "up_block_types": ["UpDecoderBlock2D"] * stages,
+        "block_out_channels": list(arch.widths),
+        "layers_per_block": arch.depth,
+        "latent_channels": arch.latent_channels,
+        "norm_num_groups": arch.groups,
+        "scaling_factor": 1.0 if arch.scaling_factor is None else arch.scaling_factor,
+    }
+
+
+def variant_of(config: Mapping[str, Any], form: str) -> Variant:
+    """The architecture that the `config.json` of an AutoencoderKL describes.
+
+    Absent fields have AutoencoderKL's defaults. Raises UserError, naming the field, for a model
+    that this file cannot build.
+    """
+    _only_diffusers(form)
+    c = {"_class_name": "AutoencoderKL", **DIFFUSERS_DEFAULTS, **config}
+    for key, value in c.items():
+        if key not in DIFFUSERS_DEFAULTS and not key.startswith("_"):
+            raise _bad(key, value, "AutoencoderKL has no such field")
+        if key in _ONLY and value not in _ONLY[key]:
+            raise _bad(key, value, f"only {_ONLY[key][0]} is supported")
+    for key in ("latent_channels", "layers_per_block", "norm_num_groups"):
+        if not isinstance(c[key], int) or c[key] < 1:
+            raise _bad(key, c[key], "give a whole number of at least 1")
+    widths = c["block_out_channels"]
+    if not isinstance(widths, list | tuple) or not all(
+        isinstance(width, int) and width > 0 and width % c["norm_num_groups"] == 0
+        for width in widths
+    ):
+        why = f"give multiples of norm_num_groups, {c['norm_num_groups']}"
+        raise _bad("block_out_channels", widths, why)
+    for key in ("down_block_types", "up_block_types"):
+        kind = DIFFUSERS_DEFAULTS[key][0]
+        if list(c[key]) != [kind] * len(widths):
+            raise _bad(key, c[key], f"only {kind} is supported, one a stage")
+    scaling = c["scaling_factor"]
+    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
+        raise _bad("scaling_factor", scaling, "must be a number above 0")
+    return Variant(
+        latent_channels=c["latent_channels"],
+        widths=tuple(widths),
+        depth=c["layers_per_block"],
+        groups=c["norm_num_groups"],
+        scaling_factor=float(scaling),
+    )
+
+
+def _bad(key: str, value: Any, why: str) -> UserError:
+    return UserError(f"config.json: {key}={value!r}: {why}")
+
+
+def settings_of(arch: Variant) -> dict[str, Any]:
+    """The keys of config.model that make `arch`, its scaling factor apart.
+
+    Raises UserError where config.model cannot express the architecture.
+    """
+    for name, row in VARIANTS.items():
+        sizes = {"latent_channels": arch.latent_channels, "widths": arch.widths}
+        made = dataclasses.replace(row, **sizes, scaling_factor=arch.scaling_factor)
+        if len(arch.widths) == len(row.widths) and made == arch:
+            changed = {key: size for key, size in sizes.items() if size != getattr(row, key)}
+            return {"name": "sdvae", "variant": name, **changed}
+    raise UserError(
+        f"no variant has {len(arch.widths)} stages of {arch.depth} blocks with {arch.groups} "
+        "groups; only models shaped as Stable Diffusion's are supported"
+    )

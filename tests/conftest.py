@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: eight virtual CPU devices, one compile cache, tiny configurations."""
+
+import os
+import tempfile
+
+# Before the first import of jax. The processes that tests start inherit both.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "dcae_jax-test-cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+from dcae_jax import config as config_lib
+from dcae_jax import sharding
+
+CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
+
+
+@pytest.fixture
+def one_device():
+    """The mesh of a laptop."""
+    return sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+
+
+@pytest.fixture
+def small():
+    """A configuration that trains in seconds: tiny, narrower, 32 pixels, batches of 4."""
+    config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
+    config.model.widths = (8, 8, 16, 32, 32)
+    config.model.latent_channels = 8
+    config.resolution = 32
+    config.batch_size = 4
+    config.steps = 4
+    config.optimizer.warmup_steps = 2
+    config.log_every = 1
+    config.save_every = 2
+    config.evaluate_every = 0
+    config.evaluate.resolutions = (32,)
+    config.evaluate.batch_size = 8
+    config.evaluate.count = 6
+    config.evaluate.grid = 2
+    return config

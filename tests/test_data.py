@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in, batches out: order, position, formats, broken files."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcae_jax import config as config_lib
+from dcae_jax import data
+from dcae_jax.config import UserError
+
+
+def _config(**changes):
+    config = config_lib.default()
+    config.batch_size, config.resolution, config.seed = 4, 16, 7
+    config.data.threads = 2
+    with config.unlocked():
+        for key, value in changes.items():
+            config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve pictures in three classes, each of one colour that is its number."""
+    for i in range(12):
+        folder = tmp_path / "pictures" / f"class{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30 - i), (i * 20, 100, 200)).save(folder / f"ä {i}.png")
+    return str(tmp_path / "pictures")
+
+
+def _take(config, count, start=0, process=0, processes=1):
+    batches = data.training_batches(config, start, process, processes)
+    return list(itertools.islice(batches, count))
+
+
+def _joined(batches, key="image"):
+    return np.concatenate([batch[key] for batch in batches])
+
+
+def test_hosts_share_the_global_batches_of_one(pictures):
+    """Catches an order or an augmentation that depends on how many hosts read."""
+    config = _config(data__source="folder", data__path=pictures)
+    whole = _take(config, 8)
+    parts = [_take(config, 8, process=p, processes=2) for p in range(2)]
+    for k in range(8):
+        for key in ("image", "label"):
+            joined = np.concatenate([parts[0][k][key], parts[1][k][key]])
+            np.testing.assert_array_equal(joined, whole[k][key])
+
+
+def test_the_position_is_the_global_index_alone(pictures):
+    """Catches a resumed run that starts its epoch again, or draws other crops."""
+    config = _config(data__source="folder", data__path=pictures)
+    whole = _take(config, 8)
+    resumed = _take(config, 5, start=3 * config.batch_size)
+    np.testing.assert_array_equal(_joined(resumed), _joined(whole[3:]))
+
+
+def test_workers_and_threads_do_not_change_the_batches(pictures):
+    """Catches batches that arrive in the order in which workers finish."""
+    base = _take(_config(data__source="folder", data__path=pictures), 4)
+    other = _config(data__source="folder", data__path=pictures, data__workers=2, data__threads=1)
+    np.testing.assert_array_equal(_joined(_take(other, 4)), _joined(base))
+
+
+def test_an_epoch_reads_each_record_once_and_the_next_in_another_order(pictures):
+    """Catches sampling with replacement, and the same order in every epoch."""
+    config = _config(data__source="folder", data__path=pictures, data__held_out=0.0)
+    colours = _joined(_take(config, 6))[:, 0, 0, 0]
+    first, second = colours[:12], colours[12:]
+    assert sorted(first) == sorted(second) == [i * 20 for i in range(12)]
+    assert list(first) != list(second)
+    other = _joined(
+        _take(_config(**{"data__source": "folder", "data__path": pictures, "seed": 8}), 3)
+    )
+    assert list(other[:, 0, 0, 0]) != list(first)
+
+
+def test_the_label_is_the_top_folder(pictures):
+    """Catches labels that follow the order of reading instead of the class."""
+    batch = _take(_config(data__source="folder", data__path=pictures), 1)[0]
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0] // 20 % 3, batch["label"])
+
+
+def test_held_out_files_are_not_trained_on_and_stay_when_others_come(pictures):
+    """Catches evaluation on training images, and a split that moves when a file is added."""
+    settings = _config(data__source="folder", data__path=pictures, data__held_out=0.25).data
+
+    def names(source):
+        return {source.name(i) for i in range(len(source))}
+
+    held = names(data.held_out_source(settings))
+    assert len(held) == 3
+    assert not held & names(data.training_source(settings))
+    Image.new("RGB", (9, 9)).save(os.path.join(pictures, "new.png"))
+    settings.held_out = 3 / 13
+    assert len(held & names(data.held_out_source(settings))) >= 2
+
+
+def test_center_crop_is_adms():
+    """Catches a resize in one go, another filter, or a crop one pixel off."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (97, 131, 3), dtype=np.uint8))
+    half = image.resize((65, 48), Image.Resampling.BOX)
+    scale = 32 / 48
+    small = half.resize((round(65 * scale), 32), Image.Resampling.BICUBIC)
+    left = (small.width - 32) // 2
+    want = np.asarray(small)[:, left : left + 32]
+    np.testing.assert_array_equal(np.asarray(data.center_crop(image, 32)), want)
+    assert data.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
+
+
+@pytest.mark.parametrize("crop", ["random", "random_resized", "center"])
+@pytest.mark.parametrize("size", [(8, 40), (70, 30), (16, 16)])
+def test_every_crop_has_the_asked_size(crop, size):
+    """Catches crops of images smaller than the resolution, and empty corners of rotation."""
+    settings = _config(data__crop=crop, data__rotation=20.0, data__color_jitter=0.1).data
+    image = Image.new("RGB", size, (200, 200, 200))
+    for seed in range(8):
+        out = data.augment(image, 16, settings, np.random.default_rng(seed))
+        assert out.shape == (16, 16, 3) and out.dtype == np.uint8
+        assert out.min() > 100  # a black corner would be 0
+
+
+def test_flips_and_jitter_happen_only_when_asked_for():
+    """Catches augmentation that cannot be switched off, or is never on."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 200
+    image = Image.fromarray(pixels)
+
+    def variants(**changes):
+        settings = _config(data__crop="center", **changes).data
+        rngs = (np.random.default_rng(seed) for seed in range(20))
+        return {data.augment(image, 16, settings, rng).tobytes() for rng in rngs}
+
+    assert variants(data__flip=False) == {pixels.tobytes()}
+    assert variants() == {pixels.tobytes(), pixels[:, ::-1].tobytes()}
+    assert len(variants(data__flip=False, data__color_jitter=0.3)) > 10
+
+
+def _modes():
+    grey = Image.linear_gradient("L").resize((16, 16))
+    rgb = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
+    half_clear = rgb.copy()
+    half_clear.putalpha(Image.new("L", (16, 16), 0))
+    deep = Image.fromarray((np.asarray(grey).astype(np.uint16)) * 257)
+    return {
+        "grey": (grey, np.asarray(grey.convert("RGB"))),
+        "cmyk": (rgb.convert("CMYK"), np.asarray(rgb)),
+        "palette": (rgb.quantize(256), np.asarray(rgb.quantize(256).convert("RGB"))),
+        "transparent": (half_clear, np.full((16, 16, 3), 255)),
+        "16 bit": (deep, np.asarray(grey.convert("RGB"))),
+    }
+
+
+@pytest.mark.parametrize("mode", ["grey", "cmyk", "palette", "transparent", "16 bit"])
+def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
+    """Catches 16 bits clipped to white, alpha shown as black, inverted CMYK."""
+    image, want = _modes()[mode]
+    extension = "tif" if mode == "cmyk" else "png"
+    image.save(tmp_path / f"x.{extension}")
+    got, _ = data.folder(str(tmp_path))[0]
+    assert got.mode == "RGB"
+    assert np.abs(np.asarray(got).astype(int) - want).max() <= 1
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    """Catches photographs from telephones that lie on their side."""
+    image = Image.new("RGB", (30, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert data.folder(str(tmp_path))[0][0].size == (10, 30)
+
+
+def test_an_unreadable_file_is_replaced_counted_and_named_once(pictures, caplog):
+    """Catches a crash on one broken file, and a log that repeats it every epoch."""
+    for i in range(400):
+        path = os.path.join(pictures, "class0", f"good{i}.png")
+        Image.new("RGB", (16, 16), (7, 7, 7)).save(path)
+    bad = os.path.join(pictures, "class0", "ä 0.png")
+    with open(bad, "wb") as file:
+        file.write(b"\x89PNG not really")
+    config = _config(data__source="folder", data__path=pictures, data__held_out=0.0)
+    batches = _take(config, 206)  # two epochs of 412
+    assert all(batch["image"].any(axis=(1, 2, 3)).all() for batch in batches)
+    assert sum(bad in record.getMessage() for record in caplog.records) == 1
+    again = _take(config, 103, start=103 * 4)
+    np.testing.assert_array_equal(_joined(again), _joined(batches[103:]))
+
+
+def test_many_unreadable_files_are_an_error(pictures):
+    """Catches a run that trains on replacements while its data set is broken."""
+    for i in range(3):
+        with open(os.path.join(pictures, "class0", f"bad{i}.jpg"), "wb") as file:
+            file.write(b"")
+    config = _config(data__source="folder", data__path=pictures)
+    with pytest.raises(UserError, match="unreadable"):
+        _take(config, 60)
+
+
+def test_nothing_but_unreadable_files_is_an_error_at_once(tmp_path):
+    """Catches a batch of zeros handed to the model when no record can be read."""
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="unreadable"):
+        _take(_config(data__source="folder", data__path=str(tmp_path)), 1)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_no_images_is_an_error_that_names_the_path(missing, tmp_path):
+    """Catches an endless loop, or a traceback, on an empty or missing folder."""
+    path = str(tmp_path / "nothing") if missing else str(tmp_path)
+    with pytest.raises(UserError, match=path):
+        data.folder(path)
+
+
+def test_evaluation_reads_each_image_once_and_masks_the_rest(pictures):
+    """Catches the last images counted twice, or dropped, when the batch does not divide."""
+    source = data.folder(pictures)
+    for processes in (1, 2):
+        seen = []
+        for process in range(processes):
+            batches = data.evaluation_batches(
+                source, size=16, batch_size=8, process=process, processes=processes
+            )
+            for batch in batches:
+                assert len(batch["mask"]) == 8 // processes
+                seen += [image[0, 0, 0] for image in batch["image"][batch["mask"] > 0]]
+        assert sorted(seen) == sorted(int(file.split()[-1][:-4]) * 20 for file in source.files)
+
+
+def test_fixed_crops_are_the_same_each_time():
+    """Catches evaluation on other crops at every step, which makes its curve meaningless."""
+    source = data.photos(data.HELD_OUT_PHOTOS)
+    runs = [
+        list(data.evaluation_batches(source, size=32, batch_size=4, count=8, crops=4))
+        for _ in range(2)
+    ]
+    first, second = (_joined(run) for run in runs)
+    np.testing.assert_array_equal(first, second)
+    assert len(np.unique(first.reshape(8, -1), axis=0)) == 8
+
+
+def test_held_out_photographs_are_no_training_photographs():
+    """Catches figures of the demo that were measured on what it trained on."""
+    assert not set(data.PHOTOS) & set(data.HELD_OUT_PHOTOS)
+    assert {name for _, name in data.HELD_OUT_PHOTOS} == {"flower.jpg", "chelsea.png"}
+    assert len(data.photos()) == len(data.PHOTOS)
+
+
+def test_a_tfds_set_that_is_not_prepared_says_how():
+    """Catches tfds's own page of alternatives in place of one line."""
+    with pytest.raises(UserError, match="array_record"):
+        data.tfds("mnist", "train", "/nonexistent")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models: sizes against the published ones, shapes, precision, the ablation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
+from dcae_jax.models import dcae, layers
+
+# Parameters of the published files: (all, encoder).
+PUBLISHED_SIZES = {
+    "f32c32": (323_356_460, 123_172_384),
+    "f64c128": (676_896_140, 264_550_528),
+    "f128c512": (1_120_682_252, 415_661_056),
+    "f32c32-sana": (312_250_275, 153_027_104),
+    "f32c32-lite": (421_181_228, 153_027_104),
+    "1.5-f32c128": (523_609_740, None),
+    "1.5-f64c128": (714_741_644, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_parameter_counts_equal_the_published_ones(name):
+    """Catches a missing bias, a wrong width or depth, a norm too many: any slip in a variant."""
+    total, encoder = dcae.count_parameters(dcae.VARIANTS[name])
+    want_total, want_encoder = PUBLISHED_SIZES[name]
+    assert total == want_total
+    assert want_encoder in (None, encoder)
+
+
+def _small(name, **changes):
+    """A variant with its layout and narrow stages."""
+    arch = dcae.VARIANTS[name]
+    widths = tuple(32 if i < 3 else 64 for i in range(len(arch.widths)))
+    depths = dict(
+        encoder_depths=tuple(min(d, 1) for d in arch.encoder_depths),
+        decoder_depths=tuple(min(d, 1) for d in arch.decoder_depths),
+    )
+    return dataclasses.replace(arch, widths=widths, latent_channels=16, **depths, **changes)
+
+
+def _build(arch, dtype=jnp.float32, seed=0):
+    model = dcae.DCAE(arch, depthwise="shifted", dtype=dtype, init=layers.random(seed))
+    graph, params, stats = layers.split(model)
+    return graph, {**params, **stats}
+
+
+@pytest.mark.parametrize("name", ["f64c128", "f32c32-sana", "f32c32-lite", "1.5-f64c128"])
+def test_latents_are_f_times_smaller_and_decode_to_the_size_of_the_image(name):
+    """Catches a stage that halves once too often or not at all, also for non-square images."""
+    arch = _small(name)
+    graph, weights = _build(arch)
+    f = arch.compression
+
+    def shapes(weights, x):
+        model = layers.merge(graph, weights)
+        z = model.encode(x)
+        return z, model.decode(z)
+
+    z, y = jax.eval_shape(shapes, weights, jax.ShapeDtypeStruct((1, f, 2 * f, 3), jnp.float32))
+    assert z.shape == (1, 1, 2, 16) and y.shape == (1, f, 2 * f, 3)
+
+
+def test_without_residual_no_shortcut_is_left():
+    """Catches a shortcut that stays in the ablation, which would then measure nothing.
+
+    With every weight zero only shortcuts carry a signal.
+    """
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
+    for residual in (True, False):
+        graph, weights = _build(_small("f64c128", residual=residual))
+        weights = {k: jnp.zeros_like(jnp.asarray(v)) for k, v in weights.items()}
+        # The first convolution must pass something on.
+        weights["encoder.project_in.conv.kernel"] += 1.0
+        z = layers.merge(graph, weights).encode(x)
+        ones = jnp.ones_like(z)
+        hidden = layers.merge(graph, weights).decoder
+        carried = [bool(jnp.abs(z).max() > 0), bool(_before_output(hidden, ones) > 0)]
+        assert carried == [residual, residual]
+
+
+def _before_output(decoder, z):
+    """The largest value that reaches the output head of a decoder."""
+    decoder.project_out = lambda x: x
+    return jnp.abs(decoder(z)).max()
+
+
+def test_bfloat16_stays_close_to_float32():
+    """Catches a sum, norm or division left in bfloat16; at most 3 % of the output's deviation."""
+    x = np.random.default_rng(1).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
+    outputs = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        graph, weights = _build(_small("f32c32-sana"), dtype)
+        outputs.append(np.asarray(jax.jit(lambda w, x, g=graph: layers.merge(g, w)(x))(weights, x)))
+    error = np.abs(outputs[1] - outputs[0])
+    assert outputs[1].dtype == np.float32
+    assert error.mean() < 0.03 * outputs[0].std()
+
+
+def test_published_names_give_variant_and_scaling_factor():
+    """Catches the scaling of the 'in' weights used for 'mix', or the other way round."""
+    assert dcae.variant("dc-ae-f32c32-in-1.0").scaling_factor == 0.3189
+    assert dcae.variant("dc-ae-f32c32-mix-1.0").scaling_factor == 0.4552
+    assert dcae.variant("dc-ae-f64c128-1.5").widths[-1] == 1024
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"variant": "f31"}, "model.variant='f31'"),
+        ({"widths": (8, 8)}, "2 entries"),
+        ({"widths": (32, 32, 64, 40, 128)}, "40 in stage 3"),
+        ({"latent_channels": 48}, "average"),
+        ({"encoder_depths": (1, 0, 1, 1, 1)}, "only the first"),
+    ],
+)
+def test_impossible_architectures_are_named(changes, words):
+    """Catches an architecture that fails deep inside XLA instead of in one line."""
+    config = config_lib.default().model
+    config.variant = "tiny"
+    config.update(changes)
+    with pytest.raises(UserError, match=words):
+        dcae.architecture(config)

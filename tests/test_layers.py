@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers against independent NumPy: loops and definitions, no shared code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax.models import layers
+
+KW = dict(dtype=jnp.float32)
+
+
+def _random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _run(module, x):
+    """The module as the project runs it: split, weights passed as arguments."""
+    graph, params, stats = layers.split(module)
+    weights = {**params, **stats}
+    return np.asarray(jax.jit(lambda w, x: layers.merge(graph, w)(x))(weights, x)), weights
+
+
+def test_space_to_channel_has_pytorchs_channel_order():
+    """Catches an order other than c*4 + i*2 + j, with which published weights give noise."""
+    x = _random(2, 4, 6, 3)
+    got = np.asarray(layers.space_to_channel(x))
+    assert got.shape == (2, 2, 3, 12)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                np.testing.assert_array_equal(got[..., c * 4 + i * 2 + j], x[:, i::2, j::2, c])
+    np.testing.assert_array_equal(layers.channel_to_space(got), x)
+
+
+def test_down_shortcut_averages_consecutive_groups():
+    """Catches averaging over strided instead of consecutive channels."""
+    x = _random(1, 4, 2, 6)
+    folded = np.asarray(layers.space_to_channel(x))  # 24 channels
+    want = np.stack([folded[..., 3 * k : 3 * k + 3].mean(-1) for k in range(8)], -1)
+    np.testing.assert_allclose(layers.down_shortcut(x, 8), want, rtol=1e-6)
+
+
+def test_up_shortcut_repeats_each_channel_in_a_row():
+    """Catches tiling (0 1 2 0 1 2) in place of repeating (0 0 1 1 2 2)."""
+    z = _random(1, 2, 3, 6)
+    got = np.asarray(layers.up_shortcut(z, 3))  # 6 channels -> 12 -> 3 at twice the size
+    assert got.shape == (1, 4, 6, 3)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                source = (c * 4 + i * 2 + j) // 2
+                np.testing.assert_array_equal(got[:, i::2, j::2, c], z[..., source])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_pads_both_sides_by_one(stride):
+    """Catches 'SAME' padding, which for stride 2 pads (0, 1) and shifts the picture."""
+    conv = layers.Conv(3, 5, stride=stride, init=layers.random(1), **KW)
+    x = _random(2, 6, 8, 3)
+    got, weights = _run(conv, x)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    want = np.zeros((2, 6 // stride, 8 // stride, 5))
+    for r in range(want.shape[1]):
+        for c in range(want.shape[2]):
+            window = padded[:, r * stride : r * stride + 3, c * stride : c * stride + 3]
+            want[:, r, c] = np.einsum("bijk,ijko->bo", window, weights["kernel"])
+    np.testing.assert_allclose(got, want + weights["bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_both_depthwise_forms_are_the_same_function(size):
+    """Catches a shifted form whose values or gradients differ from XLA's convolution."""
+    x = _random(2, 5, 7, 6)
+    outputs, gradients = [], []
+    for form in ("grouped", "shifted"):
+        module = layers.DepthwiseConv(6, size=size, form=form, init=layers.random(2), **KW)
+        graph, params, _ = layers.split(module)
+
+        def loss(params, x, graph=graph):
+            y = layers.merge(graph, params)(x)
+            return jnp.sum(y * jnp.sin(jnp.arange(y.size).reshape(y.shape)))
+
+        outputs.append(_run(module, x)[0])
+        gradients.append(jax.grad(loss, argnums=(0, 1))(params, x))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *gradients)
+    centre = outputs[0][:, 2:3, 3:4]
+    pad = size // 2
+    window = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))[:, 2 : 2 + size, 3 : 3 + size]
+    kernel, bias = np.asarray(params["kernel"])[:, :, 0], np.asarray(params["bias"])
+    want = np.einsum("bijc,ijc->bc", window, kernel) + bias
+    np.testing.assert_allclose(centre[:, 0, 0], want, atol=1e-5)
+
+
+def test_grouped_pointwise_keeps_groups_apart():
+    """Catches mixing of heads in the 1x1 convolution of the 5x5 branch."""
+    module = layers.Pointwise(6, 9, groups=3, use_bias=False, init=layers.random(3), **KW)
+    x = _random(1, 2, 2, 6)
+    got, weights = _run(module, x)
+    for g in range(3):
+        want = x[..., 2 * g : 2 * g + 2] @ np.asarray(weights["kernel"])[g]
+        np.testing.assert_allclose(got[..., 3 * g : 3 * g + 3], want, atol=1e-6)
+
+
+def test_rms_norm_has_a_bias_and_no_mean():
+    """Catches LayerNorm, or RMSNorm without the bias that published weights carry."""
+    module = layers.RMSNorm(5, init=layers.shapes, **KW)
+    graph, _, _ = layers.split(module)
+    x, scale, bias = 3 + _random(2, 2, 2, 5), _random(5, seed=1), _random(5, seed=2)
+    got = layers.merge(graph, {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})(x)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_batch_norm_follows_pytorch():
+    """Catches a biased running variance, or momentum taken the other way round."""
+    module = layers.BatchNorm(3, init=layers.random(0), **KW)
+    graph, params, stats = layers.split(module)
+    x = 2 + 3 * _random(4, 2, 2, 3)
+
+    def train(weights, x):
+        model = layers.merge(graph, weights)
+        model.use_running_average = False
+        return model(x), layers.split(model)[2]
+
+    y, new = jax.jit(train)({**params, **stats}, x)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-4)
+    np.testing.assert_allclose(new["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 + 0.1 * var * 16 / 15, rtol=1e-5)
+    evaluated = layers.merge(graph, {**params, **new})(x)
+    want = (x - new["mean"]) / np.sqrt(new["var"] + 1e-5)
+    np.testing.assert_allclose(evaluated, want, atol=1e-5)
+
+
+def _attention(q, k, v):
+    """Attention by definition, in float64, one query at a time."""
+    q, k = np.maximum(q, 0).astype(np.float64), np.maximum(k, 0).astype(np.float64)
+    out = np.zeros(v.shape)
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                weight = k[b, :, h] @ q[b, n, h]
+                out[b, n, h] = weight @ v[b, :, h] / weight.sum()
+    return out
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+def test_attention_forms_equal_the_definition(tokens):
+    """Catches a form chosen by token count that computes something else than the other."""
+    q, k, v = (_random(2, tokens, 2, 32, seed=s) for s in range(3))
+    want = _attention(q, k, v)
+    np.testing.assert_allclose(layers.relu_attention(q, k, v), want, atol=2e-5)
+    relu = [jax.nn.relu(a) for a in (q, k)]
+    np.testing.assert_allclose(layers.linear_attention(*relu, v, 1e-15), want, atol=2e-5)
+    np.testing.assert_allclose(layers.quadratic_attention(*relu, v, 1e-15), want, atol=2e-5)
+
+
+def test_attention_takes_the_quadratic_form_up_to_32_tokens(monkeypatch):
+    """Catches a threshold at which published models were not trained."""
+    taken = []
+    for form in ("linear_attention", "quadratic_attention"):
+        monkeypatch.setattr(layers, form, lambda q, *rest, form=form: taken.append(form))
+    for tokens in (32, 33):
+        x = jnp.zeros((1, tokens, 1, 32))
+        layers.relu_attention(x, x, x)
+    assert taken == ["quadratic_attention", "linear_attention"]
+
+
+def test_multi_scale_attention_groups_96_channels_a_head():
+    """Catches q, k, v split over all channels (diffusers' layout) instead of head by head."""
+    module = layers.LiteMLA(64, scale5=True, depthwise="grouped", init=layers.random(4), **KW)
+    x = _random(1, 7, 6, 64)
+    got, w = _run(module, x)
+    w = {k: np.asarray(v) for k, v in w.items()}
+    qkv = x @ w["qkv.kernel"]
+    padded = np.pad(qkv, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    wide = sum(
+        padded[:, i : i + 7, j : j + 6] * w["aggreg_depth.kernel"][i, j, 0]
+        for i in range(5)
+        for j in range(5)
+    )
+    groups = np.split(wide, 6, axis=-1)
+    wide = np.concatenate([g @ w["aggreg_point.kernel"][n] for n, g in enumerate(groups)], -1)
+    heads = np.concatenate([qkv, wide], -1).reshape(1, 42, 4, 96)
+    q, k, v = heads[..., :32], heads[..., 32:64], heads[..., 64:]
+    out = _attention(q, k, v).reshape(1, 7, 6, 128) @ w["proj.kernel"]
+    want = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_glumbconv_gates_the_first_half_with_the_second():
+    """Catches swapped halves of the gate."""
+    module = layers.GLUMBConv(4, depthwise="shifted", init=layers.random(5), **KW)
+    x = _random(1, 1, 1, 4)
+    got, w = _run(module, x)
+    w = {k: np.asarray(v) for k, v in w.items()}
+
+    def silu(v):
+        return v / (1 + np.exp(-v))
+
+    y = silu(x @ w["inverted_conv.kernel"] + w["inverted_conv.bias"])
+    y = y * w["depth_conv.kernel"][1, 1, 0] + w["depth_conv.bias"]
+    y = (y[..., :16] * silu(y[..., 16:])) @ w["point_conv.kernel"]
+    want = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_initial_weights_are_pytorchs_and_depend_on_the_seed_alone():
+    """Catches another bound than 1/sqrt(fan_in), and seeds that give equal layers."""
+    kernels = [
+        np.asarray(layers.split(layers.Conv(16, 32, init=layers.random(seed), **KW))[1]["kernel"])
+        for seed in (0, 0, 1)
+    ]
+    bound = 1 / np.sqrt(16 * 9)
+    assert np.abs(kernels[0]).max() <= bound and np.abs(kernels[0]).max() > 0.99 * bound
+    assert abs(kernels[0].std() - bound / np.sqrt(3)) < 0.02 * bound
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert np.abs(kernels[0] - kernels[2]).max() > 0.1 * bound

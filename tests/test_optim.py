@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer against its formulas, and what freezing means for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import config as config_lib
+from dcae_jax import optim
+from dcae_jax.config import UserError
+
+
+def _config(**changes):
+    config = config_lib.default()
+    config.optimizer.warmup_steps = 0
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.update(changes)
+    return config
+
+
+PARAMS = {"a.kernel": jnp.full((2,), 2.0), "a.bias": jnp.full((2,), 2.0), "b.kernel": jnp.ones(2)}
+
+
+def test_adamw_by_its_formula_without_decay_on_biases():
+    """Catches decay on biases, L2 instead of decoupled decay, and moments not bias-corrected."""
+    config = _config(weight_decay=0.5, clip_norm=0.0)
+    tx = optim.optimizer(config, PARAMS, frozenset(PARAMS))
+    grads = {"a.kernel": jnp.full(2, 3.0), "a.bias": jnp.full(2, -3.0), "b.kernel": jnp.zeros(2)}
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["a.kernel"], -0.1 * (1 + 0.5 * 2), rtol=1e-5)
+    np.testing.assert_allclose(updates["a.bias"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["b.kernel"], -0.1 * 0.5, rtol=1e-5)
+
+
+def test_frozen_parameters_get_zero_updates_and_no_moments():
+    """Catches optax.masked alone, which adds the raw gradient to what should be frozen."""
+    tx = optim.optimizer(_config(), PARAMS, frozenset({"a.kernel"}))
+    state = tx.init(PARAMS)
+    assert sum(leaf.ndim > 0 for leaf in jax.tree.leaves(state)) == 2
+    updates, _ = tx.update({k: jnp.ones(2) for k in PARAMS}, state, PARAMS)
+    assert not np.any(updates["b.kernel"]) and not np.any(updates["a.bias"])
+    assert np.all(updates["a.kernel"])
+
+
+def test_clipping_counts_trained_gradients_only():
+    """Catches a global norm that frozen gradients inflate."""
+    config = _config(clip_norm=1.0, weight_decay=0.0, eps=1.0)
+    tx = optim.optimizer(config, PARAMS, frozenset({"a.kernel"}))
+    results = []
+    for frozen in (0.0, 1e6):
+        grads = {"a.kernel": jnp.full(2, 0.3), "a.bias": jnp.zeros(2)}
+        grads["b.kernel"] = jnp.full(2, frozen)
+        results.append(tx.update(grads, tx.init(PARAMS), PARAMS)[0]["a.kernel"])
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_allclose(results[0], -0.1 * 0.3 / (0.3 + 1), rtol=1e-5)
+
+
+def test_schedules_warm_up_linearly_and_then_hold_or_fall():
+    """Catches a warm-up from 0, one step off, or a cosine that ends before `steps`."""
+    config = _config(warmup_steps=10, warmup_from=0.1)
+    config.steps = 110
+    constant = optim.schedule(config)
+    assert [round(float(constant(s)), 4) for s in (0, 5, 10, 99)] == [0.01, 0.055, 0.1, 0.1]
+    config.optimizer.schedule = "cosine"
+    cosine = optim.schedule(config)
+    values = [round(float(cosine(s)), 4) for s in (0, 10, 60, 110)]
+    assert values == [0.01, 0.1, 0.05, 0.0]
+
+
+@pytest.mark.parametrize("pattern", ["c.*", "a", "("])
+def test_patterns_match_whole_paths_or_are_errors(pattern):
+    """Catches a renamed layer that un-freezes (or freezes) everything in silence."""
+    with pytest.raises(UserError, match="trainable"):
+        optim.match([pattern], PARAMS, "trainable")
+    assert optim.match([r"a\..*"], PARAMS, "trainable") == {"a.kernel", "a.bias"}

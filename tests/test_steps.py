@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: what it changes, and what it must leave alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import config as config_lib
+from dcae_jax import sharding, state, steps
+from dcae_jax.models import lpips
+
+
+def _batch(config, seed=0):
+    shape = (config.batch_size, config.resolution, config.resolution, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return {"image": jnp.asarray(pixels), "label": jnp.zeros(config.batch_size, jnp.int32)}
+
+
+def _run(config, mesh, batches, judges=None, change=lambda s: s):
+    """(state before, state after, metrics of each step)."""
+    plan = state.blueprint(config, mesh)
+    step = jax.jit(steps.make_step(config, plan))
+    before = now = change(state.init_state(config, mesh, plan))
+    metrics = []
+    for batch in batches:
+        now, values = step(now, sharding.put_batch(batch, mesh), judges or {})
+        metrics.append({k: float(v) for k, v in values.items()})
+    return before, now, metrics
+
+
+def _moved(before, after):
+    return {k for k in before if np.any(np.asarray(before[k]) != np.asarray(after[k]))}
+
+
+def test_a_step_moves_everything_and_reduces_the_loss(small, one_device):
+    """Catches a parameter without gradient, and an update with the wrong sign."""
+    before, after, metrics = _run(small, one_device, [_batch(small)] * 4)
+    assert _moved(before.params, after.params) == before.params.keys()
+    assert _moved(before.stats, after.stats) == before.stats.keys()
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert int(after.step) == 4 and int(after.skipped) == 0
+
+
+def test_averages_follow_the_published_formula(small, one_device):
+    """Catches decay at full strength from the first step, or averages of parameters alone."""
+    small.ema_decay, small.ema_warmup = 0.9, 3
+    before, after, _ = _run(small, one_device, [_batch(small)])
+    decay = 0.9 * (1 - np.exp(-1 / 3))
+    for name, old in {**before.params, **before.stats}.items():
+        new = {**after.params, **after.stats}[name]
+        want = np.asarray(old) + (1 - decay) * (np.asarray(new) - np.asarray(old))
+        np.testing.assert_allclose(after.ema[name], want, atol=1e-6)
+
+
+def test_frozen_parts_are_bit_identical_statistics_too(small, one_device):
+    """Catches BatchNorm that drifts in a frozen decoder, and averages of frozen weights."""
+    small.trainable = (r"encoder\..*",)
+    before, after, _ = _run(small, one_device, [_batch(small)] * 2)
+    assert _moved(before.params, after.params) == {
+        name for name in before.params if name.startswith("encoder.")
+    }
+    assert not _moved(before.stats, after.stats)
+    assert all(name.startswith("encoder.") for name in after.ema)
+
+
+def test_a_step_that_is_not_finite_changes_only_the_counters(small, one_device):
+    """Catches NaN that reaches moments, averages or statistics while parameters are saved."""
+
+    def poison(s):
+        name = "decoder.project_in.bias"
+        broken = jnp.full_like(s.params[name], jnp.inf)
+        return dataclasses.replace(s, params={**s.params, name: broken})
+
+    before, after, metrics = _run(small, one_device, [_batch(small)] * 2, change=poison)
+    for field in ("params", "stats", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, field), getattr(after, field))
+    assert [m["finite"] for m in metrics] == [0, 0]
+    assert int(after.skipped) == int(after.skipped_in_row) == 2 and int(after.step) == 2
+
+
+def test_microbatches_add_up_to_the_batch(small, one_device):
+    """Catches gradients summed instead of averaged, or images lost in the split."""
+    small.trainable = (r"encoder\..*",)  # BatchNorm would see other batches
+    small.optimizer.eps = 1e-3  # or Adam's first step shows only the gradient's sign
+    _, whole, whole_metrics = _run(small, one_device, [_batch(small)])
+    small.accumulate = 2
+    _, parts, parts_metrics = _run(small, one_device, [_batch(small)])
+    for name in whole.params:
+        np.testing.assert_allclose(whole.params[name], parts.params[name], atol=1e-6)
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose(whole_metrics[0][key], parts_metrics[0][key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "fsdp": 2}])
+def test_several_devices_do_what_one_does(small, one_device, axes):
+    """Catches statistics, losses or norms taken over one device's share of the batch."""
+    sizes = config_lib.default().mesh
+    sizes.update(axes)
+    mesh = sharding.make_mesh(sizes, jax.devices()[:4])
+    batches = [_batch(small, seed) for seed in range(2)]
+    _, one, one_metrics = _run(small, one_device, batches)
+    _, many, many_metrics = _run(small, mesh, batches)
+    for name in one.stats:
+        np.testing.assert_allclose(one.stats[name], many.stats[name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(one_metrics, many_metrics, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
+
+
+def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device):
+    """Catches a perceptual loss that is computed and never added, or has no gradient."""
+    small.loss.lpips_weight = 0.5
+    rng = np.random.default_rng(0)
+    weights = {
+        name: jnp.asarray(np.abs(rng.normal(size=shape)) * 0.05, jnp.float32)
+        for name, shape in lpips.shapes("vgg").items()
+    }
+    _, with_lpips, metrics = _run(small, one_device, [_batch(small)], {"lpips": weights})
+    small.loss.lpips_weight = 0.0
+    _, without, _ = _run(small, one_device, [_batch(small)])
+    assert metrics[0]["lpips"] > 0
+    total = metrics[0]["l1"] + 0.5 * metrics[0]["lpips"]
+    np.testing.assert_allclose(metrics[0]["loss"], total, rtol=1e-5)
+    assert _moved(with_lpips.params, without.params)
+
+
+def test_the_abstract_state_is_the_real_one(small, one_device):
+    """Catches a planner, or a restore, that describes another state than training has."""
+    plan = state.blueprint(small, one_device)
+    abstract = state.abstract_state(small, one_device, plan)
+    real = state.init_state(small, one_device, plan)
+    out, _ = jax.eval_shape(steps.make_step(small, plan), real, _batch(small), {})
+
+    def same(a, b):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+    jax.tree.map(same, abstract, real)
+    jax.tree.map(same, abstract, out)
