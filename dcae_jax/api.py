@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, sharding, state
+from dcae_jax import checkpoint, sharding, state, tiling
 from dcae_jax import config as config_lib
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Array, Weights
@@ -49,22 +49,47 @@ class Autoencoder:
         _, params, _ = layers.split(layers.merge(self.graph, self.weights))
         return sum(leaf.size for leaf in params.values())
 
-    def encode(self, x: Any, *, check: bool = False) -> Array:
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """Latents on each side that (encode, decode) look at; None where they look at them all.
+
+        Tiles that overlap by twice as much give what the whole gives.
+        """
+        return state.model_module(config_lib.ConfigDict(self.model)).reach(self.architecture)
+
+    def encode(
+        self, x: Any, *, tile: int = 0, overlap: int | None = None, check: bool = False
+    ) -> Array | np.ndarray:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
-        H and W are multiples of `compression`. NumPy input is checked in full; a jax.Array by
-        shape and dtype only, unless `check`. Raises ValueError, naming the argument.
+        H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
+        squares of tile x tile latents that overlap by `overlap` latents (default: a quarter of the
+        tile) and are blended there; the result is a NumPy array. NumPy input is checked in full; a
+        jax.Array by shape and dtype only, unless `check`. Raises ValueError, naming the argument.
         """
-        _check_input("x", x, 3, (self.compression,) * 2, check, limit=1.0)
-        return self._encode(self.weights, self._place(x))
+        f = self.compression
+        if not tile:
+            _check_input("x", x, 3, (f, f), check, limit=1.0)
+            return self._encode(self.weights, self._place(x))
+        _check_shape("x", x, 3, (f, f))
+        run = functools.partial(self.encode, check=check)
+        tiles = tiling.plan(tile, overlap, self.reach[0])
+        return tiling.run(run, x, tiles, (f, 1), self.latent_channels)
 
-    def decode(self, z: Any, *, check: bool = False) -> Array:
+    def decode(
+        self, z: Any, *, tile: int = 0, overlap: int | None = None, check: bool = False
+    ) -> Array | np.ndarray:
         """Latents [B, h, w, c], unscaled -> images [B, h*f, w*f, 3] float32, not clipped.
 
-        Checks and errors as in `encode`.
+        Tiles, checks and errors as in `encode`.
         """
-        _check_input("z", z, self.latent_channels, (1, 1), check, limit=None)
-        return self._decode(self.weights, self._place(z))
+        if not tile:
+            _check_input("z", z, self.latent_channels, (1, 1), check, limit=None)
+            return self._decode(self.weights, self._place(z))
+        _check_shape("z", z, self.latent_channels, (1, 1))
+        run = functools.partial(self.decode, check=check)
+        tiles = tiling.plan(tile, overlap, self.reach[1])
+        return tiling.run(run, z, tiles, (1, self.compression), 3)
 
     @functools.cached_property
     def _encode(self):
@@ -82,8 +107,8 @@ class Autoencoder:
         return jax.device_put(x, shard)
 
 
-def _check_input(name, x, channels, multiples, check, *, limit):
-    """Raises ValueError unless x is [B, H, W, channels] floating with values that make sense."""
+def _check_shape(name, x, channels, multiples):
+    """Raises ValueError unless x is [B, H, W, channels] floating, of sizes that divide."""
     shape = getattr(x, "shape", None)
     if shape is None:
         raise ValueError(f"{name} must be an array, not {type(x).__name__}")
@@ -100,6 +125,11 @@ def _check_input(name, x, channels, multiples, check, *, limit):
                 f"{name} has {side} {size}, no multiple of {multiple}; pad to {high}"
                 + (f" or crop to {low}" if low else "")
             )
+
+
+def _check_input(name, x, channels, multiples, check, *, limit):
+    """Raises ValueError unless shape, dtype and, where they are looked at, values make sense."""
+    _check_shape(name, x, channels, multiples)
     if isinstance(x, np.ndarray) or check:
         values = np.asarray(x)
         if not np.isfinite(values).all():
@@ -122,14 +152,21 @@ def create_autoencoder(
 
 
 def load_autoencoder(
-    path: str, dtype: str | None = None, mesh: Mesh | None = None, weights: str = "ema"
+    path: str,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    weights: str = "ema",
+    variant: str = "",
 ) -> Autoencoder:
-    """The autoencoder in `path`: a workdir, or one of its checkpoints/<step>.
+    """The autoencoder in `path`: ours, or weights that were published for PyTorch.
 
-    dtype: compute dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); weights:
-    'ema' or 'raw'. Raises UserError, a ValueError, when there is nothing to load.
+    path: a workdir or one of its checkpoints/<step>, an export, a folder of diffusers or of
+    DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
+    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs). weights: 'ema' or 'raw', of
+    a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
+    Raises UserError, a ValueError, when there is nothing to load.
     """
-    values, saved = checkpoint.load_weights(path, weights)
+    values, saved = checkpoint.load_weights(path, weights, variant)
     config = _config(dtype)
     config.model.update(saved["model"])
     return build_autoencoder(config, values, mesh or sharding.make_mesh(config.mesh))
@@ -143,9 +180,16 @@ def _config(dtype: str | None):
 
 
 def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
-    """The model of config.model with `weights`, checked and placed on every device of the mesh."""
+    """The model of config.model with `weights`, checked and placed on every device of the mesh.
+
+    Empties `weights` on the way, so that they are never in memory twice.
+    """
     graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
     state.check_weights(weights, {**params, **stats})
-    placed = {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}
+    placed = {}
+    for name in list(weights):
+        # A copy, since a device array may alias a host array, and a file's pages can change.
+        value = np.array(weights.pop(name), np.float32, order="C")
+        placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
     arch = state.model_module(config.model).architecture(config.model)
     return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)

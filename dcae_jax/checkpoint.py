@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dcae_jax import report
+from dcae_jax import published, report
 from dcae_jax.config import UserError
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainState
 
 CONFIG = "config.json"
 FOLDER = "checkpoints"
+EXPORT = "model.json"  # of an export
 _WEIGHTS = ("params", "stats", "ema")
 
 
@@ -77,39 +78,80 @@ def _divide(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return weights, fields
 
 
-def load_weights(path: str, which: str = "ema") -> tuple[Weights, dict[str, Any]]:
-    """(weights by path, configuration) of a workdir, or of one of its checkpoints/<step>.
+def load_weights(
+    path: str, which: str = "ema", variant: str = ""
+) -> tuple[Weights, dict[str, Any]]:
+    """(weights by path, configuration) of a workdir or checkpoint, an export, or published weights.
 
-    which: 'ema', the averages where something was trained, or 'raw'. Arrays are NumPy, float32,
-    parameters and statistics together. Raises UserError when there is nothing to load.
+    path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
+    PyTorch weights, or their name on the hub. The configuration has at least the key `model`.
+    which: 'ema', a run's averages where something was trained, or 'raw'. variant: what published
+    weights are of, where they do not say. Arrays are NumPy, float32, parameters and statistics
+    together. Raises UserError when there is nothing to load.
     """
-    path = os.path.abspath(path)
+    given, path = path, os.path.abspath(os.path.expanduser(path))
+    if os.path.exists(os.path.join(path, EXPORT)):
+        return _load_export(path)
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
     workdir, step = (match[1], int(match[2])) if match else (path, None)
-    config = report.read_json(os.path.join(workdir, CONFIG))
-    if config is None:
-        raise UserError(f"init_from={path!r} is no workdir: it has no {CONFIG}")
+    config = published.read_object(os.path.join(workdir, CONFIG))
+    if config is None or "config" not in config:
+        if match:
+            raise UserError(f"init_from={path!r} is of no workdir: {workdir} has no {CONFIG}")
+        weights, model = published.read(path if os.path.exists(path) else given, variant)
+        return weights, {"model": model}
     steps = saved_steps(workdir)
     if step is None and not steps:
         raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
     if step is not None and step not in steps:
         raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
     step = steps[-1] if step is None else step
-    items = _read_numpy(os.path.join(workdir, FOLDER, str(step), "weights"))
-    weights = {**items["params"], **items["stats"]}
-    if which == "ema":
-        weights |= items["ema"]
+    weights = _read_numpy(os.path.join(workdir, FOLDER, str(step), "weights"), which)
     logging.info("read %s weights of step %d from %s", which, step, workdir)
     return weights, config["config"]
 
 
-def _read_numpy(path: str) -> dict[str, Any]:
-    """An Orbax tree as NumPy arrays, whatever devices it was saved from."""
+def _read_numpy(path: str, which: str) -> Weights:
+    """Weights of an Orbax tree as NumPy arrays, whatever devices it was saved from.
+
+    Of a weight and its average only the one that is wanted is read.
+    """
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), tree)
-        restored = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
-    return {name: restored.get(name) or {} for name in _WEIGHTS}
+        tree = {name: tree.get(name) or {} for name in _WEIGHTS}
+        if which != "ema":
+            tree["ema"] = {}
+        wanted = {
+            part: {name: 0 for name in tree[part] if part == "ema" or name not in tree["ema"]}
+            for part in _WEIGHTS
+        }
+        wanted = {part: names for part, names in wanted.items() if names}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), wanted)
+        request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+        restored = reader.restore(path, args=request)
+    return {name: value for part in restored.values() for name, value in part.items()}
+
+
+def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
+    """Writes an export into `folder`, which exists: params/ (Orbax), then model.json."""
+    params = os.path.join(os.path.abspath(folder), "params")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(params, {"params": dict(weights)})
+    report.write_json(os.path.join(folder, EXPORT), meta)
+
+
+def _load_export(folder: str) -> tuple[Weights, dict[str, Any]]:
+    """(weights by path, configuration) of an export of ours."""
+    meta = published.read_object(os.path.join(folder, EXPORT)) or {}
+    kind = meta.get("kind")
+    if kind != "autoencoder":
+        raise UserError(f"init_from={folder!r} is no autoencoder: {EXPORT} has kind={kind!r}")
+    params = os.path.join(folder, "params")
+    if not os.path.isdir(params):
+        raise UserError(f"init_from={folder!r} is an incomplete export: it has no params/")
+    weights = _read_numpy(params, "raw")
+    logging.info("read the export %s", folder)
+    return weights, {"model": meta["model"]}
 
 
 def saved_steps(workdir: str) -> list[int]:

@@ -37,13 +37,13 @@ NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
 def default() -> ConfigDict:
     """The configuration of a training job, with a safe value for every key."""
     c = ConfigDict()
-    c.job = "train"  # train, phases or evaluate
+    c.job = "train"  # train, phases, evaluate or export
     c.seed = 0  # of the weights, the data's order and every random choice
     c.batch_size = 256  # images a step, over all devices and processes
     c.resolution = 256  # pixels a side; a multiple of the model's compression
     c.resolutions = ()  # drawn uniformly, one a step, instead of `resolution` (repeat to weigh)
     c.dtype = "auto"  # compute: float32, bfloat16; auto = bfloat16 except on a CPU
-    c.init_from = ""  # weights to start from: a workdir or one of its checkpoints/<step>
+    c.init_from = ""  # weights: a workdir or checkpoint, export, or published ones: docs/weights.md
     c.weights = "ema"  # which weights of a training run to read: ema or raw
 
     # Training. Authors' defaults where they published one (docs/training.md).
@@ -64,7 +64,7 @@ def default() -> ConfigDict:
     c.max_skipped = 10  # stop after so many non-finite steps in a row
 
     m = c.model = ConfigDict()
-    m.name = "dcae"  # the file of dcae_jax/models that builds it
+    m.name = "auto"  # the file of dcae_jax/models that builds it; auto: which has the variant
     m.variant = "f32c32"  # a row of VARIANTS there, or a published name
     m.residual = True  # False drops the parameter-free shortcuts (the paper's ablation)
     m.depthwise = "auto"  # grouped or shifted; auto = shifted on a CPU
@@ -72,6 +72,7 @@ def default() -> ConfigDict:
     m.widths = ()
     m.encoder_depths = ()
     m.decoder_depths = ()
+    m.scaling_factor = 0.0  # latent * this has an rms of about 1; goes with the weights
 
     m = c.loss = ConfigDict()
     m.l1_weight = 1.0
@@ -125,6 +126,15 @@ def default() -> ConfigDict:
     m.count = 1000  # images at most; 0: all
     m.crops = 1  # a picture: 1 is the ADM centre crop, more are fixed random crops
     m.grid = 8  # images in the PNG grids
+    m.lpips_weights = ""  # converted AlexNet file: unlocks LPIPS (docs/evaluation.md)
+    m.inception_weights = ""  # converted Inception file: unlocks rFID, FID, IS, KID and others
+    m.protocol = ""  # imagenet-256 or imagenet-512: published figures compare with no other
+    m.samples = ""  # judge these, not a model: a folder of images, or an .npz with arr_0
+    m.reference = ""  # to compare samples with: a folder, or an .npz with arr_0, or mu and sigma
+
+    m = c.export = ConfigDict()
+    m.format = "orbax"  # orbax, diffusers, authors or stablehlo
+    m.out = ""  # folder to write; it must not exist, or be empty
 
     m = c.mesh = ConfigDict()  # devices along each axis; -1: what is left
     m.data = -1  # the batch
@@ -186,6 +196,8 @@ def check(config: ConfigDict) -> None:
         "model.depthwise": ("auto", "grouped", "shifted"),
         "optimizer.schedule": ("constant", "cosine"),
         "loss.gan_norm": ("group", "batch"),
+        "evaluate.protocol": ("", "imagenet-256", "imagenet-512"),
+        "export.format": ("orbax", "diffusers", "authors", "stablehlo"),
         "data.source": ("photos", "folder", "tfds", "mixture"),
         "data.crop": ("random", "random_resized", "center"),
     }
@@ -235,6 +247,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
     if not 0 <= config.data.held_out < 1:
         raise UserError(f"data.held_out={config.data.held_out} must be in [0, 1)")
+    for key in ("protocol", "samples", "reference"):
+        if config.job != "evaluate" and config.evaluate[key]:
+            raise UserError(
+                f"evaluate.{key}={config.evaluate[key]!r} is of the job evaluate; leave it empty "
+                f"in the job {config.job}, and use configs/evaluate.py"
+            )
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")

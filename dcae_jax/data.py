@@ -40,8 +40,6 @@ PHOTOS = (
     ("skimage.data", "ihc.png"),
     ("skimage.data", "retina.jpg"),
     ("skimage.data", "camera.png"),
-    ("skimage.data", "grass.png"),
-    ("skimage.data", "brick.png"),
     ("sklearn.datasets.images", "china.jpg"),
 )
 HELD_OUT_PHOTOS = (
@@ -440,15 +438,16 @@ def _record_order(source: Any, seed: int) -> grain.MapDataset:
 
 
 def training_batches(
-    config: Any, start: int, process: int = 0, processes: int = 1
+    config: Any, source: Any, start: int, process: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
     """This process's share of the global batches, from the example with global index `start`.
+
+    source: what `training_source` opened.
 
     A batch: image [B / processes, size, size, 3] uint8, label [B / processes] int32. Process p
     gets rows p * B / processes onwards of each global batch of B = config.batch_size.
     Raises UserError when too many records cannot be read.
     """
-    source = training_source(config.data)
     local = config.batch_size // processes
     load = _Load(source, config.data, config.seed, config.batch_size, training_resolutions(config))
     dataset = (

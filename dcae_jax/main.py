@@ -9,20 +9,20 @@ import importlib
 import logging
 import os
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/, and its :VARIANT")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and pictures")
 
 # Job -> module and function (config, workdir) -> exit status.
 JOBS = {
     "train": ("train", "run"),
     "phases": ("train", "run_phases"),
     "evaluate": ("evaluate", "run"),
+    "export": ("export", "run"),
 }
 
 FAILED, MISTAKE = 1, 2
@@ -31,11 +31,14 @@ FAILED, MISTAKE = 1, 2
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that config.job names; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Libraries that report every step of their own work.
-    for name in ("absl", "orbax", "grain"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    argv = sys.argv if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
+        return 0
     try:
-        config, workdir = parse(sys.argv if argv is None else argv)
+        config, workdir = parse(argv)
         use_compile_cache()
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
@@ -49,31 +52,40 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> tuple[Any, str]:
     """(config, workdir) of a command line. Raises UserError for whatever is wrong with it."""
+    values = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/, with :VARIANT", values, sys_argv=argv
+    )
+    workdir = flags.DEFINE_string("workdir", None, "folder for the run's files", values)
     try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(one_line(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(one_line(error)) from error
-    config = CONFIG.value
-    if config is None:
-        raise UserError(
-            "--config is missing; name a file of configs/, as in --config=configs/phase1.py"
-        )
+        rest = values(argv)
+        config = flag.value
+        if config is None:
+            raise UserError("--config is missing; name a file, as in --config=configs/phase1.py")
+        job = config.job
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
-    if not WORKDIR.value:
+    if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
-    if config.job not in JOBS:
-        raise UserError(f"job={config.job!r} is not known; choose one of {', '.join(JOBS)}")
-    return config, os.path.abspath(os.path.expanduser(WORKDIR.value))
+    if job not in JOBS:
+        raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
+    return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error of the flags library, on one line."""
-    return " ".join(str(error.args[0] if error.args else error).split())
+def explain(error: BaseException) -> str:
+    """The reason of an error of the flags library, on one line.
+
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
 
 
 def use_compile_cache() -> None:

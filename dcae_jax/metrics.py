@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+Moments = dict[str, Array]  # see `moments_init`
+
 PSNR_CAP = 100.0  # dB; what identical images score, so that a mean over images stays finite
 MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
 
 
-def to_levels(x):
+def to_levels(x: Array) -> jax.Array:
     """Rounds images to the 256 levels that a PNG holds, as the published protocol does.
 
     x: [..., C] float in [-1, 1] (values outside are clipped) -> the same shape, float32, whole
@@ -27,7 +30,7 @@ def to_levels(x):
     return jnp.floor(jnp.clip(jnp.asarray(x, jnp.float32) * 127.5 + 128.0, 0.0, 255.0))
 
 
-def psnr(x, y):
+def psnr(x: Array, y: Array) -> jax.Array:
     """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
 
     x, y: [B, H, W, C] levels 0..255 (`to_levels`) -> [B] float32 in dB, at most `PSNR_CAP`:
@@ -39,7 +42,7 @@ def psnr(x, y):
     return 10 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
 
 
-def ssim(x, y):
+def ssim(x: Array, y: Array) -> jax.Array:
     """Structural similarity of each pair (Wang et al. 2004), as torchmetrics computes it.
 
     x, y: [B, H, W, C] levels 0..255, H and W at least 6 -> [B] float32 in [-1, 1]. A Gaussian
@@ -50,7 +53,7 @@ def ssim(x, y):
     return jnp.mean(ssim_map(x, y), axis=(1, 2, 3))
 
 
-def ssim_map(x, y):
+def ssim_map(x: Array, y: Array) -> jax.Array:
     """SSIM before the mean: [B, H, W, C], see `ssim`."""
     x, y = _pair(x, y)
     if min(x.shape[1:3]) < 6:
@@ -87,7 +90,7 @@ def _gaussian_blur(x):
     return x
 
 
-def moments_init(dim=2048):
+def moments_init(dim: int = 2048) -> Moments:
     """Empty sums for `moments_update`: a dict of float32 arrays that lives on the devices.
 
     Keys: count [], shift [dim], sum and outer with their compensations sum_low and outer_low
@@ -105,7 +108,7 @@ def moments_init(dim=2048):
     }
 
 
-def moments_update(state, features, weight=None):
+def moments_update(state: Moments, features: Array, weight: Array | None = None) -> Moments:
     """Adds a batch to the sums. Pure, for use under jit; the batch may be sharded over a mesh.
 
     features: [B, dim]; weight: [B], 1 for a row that counts and 0 for padding (a padded row may
@@ -139,7 +142,7 @@ def _two_sum(a, b):
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def moments_merge(a, b):
+def moments_merge(a: Moments, b: Moments) -> Moments:
     """Joins two states into one, on the host in float64: `moments_merge(f(A), f(B))` = f(A + B).
 
     a, b: states of `moments_update`, or results of this function. -> a state of float64 NumPy
@@ -163,7 +166,7 @@ def moments_merge(a, b):
     }
 
 
-def moments_finalize(state):
+def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
     """State -> (mu [dim], sigma [dim, dim]), float64 NumPy; sigma divides by n - 1."""
     state = _moments_host(state)
     count = float(state["count"])
@@ -182,7 +185,7 @@ def _moments_host(state):
     return state
 
 
-def biased(count):
+def biased(count: int) -> bool:
     """Whether `count` pictures are too few for an FID to be compared; if so, logs a warning."""
     if count >= MIN_FRECHET_SAMPLES:
         return False
@@ -194,7 +197,7 @@ def biased(count):
     return True
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     mu1, mu2: [d]; sigma1, sigma2: [d, d] symmetric positive semidefinite, rank-deficient ones
@@ -229,7 +232,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)
 
 
-def inception_score(logits, splits=10, seed=2020):
+def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
 
     logits: [N, classes], those of the network without the bias of its last layer, as the original
@@ -256,7 +259,13 @@ def inception_score(logits, splits=10, seed=2020):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=2020):
+def kernel_distance(
+    features1: Array,
+    features2: Array,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
     """Kernel Inception distance (Binkowski et al. 2018): unbiased MMD^2 with (x.y/d + 1)^3.
 
     features1 (generated), features2 (reference): [N, d] and [M, d] -> (mean, standard deviation)
@@ -295,7 +304,9 @@ def _kernel_sums(x, y):
     return *off_diagonal, kernel(x, y).sum(axis=1)
 
 
-def precision_recall(generated, real, k=3, block=1024):
+def precision_recall(
+    generated: Array, real: Array, k: int = 3, block: int = 1024
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019), as torch-fidelity computes them.
 
     generated, real: [N, d] and [M, d] -> (precision, recall). Precision is the share of generated

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, patchgan
+from dcae_jax.models import dcae, layers, patchgan, sdvae
 from dcae_jax.models.layers import Weights
 
 
@@ -71,7 +71,9 @@ class Blueprint:
 
 
 def model_module(model_config: Any) -> Any:
-    """The file of dcae_jax/models that config.model.name names."""
+    """The file of dcae_jax/models that config.model.name names, or that has its variant."""
+    if model_config.name == "auto":
+        return sdvae if model_config.variant in sdvae.VARIANTS else dcae
     try:
         return importlib.import_module(f"dcae_jax.models.{model_config.name}")
     except ModuleNotFoundError as error:

@@ -71,7 +71,7 @@ def make_step(config: Any, plan: Blueprint) -> Step:
             skipped=metrics["skipped"],
             skipped_in_row=metrics["skipped_in_row"],
         )
-        return new, {k: v.astype(jnp.float32) for k, v in metrics.items()}
+        return new, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return step
 

@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from dcae_jax.models import inception, lpips
 
 # The first hex digits of each official file's SHA-256; torchvision and pytorch-fid put 8 of them
@@ -29,7 +31,7 @@ CHECKSUMS = {
 }
 
 
-def read_state_dict(path):
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a `.safetensors`, or a `.pt`/`.pth` that holds a state dict -> name -> NumPy array.
 
     Pickles are opened with `weights_only=True`, so a file cannot run code. bfloat16 arrives as
@@ -61,18 +63,22 @@ def read_state_dict(path):
     except Exception as error:  # torch raises whatever the broken bytes happen to break
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} is not a readable PyTorch file ({reason[0][:120]})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # a trainer's file: weights beside counters and moments
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict (names with tensors): pass the weights alone")
     return {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in state.items()}
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """-> the file's SHA-256 as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_safetensors(path, weights, metadata):
+def write_safetensors(
+    path: str | Path, weights: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
     """Writes `weights` (name -> array) beside `path`, then renames: nobody reads half a file.
 
     metadata: name -> str, stored in the header.
@@ -93,7 +99,12 @@ def write_safetensors(path, weights, metadata):
         partial.unlink(missing_ok=True)
 
 
-def convert_judge(source, out, linear=None, allow_unknown_checksum=False):
+def convert_judge(
+    source: str | Path,
+    out: str | Path,
+    linear: str | Path | None = None,
+    allow_unknown_checksum: bool = False,
+) -> str:
     """Converts a judge's weights, see the top of this file -> the network's name.
 
     source, linear, out: paths. The network is 'lpips-vgg', 'lpips-alex' or 'inception-fid'. Raises
@@ -146,7 +157,7 @@ def _check_sum(path, digest, kind, allow_unknown):
     logging.warning("%s is %s with an unknown checksum, not %s", path, kind, names)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit status: 0 done, 2 a mistake of the user, told in one line."""
     parser = argparse.ArgumentParser(
         "python -m dcae_jax.torch_io",

@@ -58,8 +58,10 @@ def run(config: Any, workdir: str) -> int:
         if start >= config.steps:
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)
             return DONE
-    judges = load_judges(config, mesh)
+    # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
+    source, held_out = data.training_source(config.data), data.held_out_source(config.data)
+    judges = load_judges(config, mesh)
     step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, plan)
     traced = {
@@ -98,7 +100,7 @@ def run(config: Any, workdir: str) -> int:
         logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
 
     with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
-        evaluate_now = functools.partial(_evaluate, config, mesh, plan, writer)
+        evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, writer)
         if start is None and config.evaluate_first:
             evaluate_now(0, state)
             writer.flush()
@@ -106,6 +108,7 @@ def run(config: Any, workdir: str) -> int:
             return _loop(
                 config,
                 mesh,
+                source,
                 judges,
                 compiled,
                 empty,
@@ -141,6 +144,7 @@ def run_phases(config: Any, workdir: str) -> int:
 def _loop(
     config: Any,
     mesh: Mesh,
+    source: Any,
     judges: Any,
     compiled: dict[int, Callable],
     empty: Callable[[], Totals],
@@ -151,7 +155,7 @@ def _loop(
     position: tuple[TrainState, Totals, int, int],
 ) -> int:
     state, totals, start, index = position
-    batches = data.training_batches(config, index, jax.process_index(), jax.process_count())
+    batches = data.training_batches(config, source, index, jax.process_index(), jax.process_count())
     accumulate = jax.jit(add_metrics, donate_argnums=0)
     in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
     clock = _Clock(config.batch_size, start)
@@ -195,12 +199,17 @@ def _loop(
 
 
 def _evaluate(
-    config: Any, mesh: Mesh, plan: Blueprint, writer: "_Writer", step: int, state: TrainState
+    config: Any,
+    mesh: Mesh,
+    plan: Blueprint,
+    held_out: Any,
+    writer: "_Writer",
+    step: int,
+    state: TrainState,
 ) -> None:
     """Scores the averaged weights on the held-out images, into the row of `step`."""
-    source = data.held_out_source(config.data)
     weights = state_lib.averaged(state)
-    results = evaluate.evaluate(config, plan.graph, weights, mesh, source)
+    results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out)
     writer.evaluation(step, results)
     if step and step == config.steps:
         writer.compare_with_start(evaluate.flat_scores(results))

@@ -10,9 +10,15 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "dcae_jax-test-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+# Unoptimised code compiles in half the time, and tests run it for a second at most.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 
 import jax
 import pytest
@@ -27,6 +33,15 @@ CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 def one_device():
     """The mesh of a laptop."""
     return sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Jobs that run in this process see one device, as on a laptop."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+    )
 
 
 @pytest.fixture

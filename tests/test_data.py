@@ -34,7 +34,8 @@ def pictures(tmp_path):
 
 
 def _take(config, count, start=0, process=0, processes=1):
-    batches = data.training_batches(config, start, process, processes)
+    source = data.training_source(config.data)
+    batches = data.training_batches(config, source, start, process, processes)
     return list(itertools.islice(batches, count))
 
 
@@ -176,6 +177,32 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
     assert data.folder(str(tmp_path))[0][0].size == (10, 30)
+
+
+def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(pictures, tmp_path):
+    """Catches parts drawn by their size instead of their weight, or by each host for itself."""
+    (tmp_path / "white").mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), "white").save(tmp_path / "white" / f"{i}.png")
+    parts = ((3.0, "folder", str(tmp_path / "white")), (1.0, "folder", pictures))
+    config = _config(data__source="mixture", data__parts=parts, data__held_out=0.0)
+    whole = _take(config, 50)
+    white = (_joined(whole) == 255).all((1, 2, 3))
+    assert 0.7 < white.mean() < 0.8
+    hosts = [_take(config, 50, process=p, processes=2) for p in range(2)]
+    for k in (0, 7, 49):
+        joined = np.concatenate([hosts[0][k]["image"], hosts[1][k]["image"]])
+        np.testing.assert_array_equal(joined, whole[k]["image"])
+    np.testing.assert_array_equal(_joined(_take(config, 10, start=160)), _joined(whole[40:]))
+    held = data.held_out_source(_config(**{"data__source": "mixture", "data__parts": parts}).data)
+    assert len(held) == 2  # one of each part
+
+
+@pytest.mark.parametrize("part", [(0, "folder", "x"), (1, "web", "x"), (1, "folder")])
+def test_an_impossible_part_of_a_mixture_is_named(part):
+    """Catches a part of weight 0, or of a source that does not exist, taken in silence."""
+    with pytest.raises(UserError, match="data.parts"):
+        data.training_source(_config(data__source="mixture", data__parts=(part,)).data)
 
 
 def test_an_unreadable_file_is_replaced_counted_and_named_once(pictures, caplog):

@@ -153,7 +153,10 @@ def architecture(model_config: Any) -> Variant:
     changes = {"residual": model_config.residual}
     for key in ("latent_channels", "widths", "encoder_depths", "decoder_depths"):
         if model_config[key]:
-            changes[key] = model_config[key]
+            value = model_config[key]
+            changes[key] = value if key == "latent_channels" else tuple(value)
+    if model_config.scaling_factor:
+        changes["scaling_factor"] = model_config.scaling_factor
     arch = dataclasses.replace(arch, **changes)
     stages = len(arch.encoder_blocks)
     for key in ("widths", "encoder_depths", "decoder_depths"):
@@ -334,6 +337,35 @@ def count_parameters(arch: Variant) -> tuple[int, int]:
     sizes = {name: leaf.size for name, leaf in params.items()}
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
     return sum(sizes.values()), encoder
+
+
+def reach(arch: Variant) -> tuple[int | None, int | None]:
+    """Latents on each side that a result of (encode, decode) depends on; None: on all, attention.
+
+    How far the zeros around a tile spread, in positions of the current size: a 3x3 convolution
+    carries them one further, a residual block two.
+    """
+    last = len(arch.widths) - 1
+
+    def convolutions(blocks, depths):
+        return not any("evit" in kind for kind, n in zip(blocks, depths, strict=True) if n)
+
+    encode, n = None, 0
+    if convolutions(arch.encoder_blocks, arch.encoder_depths):
+        for i, depth in enumerate(arch.encoder_depths):
+            n += (1 if i == 0 and depth else 0) + 2 * depth
+            if i < last:
+                n = -(-(n + 1) // 2)
+        encode = n + 1
+    decode, n = None, 1
+    if convolutions(arch.decoder_blocks, arch.decoder_depths):
+        for i in reversed(range(last + 1)):
+            n += 2 * arch.decoder_depths[i]
+            if i > 0:
+                n = 2 * (n + 1) if arch.upsample == "c2s" else 2 * n + 1
+        n += 1 if arch.decoder_depths[0] else 0
+        decode = -(-n // arch.compression)
+    return encode, decode
 
 
 def last_layer(arch: Variant) -> str:

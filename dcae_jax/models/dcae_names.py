@@ -125,6 +125,11 @@ def format_of(found: Iterable[str]) -> str | None:
     return None
 
 
+def shapes_in(arch: Variant, form: str) -> names.Shapes:
+    """{name in `form`: shape} of the tensors of `arch`, counters left out."""
+    return names.shapes_there(_shapes(arch), _table(arch, form))
+
+
 @functools.cache
 def _shapes(arch: Variant) -> names.Shapes:
     model = dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=layers.shapes)
@@ -221,7 +226,7 @@ def _cause(found: names.Shapes, arch: Variant, form: str) -> str:
     score, best = 0.0, ""
     known = {**dcae.VARIANTS, "": arch}
     for name, other in known.items():
-        wanted = names.shapes_there(_shapes(other), _table(other, actual))
+        wanted = shapes_in(other, actual)
         share = len(wanted.items() & found.items()) / max(len(wanted), len(found))
         if share > score:
             score, best = share, name

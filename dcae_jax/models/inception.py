@@ -9,16 +9,20 @@ pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception of th
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+Weights = dict[str, Array]
+
 SIZE = 299  # pixels a side that the network sees
 PREPROCESSINGS = ("pytorch-fid", "torch-fidelity")
 
 
-def preprocess(levels, kind):
+def preprocess(levels: Array, kind: str) -> jax.Array:
     """Pictures as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
 
     levels: [B, H, W, 3], uint8 or whole floats (`metrics.to_levels`), any size. Two tools, two
@@ -54,7 +58,7 @@ def _resize(x, axis, half_pixel):
     return below + (above - below) * share
 
 
-def features(weights, x, fc_bias=False):
+def features(weights: Weights, x: Array, fc_bias: bool = False) -> tuple[jax.Array, jax.Array]:
     """Network input of `preprocess` -> (pool3 [B, 2048], logits [B, 1008]), float32.
 
     The logits leave out the bias of the last layer, as the Inception score wants them (Salimans
@@ -165,7 +169,7 @@ def _mean_pool(x):
 
 
 @functools.cache
-def shapes():
+def shapes() -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight: 94 convolutions and the last layer."""
     convolutions = {  # name -> (kernel height, width, in, out)
         "Conv2d_1a_3x3": (3, 3, 3, 32),
@@ -230,7 +234,7 @@ def shapes():
     return found
 
 
-def from_torch(state):
+def from_torch(state: Weights) -> dict[str, np.ndarray]:
     """State dict of pytorch-fid's or torch-fidelity's Inception -> weights, BatchNorm folded in.
 
     state: name -> NumPy array. Raises ValueError for any other network, torchvision's too.
@@ -267,7 +271,7 @@ def from_torch(state):
     return weights
 
 
-def load(path):
+def load(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a file that `python -m dcae_jax.torch_io` wrote -> weights for `features`.
 
     Raises ValueError for a file of another kind, or with missing, unknown or misshaped arrays.

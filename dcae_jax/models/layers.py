@@ -296,7 +296,9 @@ def relu_attention(q: Array, k: Array, v: Array, *, eps: float = 1e-15) -> Array
     """
     q, k = nnx.relu(q.astype(jnp.float32)), nnx.relu(k.astype(jnp.float32))
     v = v.astype(jnp.float32)
-    form = quadratic_attention if q.shape[1] <= q.shape[-1] else linear_attention
+    tokens = q.shape[1]
+    few = isinstance(tokens, int) and tokens <= q.shape[-1]  # no int in an export for any size
+    form = quadratic_attention if few else linear_attention
     return form(q, k, v, eps)
 
 

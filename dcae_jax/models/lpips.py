@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+Weights = dict[str, Array]
+
 # torchvision's layers: (index, in, out, kernel, stride, padding), "pool" and "tap" (after ReLU).
 _POOL, _TAP = "pool", "tap"
 _LAYERS = {
@@ -61,7 +64,14 @@ _SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for pi
 _SCALE = (0.458, 0.448, 0.450)
 
 
-def distance(weights, x, y, net="vgg", normalize="lpips", precision=jax.lax.Precision.HIGHEST):
+def distance(
+    weights: Weights,
+    x: Array,
+    y: Array,
+    net: str = "vgg",
+    normalize: str = "lpips",
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+) -> jax.Array:
     """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal pictures.
 
     Differentiable in x and y. `normalize` names how a feature vector f becomes a unit vector:
@@ -121,7 +131,7 @@ def _unit(x, normalize):
     return x / (norm + 1e-10)
 
 
-def shapes(net):
+def shapes(net: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of `net` ('vgg' or 'alex')."""
     _known(net)
     convolutions = [layer for layer in _LAYERS[net] if not isinstance(layer, str)]
@@ -140,7 +150,7 @@ def shapes(net):
     return found
 
 
-def linear_layers(net):
+def linear_layers(net: str) -> dict[str, np.ndarray]:
     """The published weights of the five taps, `lin0` .. `lin4` (v0.1), from the file beside this.
 
     They come from the PyPI package lpips 0.1.4, whose license stands in lpips_linear.LICENSE.
@@ -152,7 +162,7 @@ def linear_layers(net):
     return {f"lin{i}": arrays[f"{net}.lin{i}"] for i in range(5)}
 
 
-def from_torch(state, linear=None):
+def from_torch(state: Weights, linear: Weights | None = None) -> tuple[str, dict[str, np.ndarray]]:
     """State dict of torchvision's vgg16 or alexnet -> (net, weights).
 
     state: name -> NumPy array; the classifier's layers may be present and are dropped. linear: the
@@ -184,7 +194,7 @@ def from_torch(state, linear=None):
     return net, weights
 
 
-def load(path, net=None):
+def load(path: str | Path, net: str | None = None) -> dict[str, np.ndarray]:
     """Reads a file that `python -m dcae_jax.torch_io` wrote -> weights for `distance`.
 
     net: 'vgg' or 'alex' refuses a file of the other network; None takes either. Raises ValueError

@@ -74,7 +74,8 @@ def architecture(model_config: Any) -> Variant:
             f"model.residual=False: {model_config.variant} has no parameter-free shortcuts; "
             "leave it at True"
         )
-    changes = {key: model_config[key] for key in ("latent_channels",) if model_config[key]}
+    keys = ("latent_channels", "scaling_factor")
+    changes = {key: model_config[key] for key in keys if model_config[key]}
     if model_config.widths:
         changes["widths"] = tuple(model_config.widths)
     arch = dataclasses.replace(arch, **changes)
@@ -290,6 +291,15 @@ def count_parameters(arch: Variant) -> tuple[int, int]:
     sizes = {path: int(np.prod(shape)) for path, shape in _shapes(arch).items()}
     encoder = ("encoder.", "quant_conv.")
     return sum(sizes.values()), sum(n for path, n in sizes.items() if path.startswith(encoder))
+
+
+def reach(arch: Variant) -> tuple[int | None, int | None]:
+    """Latents on each side that a result of (encode, decode) depends on; None: on all.
+
+    Attention and the means of GroupNorm see the whole picture.
+    """
+    del arch
+    return None, None
 
 
 def last_layer(arch: Variant) -> str:

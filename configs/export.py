@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's weights in another format: orbax, diffusers, authors or stablehlo (docs/weights.md).
+
+    python -m dcae_jax.main --config=configs/export.py --config.init_from=runs/phase3 \
+        --config.export.format=diffusers --config.export.out=exports/mine
+
+`:VARIANT` says what a file of weights without a config.json is of.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant=""):
+    config = base.default()
+    config.job = "export"
+    config.model.variant = variant
+    return config

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images larger than memory: encoded and decoded in overlapping tiles that are blended.
+
+All tiles have one size, so that one program serves them, and are counted in latents, so that the
+result has the right size whatever the compression is. Tiles at the right and lower border reach
+back instead of beyond the image.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """All in latents."""
+
+    size: int
+    overlap: int  # of neighbours, at least
+    margin: int  # at each inner border, given no weight
+
+
+def plan(tile: int, overlap: int | None, reach: int | None) -> Tiles:
+    """Checks the sizes. Raises ValueError, naming the argument.
+
+    reach: latents on each side that an output depends on, None if on all. Where the overlap
+    covers it from both sides, what the tile's border has touched gets no weight, and the tiles
+    equal the whole; elsewhere the whole overlap is blended.
+    """
+    for name, value, low in (("tile", tile, 1), ("overlap", overlap, 0)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= low):
+            raise ValueError(f"{name}={value!r}: give a whole number of latents, at least {low}")
+    overlap = tile // 4 if overlap is None else overlap
+    if overlap >= tile:
+        raise ValueError(f"overlap={overlap} must be less than tile={tile}, both in latents")
+    covered = reach is not None and overlap >= 2 * reach
+    return Tiles(tile, overlap, reach if covered else 0)
+
+
+def run(
+    function: Callable[[Any], Any], x: Any, tiles: Tiles, scales: tuple[int, int], channels: int
+) -> np.ndarray:
+    """`function`, [B, h, w, *] -> [B, h', w', channels], on each tile of x and blended: float32.
+
+    scales: positions a side that one latent stands for in x and in the result.
+    """
+    before, after = scales
+    rows, columns = (_axis(size // before, tiles, after) for size in x.shape[1:3])
+    shape = (x.shape[0], *(size // before * after for size in x.shape[1:3]), channels)
+    total, weight = np.zeros(shape, np.float32), np.zeros((1, *shape[1:3], 1), np.float32)
+    for top, height, down in rows:
+        for left, width, across in columns:
+            part = x[
+                :,
+                top * before : (top + height) * before,
+                left * before : (left + width) * before,
+            ]
+            where = np.s_[
+                :,
+                top * after : (top + height) * after,
+                left * after : (left + width) * after,
+            ]
+            share = (down[:, None] * across[None, :])[None, :, :, None]
+            total[where] += share * np.asarray(function(part))
+            weight[where] += share
+    total /= weight
+    return total
+
+
+def _axis(size: int, tiles: Tiles, scale: int) -> list[tuple[int, int, np.ndarray]]:
+    """(first latent, latents, weight of each output position) of the tiles along one axis.
+
+    Weights rise in a line over the overlap, and are 1 up to the image's own borders.
+    """
+    length = min(tiles.size, size)
+    starts = list(range(0, size - length, max(length - tiles.overlap, 1))) + [size - length]
+    ramp = (tiles.overlap - 2 * tiles.margin) * scale
+    rise = np.concatenate(
+        [
+            np.zeros(tiles.margin * scale),
+            (np.arange(ramp) + 0.5) / max(ramp, 1),
+            np.ones(length * scale),
+        ]
+    )[: length * scale]
+    axis = []
+    for start in starts:
+        weights = np.ones(length * scale)
+        if start > 0:
+            weights = np.minimum(weights, rise)
+        if start + length < size:
+            weights = np.minimum(weights, rise[::-1])
+        axis.append((start, length, weights.astype(np.float32)))
+    return axis

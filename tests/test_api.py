@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python interface, and evaluation through it."""
+
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIGS
+from PIL import Image
+
+import dcae_jax
+from dcae_jax import config as config_lib
+from dcae_jax import evaluate, metrics, report, sharding, train
+
+
+@pytest.fixture(scope="module")
+def ae():
+    mesh = sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+    return dcae_jax.create_autoencoder("tiny", seed=3, mesh=mesh)
+
+
+def _pictures(*shape):
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+
+def test_encode_and_decode_have_the_promised_shapes(ae):
+    """Catches latents that are scaled, transposed or of another dtype."""
+    z = ae.encode(_pictures(2, 32, 48, 3))
+    assert z.shape == (2, 2, 3, 32) and z.dtype == jnp.float32
+    y = ae.decode(z)
+    assert y.shape == (2, 32, 48, 3) and y.dtype == jnp.float32
+    assert (ae.compression, ae.latent_channels, ae.num_parameters) == (16, 32, 1_502_284)
+
+
+@pytest.mark.parametrize(
+    "x, words",
+    [
+        (np.zeros((1, 32, 32, 3), np.uint8), "x is uint8; convert it: x.astype('float32')"),
+        (np.zeros((1, 32, 32, 3), np.int32), "dtype int32"),
+        (np.zeros((32, 32, 3), np.float32), "shape (32, 32, 3)"),
+        (np.zeros((1, 32, 32, 4), np.float32), "[B, H, W, 3]"),
+        (np.zeros((1, 40, 32, 3), np.float32), "height 40, no multiple of 16; pad to 48"),
+        (np.full((1, 32, 32, 3), np.nan, np.float32), "not finite"),
+        (np.full((1, 32, 32, 3), 255.0, np.float32), "reaches 255; scale it to [-1, 1]"),
+        ("photo.jpg", "must be an array"),
+    ],
+)
+def test_input_that_makes_no_sense_is_named(ae, x, words):
+    """Catches latents of noise from pictures in 0..255, and errors from inside XLA."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ae.encode(x)
+
+
+def test_device_arrays_are_read_only_when_asked(ae):
+    """Catches a check that stalls the device on every call, or one that cannot be had."""
+    x = jnp.full((1, 32, 32, 3), jnp.nan)
+    ae.encode(x)
+    with pytest.raises(ValueError, match="not finite"):
+        ae.encode(x, check=True)
+
+
+def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, alone, tmp_path):
+    """Catches evaluation of other weights than training evaluated, and padding left in."""
+    workdir = str(tmp_path / "run")
+    small.evaluate.crops, small.evaluate.count = 4, 7
+    train.run(small, workdir)
+    config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
+    config.init_from = workdir
+    config.evaluate.update(small.evaluate)
+    evaluate.run(config, str(tmp_path / "judged"))
+    judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
+    trained = report.read_rows(workdir)[-1]
+    assert judged["images"] == 7
+    for name in ("psnr", "ssim"):
+        assert judged[name] == pytest.approx(trained[f"{name}_32"], rel=1e-5)
+
+    photo = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    config.data.source, config.data.path = "folder", str(tmp_path / "photo.png")
+    evaluate.run(config, str(tmp_path / "one"))
+    images = tmp_path / "one" / "images"
+    for name in ("input", "reconstruction", "difference"):
+        assert Image.open(images / f"{name}.png").size == (50, 37)
+    np.testing.assert_array_equal(np.asarray(Image.open(images / "input.png")), photo)
+    again = np.asarray(Image.open(images / "reconstruction.png")).astype(np.float32)
+    score = float(metrics.psnr(again[None], photo[None].astype(np.float32))[0])
+    one = json.loads((tmp_path / "one" / "evaluate.json").read_text())["results"]
+    assert next(iter(one.values()))["psnr"] == pytest.approx(score, rel=1e-5)
+
+
+def test_grids_show_the_difference_and_survive_odd_sizes():
+    """Catches pictures that overlap in the grid, and differences that wrap around in uint8."""
+    x = np.full((2, 3, 5, 3), 250, np.uint8)
+    y = np.full((2, 3, 5, 3), 0, np.uint8)
+    grid = report.image_grid([x, y], tile=6, gap=1)
+    assert grid.shape == (2 * 6 + 1, 2 * 10 + 1, 3)
+    assert (grid[:6, :10] == 250).all() and (grid[7:, 11:] == 0).all() and grid[6, 0, 0] == 255
+    assert (report.difference(x, y) == 0).all() and (report.difference(x, x) == 128).all()

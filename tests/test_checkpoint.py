@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States on disk and back, on other devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from dcae_jax import checkpoint, report, sharding, state
+from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
+
+
+def _mesh(count, **axes):
+    sizes = config_lib.default().mesh
+    sizes.update(axes)
+    return sharding.make_mesh(sizes, jax.devices()[:count])
+
+
+def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypatch):
+    """Catches a checkpoint that only the machines which wrote it can read."""
+    monkeypatch.setattr(sharding, "SMALL", 64)  # so that tiny weights are split too
+    small.loss.gan_weight, small.loss.gan_channels = 0.5, 8
+    plan = state.blueprint(small, _mesh(4, fsdp=4))
+    saved = state.init_state(small, _mesh(4, fsdp=4), plan)
+    assert any(not leaf.is_fully_replicated for leaf in saved.params.values())
+    totals = {"loss": jax.numpy.float32(3)}
+    manager = checkpoint.open_manager(str(tmp_path), 2)
+    checkpoint.save(manager, saved, totals, 7, 28)
+    manager.wait_until_finished()
+    for mesh in (_mesh(1), _mesh(8, data=2, fsdp=4)):
+        abstract = state.abstract_state(small, mesh, plan)
+        shapes = jax.eval_shape(lambda: totals)
+        back, means, index = checkpoint.restore(manager, 7, abstract, shapes)
+        jax.tree.map(np.testing.assert_array_equal, saved, back)
+        assert index == 28 and float(means["loss"]) == 3
+        places = jax.tree.map(lambda a, b: a.sharding == b.sharding, abstract, back)
+        assert all(jax.tree.leaves(places))
+    manager.close()
+
+
+def test_weights_are_read_without_the_optimizer(small, one_device, tmp_path):
+    """Catches 'ema' that returns raw weights, and statistics left out."""
+    plan = state.blueprint(small, one_device)
+    fresh = state.init_state(small, one_device, plan)
+    fresh = state.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
+    manager = checkpoint.open_manager(str(tmp_path), 2)
+    checkpoint.save(manager, fresh, {}, 3, 0)
+    manager.close()
+    report.write_json(str(tmp_path / "config.json"), {"config": config_lib.to_json(small)})
+    averaged, config = checkpoint.load_weights(str(tmp_path))
+    raw, _ = checkpoint.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
+    assert config["model"]["variant"] == "tiny"
+    assert raw.keys() == averaged.keys() == plan.params.keys() | plan.stats.keys()
+    for name, leaf in raw.items():
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf + 1, averaged[name])
+
+
+def test_nothing_to_load_is_said_in_one_line(tmp_path):
+    """Catches a traceback from Orbax for a path that is no workdir, or has no checkpoint yet."""
+    with pytest.raises(UserError, match="config.json"):
+        checkpoint.load_weights(str(tmp_path))
+    report.write_json(str(tmp_path / "config.json"), {"config": {}})
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        checkpoint.load_weights(str(tmp_path))
+    with pytest.raises(UserError, match="there are"):
+        checkpoint.load_weights(str(tmp_path / "checkpoints" / "7"))

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job `export`: every format is read back by its own reader."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import CONFIGS
+from safetensors.numpy import load_file
+from test_published import SMALL, hollow_file, random_weights, same, write_folder
+
+import dcae_jax
+from dcae_jax import checkpoint, export, main, published
+from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
+from dcae_jax.models import dcae, dcae_names, sdvae
+
+PUBLISHED = SMALL["dc-ae-f32c32-mix-1.0"]
+ARCH = dataclasses.replace(
+    dcae.VARIANTS["tiny"], widths=(8, 8, 16, 32, 32), latent_channels=8, scaling_factor=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """An export of ours with random weights -> (its path, the weights)."""
+    folder = tmp_path_factory.mktemp("exports") / "ours"
+    folder.mkdir()
+    weights = random_weights(ARCH)
+    weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
+    meta = {"kind": "autoencoder", "model": published.model_settings(ARCH)}
+    checkpoint.save_export(str(folder), weights, meta)
+    return str(folder), weights
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the job -> (status, what it said, the folder written)."""
+
+    def command(init_from, form, *more, out="out"):
+        path = str(tmp_path / out)
+        status = main.main(
+            [
+                "main",
+                f"--config={os.path.join(CONFIGS, 'export.py')}",
+                f"--config.init_from={init_from}",
+                f"--config.export.format={form}",
+                f"--config.export.out={path}",
+                *more,
+            ]
+        )
+        return status, capsys.readouterr().err, path
+
+    return command
+
+
+def test_an_export_of_ours_holds_all_that_loading_needs(run, source, one_device, caplog):
+    """Catches an export without its statistics, its scaling factor or its shape."""
+    path, weights = source
+    with caplog.at_level("INFO"):
+        status, _, out = run(path, "orbax")
+    assert status == 0 and "the largest difference is 0" in caplog.text
+    ae = dcae_jax.load_autoencoder(out, mesh=one_device)
+    same(weights, ae.weights)
+    assert ae.architecture == ARCH
+    meta = json.loads(open(os.path.join(out, "model.json")).read())
+    assert meta["scaling_factor"] == 0.5 and meta["compression"] == 16
+    assert meta["provenance"]["source"] == path
+    assert not [name for name in os.listdir(os.path.dirname(out)) if name.endswith(".tmp")]
+
+
+def test_ours_to_diffusers_to_ours_is_bit_identical(run, source):
+    """Catches a tensor rounded or permuted by the file formats on the way."""
+    path, weights = source
+    _, _, there = run(path, "diffusers", out="there")
+    status, _, back = run(there, "orbax", out="back")
+    read, saved = checkpoint.load_weights(back)
+    assert status == 0
+    same(weights, read)
+    model = config_lib.default().model
+    model.update(saved["model"])
+    assert dcae.architecture(model) == ARCH
+
+
+def test_authors_names_go_out_and_come_back(run, tmp_path, monkeypatch, caplog):
+    """Catches an export whose model_name is of other weights, and a factor silently replaced.
+
+    A published model's own size would be 1.2 GB: here its name stands for a small one.
+    """
+    small = dataclasses.replace(PUBLISHED, scaling_factor=None)
+    monkeypatch.setitem(dcae.VARIANTS, "f32c32", small)
+    weights = random_weights(PUBLISHED)
+    write_folder(tmp_path / "hub", PUBLISHED, weights)
+    status, said, out = run(tmp_path / "hub", "authors")
+    assert status == 0, said
+    config = json.loads(open(os.path.join(out, "config.json")).read())
+    assert config == {"model_name": "dc-ae-f32c32-mix-1.0"}
+    tensors = load_file(os.path.join(out, "model.safetensors"))
+    assert "encoder.stages.1.op_list.0.main.conv1.conv.weight" in tensors
+    same(weights, checkpoint.load_weights(out)[0])
+    more = "--config.model.variant=f32c32"
+    with caplog.at_level("WARNING"):
+        status, _, _ = run(
+            os.path.join(tmp_path, "hub", published.DIFFUSERS_FILE), "authors", more, out="b"
+        )
+    assert status == 0 and "holds no scaling factor" in caplog.text
+
+
+def test_stablehlo_runs_without_this_package(run, source, tmp_path):
+    """Catches weights baked in, a batch or size that is fixed, a platform that is missing."""
+    path, weights = source
+    pytest.importorskip("flatbuffers")
+    status, said, out = run(path, "stablehlo")
+    assert status == 0, said
+    tensors = load_file(os.path.join(out, "weights.safetensors"))
+    same(weights, tensors)
+    for name in ("encode", "decode"):
+        with open(os.path.join(out, f"{name}.stablehlo"), "rb") as file:
+            program = file.read()
+        assert len(program) < 500_000
+        assert jax.export.deserialize(program).platforms == ("cpu", "tpu", "cuda")
+    ae = dcae_jax.load_autoencoder(path)
+    guard = "import sys; sys.modules['dcae_jax'] = None; sys.argv = sys.argv[1:]; import runpy; "
+    guard += "runpy.run_path(sys.argv[0])"
+    for shape in ((1, 32, 32, 3), (3, 16, 48, 3)):
+        x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+        np.save(tmp_path / "x.npy", x)
+        command = [sys.executable, "-c", guard, os.path.join(out, "example.py"), "x.npy"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        with np.load(tmp_path / "reconstruction.npz") as theirs:
+            z = np.asarray(ae.encode(x))
+            y = np.asarray(ae.decode(z))
+            np.testing.assert_allclose(theirs["latents"], z, atol=1e-4 * np.abs(z).max())
+            np.testing.assert_allclose(theirs["images"], y, atol=1e-3 * np.abs(y).max())
+    with pytest.raises(UserError, match="kind='stablehlo'"):
+        checkpoint.load_weights(out)
+
+
+def test_the_example_is_short_and_needs_jax_and_safetensors_alone():
+    """Catches an example that grows into a program, or imports what its reader has not got."""
+    lines = export.EXAMPLE.splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 100
+    imports = re.findall(r"^(?:import|from) (.*)$", export.EXAMPLE, re.M)
+    assert imports == [
+        "json, os, sys",
+        "jax, numpy as np",
+        "jax import export",
+        "safetensors.numpy import load_file",
+    ]
+
+
+def test_what_a_format_cannot_express_is_refused_with_the_reason(run, tmp_path):
+    """Catches an export that another program opens as another model."""
+    tiny = dcae.VARIANTS["tiny"]
+    settings = {**published.model_settings(tiny), "residual": False}
+    (tmp_path / "ours").mkdir()
+    meta = {"kind": "autoencoder", "model": settings}
+    checkpoint.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
+    for form in ("diffusers", "authors"):
+        status, said, out = run(tmp_path / "ours", form)
+        assert status == main.MISTAKE and "cannot express residual=False" in said
+        assert said.count("\n") == 1 and not os.path.exists(out)
+    shapes = sdvae.to_torch(random_weights(sdvae.Variant()), sdvae.Variant(), "diffusers")
+    hollow_file(tmp_path / "kl.safetensors", {k: v.shape for k, v in shapes.items()})
+    status, said, _ = run(tmp_path / "kl.safetensors", "authors")
+    assert status == main.MISTAKE and "diffusers only" in said
+    assert os.listdir(tmp_path) and not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
+
+
+def test_mistakes_are_told_before_any_work(run, source, tmp_path):
+    """Catches an older export overwritten, or mixed with a new one."""
+    path, _ = source
+    (tmp_path / "out").mkdir()
+    assert run(path, "orbax")[0] == 0  # an empty folder is taken
+    status, said, out = run(path, "diffusers")
+    assert status == main.MISTAKE and "not empty" in said
+    assert sorted(os.listdir(out)) == ["model.json", "params"]
+    status, said, _ = run(path, "onnx", out="b")
+    assert status == main.MISTAKE and "export.format='onnx'" in said
+    status, said, _ = run("", "orbax", out="b")
+    assert status == main.MISTAKE and "init_from is empty" in said
+
+
+def test_a_difference_after_reading_back_fails_and_leaves_nothing(
+    run, source, tmp_path, monkeypatch
+):
+    """Catches an export that is kept though it does not hold the weights."""
+    written = dcae_names.to_torch
+
+    def wrong(*arguments):
+        tensors = written(*arguments)
+        return {**tensors, "encoder.conv_out.bias": tensors["encoder.conv_out.bias"] + 1e-3}
+
+    monkeypatch.setattr(dcae_names, "to_torch", wrong)
+    with pytest.raises(RuntimeError, match="differs by 0.001"):
+        run(source[0], "diffusers")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["dc-ae-f32c32-mix-1.0", "dc-ae-lite-f32c32-sana-1.1", "kl"])
+def test_diffusers_opens_an_export_and_computes_the_same(run, name, tmp_path, one_device):
+    """Catches a folder that from_pretrained refuses, or that gives other pictures there."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from test_published import KL
+
+    arch = KL if name == "kl" else SMALL[name]
+    weights = random_weights(arch)
+    weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
+    (tmp_path / "ours").mkdir()
+    meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
+    checkpoint.save_export(str(tmp_path / "ours"), weights, meta)
+    status, said, out = run(tmp_path / "ours", "diffusers")
+    assert status == 0, said
+    kind = diffusers.AutoencoderKL if name == "kl" else diffusers.AutoencoderDC
+    network, loading = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert network.config.scaling_factor == (arch.scaling_factor or 1.0)
+    ae = dcae_jax.load_autoencoder(out, mesh=one_device)
+    f = arch.compression
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 2 * f, 3 * f, 3)).astype(np.float32)
+    with torch.no_grad():
+        latent = network.eval().encode(torch.from_numpy(x).permute(0, 3, 1, 2))
+        latent = latent.latent_dist.mean if name == "kl" else latent.latent
+        image = network.decode(latent).sample
+    z = ae.encode(x)
+    for ours, theirs in ((z, latent), (ae.decode(z), image)):
+        theirs = theirs.permute(0, 2, 3, 1).numpy()
+        error = np.abs(np.asarray(ours) - theirs) / theirs.std()
+        assert error.max() <= 1e-3 and error.mean() <= 1e-4

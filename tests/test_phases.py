@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phases 2 and 3: frozen means bit-identical and cheap, and the GAN trains what it should."""
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+from dcae_jax import checkpoint, losses, report, sharding, state, steps, train
+from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
+from dcae_jax.models import dcae, layers, patchgan
+
+
+def _phase(number, small, variant="tiny"):
+    """The shipped config of a phase, in the size of the fixture `small`."""
+    config = config_lib.load_file(os.path.join(CONFIGS, f"phase{number}.py"), "tiny")
+    config.model.update(small.model)
+    config.model.variant = variant
+    for key in ("batch_size", "save_every", "log_every"):
+        config[key] = small[key]
+    config.evaluate.update(small.evaluate)
+    config.resolution, config.resolutions = 32, ()
+    config.loss.gan_channels, config.loss.gan_warmup_steps = 8, 1
+    config.optimizer.warmup_steps = 0
+    config.steps = 3
+    return config
+
+
+def _f64(config):
+    """The layout of f64 (seven stages, depth 0 first), narrow."""
+    config.model.variant = "f64c128"
+    config.model.latent_channels = 16
+    config.model.widths = (8, 8, 16, 32, 32, 32, 32)
+    config.model.encoder_depths = config.model.decoder_depths = (0, 1, 1, 1, 1, 1, 1)
+    config.resolution, config.batch_size = 64, 2
+    return config
+
+
+def _steps(config, mesh, count):
+    """States before and after `count` steps on random pictures."""
+    plan = state.blueprint(config, mesh)
+    step = jax.jit(steps.make_step(config, plan))
+    before = after = state.init_state(config, mesh, plan)
+    shape = (config.batch_size, config.resolution, config.resolution, 3)
+    for seed in range(count):
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        batch = {"image": pixels, "label": np.zeros(config.batch_size, np.int32)}
+        after, metrics = step(after, sharding.put_batch(batch, mesh), {})
+    return plan, before, after, {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("layout", ["tiny", "f64"])
+def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
+    number, layout, small, one_device
+):
+    """Catches a frozen part that drifts (updates, decay, running statistics, averages), and a
+    trained one that is stuck."""
+    config = _phase(number, small)
+    config = _f64(config) if layout == "f64" else config
+    plan, before, after, _ = _steps(config, one_device, 3)
+    for field in ("params", "stats"):
+        old, new = getattr(before, field), getattr(after, field)
+        moved = {name for name in old if np.any(np.asarray(old[name]) != np.asarray(new[name]))}
+        assert moved == {name for name in old if name in plan.trained}
+    assert after.ema.keys() == plan.trained
+    # What evaluation and export read, outside of the trained part, is init_from to the bit.
+    averaged = state.averaged(after)
+    for name, old in {**before.params, **before.stats}.items():
+        if name not in plan.trained:
+            np.testing.assert_array_equal(averaged[name], old)
+    if number == 3:
+        x = jnp.asarray(np.random.default_rng(9).uniform(-1, 1, (1, 64, 64, 3)), jnp.float32)
+        encode = jax.jit(lambda w: layers.merge(plan.graph, w).encode(x))
+        old_latents = encode({**before.params, **before.stats})
+        np.testing.assert_array_equal(old_latents, encode(averaged))
+
+
+@pytest.mark.parametrize("variant", dcae.VARIANTS)
+def test_the_default_patterns_fit_every_variant(variant, one_device):
+    """Catches 'last stage' patterns that name an empty stage, or another model's."""
+    for number, shares in ((2, (0.02, 0.75)), (3, (1e-6, 0.1))):
+        config = config_lib.load_file(os.path.join(CONFIGS, f"phase{number}.py"), variant)
+        plan = state.blueprint(config, one_device)
+        trained = [name for name in plan.params if name in plan.trained]
+        sizes = [sum(plan.params[n].size for n in names) for names in (trained, plan.params)]
+        low, high = shares
+        assert low < sizes[0] / sizes[1] < high
+        if number == 3:
+            assert all(name.startswith("decoder.") for name in trained)
+            assert plan.last_layer in trained
+
+
+def _cost(config, mesh):
+    """(FLOPs, bytes of temporaries) of the compiled step."""
+    plan = state.blueprint(config, mesh)
+    step = jax.jit(steps.make_step(config, plan), donate_argnums=0)
+    abstract = state.abstract_state(config, mesh, plan)
+    batch = train.abstract_batch(config, config.resolution, mesh)
+    compiled = step.lower(abstract, batch, {}).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def _f32(number, one_device, depths):
+    config = config_lib.load_file(os.path.join(CONFIGS, f"phase{number}.py"), "f32c32")
+    config.model.widths = (16, 32, 64, 64, 128, 128)
+    config.model.encoder_depths, config.model.decoder_depths = depths
+    config.loss.lpips_weight = config.loss.gan_weight = 0.0
+    config.phase, config.batch_size = 1, 2
+    config.resolution, config.resolutions = 128, ()
+    assert config.optimizer.clip_norm > 0
+    return _cost(config, one_device)
+
+
+@pytest.mark.parametrize(
+    "depths",
+    [
+        pytest.param(((0, 1, 2, 1, 1, 1), (0, 1, 2, 1, 1, 1)), id="shallow"),
+        pytest.param(((), ()), id="full", marks=pytest.mark.slow),
+    ],
+)
+def test_phases_2_and_3_compute_and_keep_less_than_a_full_step(one_device, depths):
+    """Catches a backward pass that frozen layers still pay for: clipping or a finite check over
+    all gradients brings it back."""
+    full, middle, head = (_f32(number, one_device, depths) for number in (1, 2, 3))
+    assert middle[0] <= 0.6 * full[0] and middle[1] <= 0.5 * full[1], (full, middle)
+    assert head[0] < middle[0] and head[1] < middle[1], (middle, head)
+
+
+def test_a_run_of_phase_3_resumes_bit_equal(small, alone, tmp_path):
+    """Catches a checkpoint without the discriminator, its optimizer, LeCAM's means, or the draw
+    of resolutions."""
+    first = str(tmp_path / "phase1")
+    small.steps = 2
+    train.run(small, first)
+    config = _phase(3, small)
+    config.init_from, config.resolutions = first, (32, 48)
+    config.steps, config.save_every, config.loss.gan_lecam = 6, 3, 0.1
+    whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    train.run(config, whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(os.path.join(resumed, "checkpoints", "6"))
+    train.run(config, resumed)
+    for which in ("ema", "raw"):
+        a, b = (checkpoint.load_weights(path, which)[0] for path in (whole, resumed))
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    rows = [
+        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in report.read_rows(path)]
+        for path in (whole, resumed)
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(7))
+    assert {"logits_real", "logits_fake", "gan_accuracy", "gan_weight"} <= rows[0][-1].keys()
+    assert rows[0][1]["gan_weight"] == 0 < rows[0][-1]["gan_weight"]  # warmed up first
+    encoder = [name for name in a if name.startswith("encoder.")]
+    source = checkpoint.load_weights(first)[0]
+    for name in encoder:
+        np.testing.assert_array_equal(a[name], source[name])
+
+
+def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
+    """Catches a phase that starts from half-fitting weights, or fails without saying why."""
+    first = str(tmp_path / "phase1")
+    small.steps = 1
+    train.run(small, first)
+    config = config_lib.load_file(os.path.join(CONFIGS, "phase2.py"), "f32c32")
+    config.init_from, config.loss.lpips_weight = first, 0.0
+    with pytest.raises(UserError, match="tiny weights, this run is a f32c32; .*:tiny"):
+        train.run(config, str(tmp_path / "phase2"))
+
+
+def test_resolutions_are_drawn_from_seed_and_step():
+    """Catches a draw that hosts disagree on, or that ignores how often a size is listed."""
+    from dcae_jax import data
+
+    draws = [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
+    assert draws == [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
+    assert 0.25 < draws.count(64) / 600 < 0.42 and set(draws) == {64, 128}
+    assert draws != [data.resolution_at(4, (64, 128, 128), step) for step in range(600)]
+
+
+# --- the GAN's parts against their formulas ---------------------------------------------------------
+
+
+def test_hinge_and_lecam_by_their_formulas():
+    """Catches swapped signs, with which the discriminator learns to be wrong."""
+    real, fake = jnp.asarray([2.0, 0.5]), jnp.asarray([-3.0, 0.0])
+    assert float(losses.hinge(real, fake)) == pytest.approx(0.5 * (0.25 + 0.5))
+    assert float(losses.hinge(-real, -fake)) > 1
+    got = losses.lecam(real, fake, jnp.asarray(1.0), jnp.asarray(-1.0))
+    assert float(got) == pytest.approx((9 + 2.25) / 2 + (16 + 1) / 2)
+
+
+def test_the_adaptive_weight_is_bounded():
+    """Catches the ratio of gradient norms exploding when the discriminator's gradient vanishes."""
+    assert float(losses.adaptive_weight(jnp.asarray(3.0), jnp.asarray(2.0), 10.0)) == (
+        pytest.approx(1.5, rel=1e-4)
+    )
+    assert float(losses.adaptive_weight(jnp.asarray(3.0), jnp.asarray(0.0), 10.0)) == 10.0
+
+
+def test_augmentation_is_differentiable_and_drawn_for_each_image():
+    """Catches one draw for the whole batch, and a gradient that stops at the augmentation."""
+    x = jnp.ones((4, 16, 16, 3)) * 0.3
+    y = losses.diff_augment(jax.random.key(0), x)
+    assert y.shape == x.shape and not np.allclose(y[0], y[1])
+    slope = jax.grad(lambda x: losses.diff_augment(jax.random.key(0), x).sum())(x)
+    assert np.isfinite(slope).all() and (np.abs(slope).sum((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_patchgan_has_the_published_size_and_patches(norm):
+    """Catches a layer too many or a stride wrong: 70-pixel patches, 2.77 M weights."""
+    init = layers.random(0)
+    model = patchgan.PatchGAN(channels=64, depth=3, norm=norm, dtype=jnp.float32, init=init)
+    _, params, _ = layers.split(model)
+    sizes = 64 * 48 + 64 + 16 * (64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512)
+    assert sum(leaf.size for leaf in params.values()) == sizes + 16 * 512 + 1
+    logits = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32))
+    assert logits.shape == (1, 30, 30)
+    assert patchgan.smallest_input(3) == 24
+
+
+def test_the_discriminator_learns_to_tell_blurred_from_sharp(small, one_device):
+    """Catches a discriminator that is never updated, or whose gradients have the wrong sign."""
+    config = _phase(3, small)
+    config.loss.gan_learning_rate, config.loss.gan_warmup_steps = 2e-3, 1000
+    config.loss.gan_diff_augment = False
+    _, before, after, metrics = _steps(config, one_device, 25)
+    assert metrics["logits_real"] > metrics["logits_fake"] and metrics["gan_accuracy"] > 0.7
+    assert any(
+        np.any(np.asarray(before.discriminator.params[k]) != np.asarray(leaf))
+        for k, leaf in after.discriminator.params.items()
+    )

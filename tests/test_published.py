@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that others published: every kind of path, and files that are not what they claim."""
+
+import dataclasses
+import http.server
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import dcae_jax
+from dcae_jax import checkpoint, published, state
+from dcae_jax.config import UserError, default
+from dcae_jax.models import dcae, dcae_names, layers, sdvae
+
+# The blocks of published models at a hundredth of their width.
+SMALL = {
+    name: dataclasses.replace(
+        dcae.variant(name),
+        widths=(8, 16, 32, 32, 32, 32, 32)[: len(dcae.variant(name).widths)],
+        latent_channels=8,
+        encoder_depths=(dcae.variant(name).encoder_depths[0] and 1, *(1,) * n),
+        decoder_depths=(dcae.variant(name).decoder_depths[0] and 1, *(1,) * n),
+    )
+    for name, n in {
+        "dc-ae-f32c32-mix-1.0": 5,
+        "dc-ae-f32c32-sana-1.1": 5,
+        "dc-ae-lite-f32c32-sana-1.1": 5,
+        "dc-ae-f32c128-1.5": 5,
+        "dc-ae-f64c128-1.5": 6,
+    }.items()
+}
+KL = dataclasses.replace(sdvae.VARIANTS["sd-vae-f8"], widths=(32, 32, 32, 32))
+
+
+def random_weights(arch):
+    module = (
+        sdvae.SDVAE(arch, dtype=np.float32, init=layers.random(0))
+        if isinstance(arch, sdvae.Variant)
+        else dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.random(0))
+    )
+    _, params, stats = layers.split(module)
+    return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
+
+
+def write_folder(folder, arch, weights, form="diffusers"):
+    """A folder as others publish it."""
+    names = sdvae if isinstance(arch, sdvae.Variant) else dcae_names
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(names.config_of(arch, form)))
+    tensors = {k: np.ascontiguousarray(v) for k, v in names.to_torch(weights, arch, form).items()}
+    file = published.AUTHORS_FILE if form == "authors" else published.DIFFUSERS_FILE
+    save_file(tensors, folder / file)
+    return tensors
+
+
+def hollow_file(path, shapes):
+    """A safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    os.truncate(path, 8 + len(head) + end)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(np.asarray(b[name]), np.asarray(value), err_msg=name)
+
+
+# --- every kind of path ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SMALL, "kl"])
+def test_a_folder_of_diffusers_gives_weights_and_model(name, tmp_path, one_device):
+    """Catches a scaling factor lost, a model built with other blocks, a tensor misplaced."""
+    arch = KL if name == "kl" else SMALL[name]
+    weights = random_weights(arch)
+    write_folder(tmp_path / "hub", arch, weights)
+    ae = dcae_jax.load_autoencoder(str(tmp_path / "hub"), mesh=one_device)
+    same(weights, ae.weights)
+    assert ae.architecture == arch
+    assert ae.scaling_factor == arch.scaling_factor
+    assert ae.model["name"] == ("sdvae" if name == "kl" else "dcae")
+    # A pipeline has its autoencoder in a folder of its own.
+    (tmp_path / "pipeline").mkdir()
+    os.rename(tmp_path / "hub", tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    same(weights, checkpoint.load_weights(str(tmp_path / "pipeline"))[0])
+
+
+def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
+    """Catches names of the authors that only diffusers' folders are read for."""
+    name = "dc-ae-f64c128-in-1.0"
+    (tmp_path / "config.json").write_text(json.dumps({"model_name": name}))
+    shapes = dcae_names.shapes_in(dcae.variant(name), "authors")
+    hollow_file(tmp_path / "model.safetensors", shapes)
+    weights, saved = checkpoint.load_weights(str(tmp_path))
+    assert saved["model"]["variant"] == name
+    assert sum(value.size for value in weights.values()) > 600e6
+
+
+@pytest.mark.parametrize(
+    "variant, given, scaling",
+    [
+        ("f32c32-sana", "", 0.41407),
+        ("f32c32", "", None),
+        ("f32c32", "dc-ae-f32c32-in-1.0", 0.3189),
+        ("sd-vae-f8", "", 0.18215),
+    ],
+)
+def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
+    variant, given, scaling, tmp_path
+):
+    """Catches a file that needs a config.json, and a scaling factor that was made up."""
+    if variant == "sd-vae-f8":
+        random = random_weights(sdvae.VARIANTS[variant])
+        save_file(
+            {
+                k: np.ascontiguousarray(v)
+                for k, v in sdvae.to_torch(random, sdvae.Variant(), "diffusers").items()
+            },
+            tmp_path / "x.safetensors",
+        )
+    else:
+        shapes = dcae_names.shapes_in(dcae.VARIANTS[variant], "authors")
+        hollow_file(tmp_path / "x.safetensors", shapes)
+    _, saved = checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant=given)
+    config = default().model
+    config.update(saved["model"])
+    module = sdvae if variant == "sd-vae-f8" else dcae
+    assert saved["model"]["variant"] == (given or variant)
+    assert module.architecture(config).scaling_factor == scaling
+
+
+def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
+    """Catches the factor of the variant in place of the one in config.json."""
+    arch = dataclasses.replace(SMALL["dc-ae-f32c32-sana-1.1"], scaling_factor=0.7)
+    write_folder(tmp_path / "hub", arch, random_weights(arch))
+    _, saved = checkpoint.load_weights(str(tmp_path / "hub"))
+    assert saved["model"]["scaling_factor"] == 0.7
+    model = default().model
+    model.update(saved["model"])
+    assert dcae.architecture(model) == arch
+
+
+def test_half_precision_and_shards_are_read(tmp_path):
+    """Catches bfloat16 read as integers, and the first of several files taken for all."""
+    arch = SMALL["dc-ae-f32c32-sana-1.1"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    os.remove(tmp_path / "hub" / published.DIFFUSERS_FILE)
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        half = {n: tensors[n].astype(ml_dtypes.bfloat16) for n in part}
+        save_file(half, tmp_path / "hub" / file)
+    index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
+    (tmp_path / "hub" / f"{published.DIFFUSERS_FILE}.index.json").write_text(json.dumps(index))
+    read, _ = checkpoint.load_weights(str(tmp_path / "hub"))
+    want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}
+    same(want, read)
+
+
+def test_training_starts_from_published_weights(small, one_device, tmp_path):
+    """Catches init_from that reads only workdirs, or weights of the mapped file in the state."""
+    arch = dcae.architecture(small.model)
+    weights = random_weights(arch)
+    write_folder(tmp_path / "hub", arch, weights)
+    read, saved = checkpoint.load_weights(str(tmp_path / "hub"), "ema")
+    assert saved["model"]["variant"] == "tiny"
+    plan = state.blueprint(small, one_device)
+    start = state.init_state(small, one_device, plan, read)
+    same(weights, {**start.params, **start.stats})
+
+
+@pytest.mark.torch
+def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
+    """Catches .pt files opened as any pickle, and a state dict nested as trainers nest it."""
+    torch = pytest.importorskip("torch")
+    arch = SMALL["dc-ae-lite-f32c32-sana-1.1"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    plain = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    os.remove(tmp_path / "hub" / published.DIFFUSERS_FILE)
+    for content in (plain, {"state_dict": plain}):
+        torch.save(content, tmp_path / "hub" / "weights.pt")
+        same(weights, checkpoint.load_weights(str(tmp_path / "hub"))[0])
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"x": Hostile()}, tmp_path / "hub" / "weights.pt")
+    with pytest.raises(UserError, match="weights.pt is not a readable PyTorch file"):
+        checkpoint.load_weights(str(tmp_path / "hub"))
+    assert not (tmp_path / "ran").exists()
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as one model needs: /OWNER/NAME/resolve/main/FILE."""
+
+    folder = ""
+    asked: list[str] = []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        file = os.path.join(self.folder, *self.path.split("/resolve/main/")[1:])
+        if "another" in self.path or not os.path.isfile(file):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+        with open(file, "rb") as opened:
+            data = opened.read()
+        self.send_response(200)
+        self.send_header("ETag", f'"{len(data):040x}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        data = self.do_HEAD()
+        if data:
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        del args
+
+
+def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
+    """Catches a second download, a cache of our own, and a traceback where there is no network."""
+    pytest.importorskip("huggingface_hub")
+    arch = SMALL["dc-ae-f32c128-1.5"]
+    weights = random_weights(arch)
+    write_folder(tmp_path / "hub" / "", arch, weights)
+    Hub.folder, Hub.asked = str(tmp_path / "hub"), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys\nfrom dcae_jax import checkpoint\nfrom dcae_jax.config import UserError\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        w, saved = checkpoint.load_weights(line.strip())\n"
+        "        print(len(w), float(sum(abs(v).sum() for v in w.values())), flush=True)\n"
+        "    except UserError as error:\n"
+        "        print(error, flush=True)\n"
+    )
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+
+        def load(name):
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        first = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
+        other = load("mit-han-lab/another")
+        gets = [path for path in Hub.asked if path.endswith(published.DIFFUSERS_FILE)]
+        server.shutdown()
+        server.server_close()
+        again = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
+        process.stdin.close()
+    total = float(sum(abs(v).sum() for v in weights.values()))
+    assert first.split()[0] == str(len(weights)) and float(first.split()[1]) == pytest.approx(total)
+    assert gets and again == first
+    assert "'mit-han-lab/another': that hub model has no config.json" in other
+    assert (
+        tmp_path / "cache" / "hub" / "models--mit-han-lab--dc-ae-f32c128-1.5-diffusers"
+    ).exists()
+
+
+# --- files that are not what they claim -----------------------------------------------------------
+
+
+def entry(begin=0, end=8, dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "a and b overlap"),
+        ({"a": entry(8, 16), "b": entry(8, 16)}, "overlap"),
+        ({"a": entry(0, 2**40, shape=(2**38,))}, "ends at byte 1099511627776 of 16: cut off"),
+        ({"a": entry(0, 8, shape=(2**62, 4))}, "takes"),
+        ({"a": entry(0, 8, shape=(-1, -2))}, "shape [-1, -2]"),
+        ({"a": entry(8, 0)}, "offsets [8, 0]"),
+        ({"a": entry(0, 8, dtype="F128")}, "dtype 'F128'"),
+        ({"a": entry(0, 8, dtype=["F32"])}, "dtype ['F32']"),
+        ({"a": [1]}, "no description"),
+        ([1], "no JSON object"),
+        (b"{", "no JSON"),
+        (2**60, "claims 1152921504606846976 bytes"),
+        (200, "cut off at"),
+        (b"version https://git-lfs", "Git LFS pointer"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_a_damaged_or_hostile_file_is_refused_before_it_is_read(header, words, tmp_path):
+    """Catches gigabytes allocated, or the bytes of one tensor taken for another's."""
+    body = bytes(16)
+    path = tmp_path / "x.safetensors"
+    if header in (b"",) or header == b"version https://git-lfs":
+        path.write_bytes(header)
+    elif isinstance(header, int):
+        path.write_bytes(header.to_bytes(8, "little") + body)
+    else:
+        head = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + body)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_weights(str(path))
+    message = str(caught.value)
+    assert words in message and "\n" not in message and len(message) < 300
+
+
+def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
+    """Catches a model that is half loaded, and an error that does not say what to do."""
+    arch = SMALL["dc-ae-f32c32-sana-1.1"]
+    tensors = write_folder(tmp_path / "hub", arch, random_weights(arch))
+    file = tmp_path / "hub" / published.DIFFUSERS_FILE
+    os.truncate(file, os.path.getsize(file) - 100)
+    with pytest.raises(UserError, match="cut off; fetch it again"):
+        checkpoint.load_weights(str(tmp_path / "hub"))
+    lost = tensors.pop("encoder.conv_out.weight")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"1 missing \(encoder.conv_out.weight\).*incomplete"):
+        checkpoint.load_weights(str(tmp_path / "hub"))
+    save_file({**tensors, "encoder.conv_out.weight": lost[:4]}, file)
+    with pytest.raises(UserError, match="1 misshapen"):
+        checkpoint.load_weights(str(tmp_path / "hub"))
+    shapes = dcae_names.shapes_in(dcae.VARIANTS["f32c32-sana"], "diffusers")
+    hollow_file(tmp_path / "x.safetensors", shapes)
+    with pytest.raises(UserError, match="these are f32c32-sana weights; load them as"):
+        checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant="f32c32")
+    hollow_file(tmp_path / "x.safetensors", {"features.weight": (3, 3)})
+    with pytest.raises(UserError, match="no variant; name it with variant="):
+        checkpoint.load_weights(str(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({}, "no weights: neither"),
+        ({"config.json": "{"}, "no readable JSON"),
+        ({"config.json": "[1]"}, "no JSON object"),
+        ({"a.safetensors": "", "b.safetensors": ""}, "several files of weights (a.safetensors"),
+        ({"model.json": '{"kind": "generator"}'}, "kind='generator'"),
+        ({"model.json": '{"kind": "autoencoder"}'}, "incomplete export"),
+    ],
+)
+def test_a_folder_that_holds_no_model_says_what_is_missing(files, words, tmp_path):
+    """Catches a KeyError or Orbax's traceback for a folder of something else."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_weights(str(tmp_path))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time
+import jax, dcae_jax, orbax.checkpoint
+from dcae_jax import sharding
+from dcae_jax import config as config_lib
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+jax.numpy.zeros(3).block_until_ready()
+peak = start = anonymous()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+ae = dcae_jax.load_autoencoder(sys.argv[1])
+jax.block_until_ready(ae.weights)
+done = True
+thread.join()
+size = sum(4 * v.size for v in ae.weights.values())
+print(size, peak - start)
+"""
+
+
+def peak_of(path):
+    """(bytes of the float32 weights, peak of anonymous memory while they are loaded)."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, most", [("diffusers", 1.3), ("bfloat16", 1.3), ("orbax", 1.45)])
+def test_loading_takes_little_more_memory_than_the_weights(kind, most, tmp_path):
+    """Catches weights that are in memory twice: as read, and as placed.
+
+    Orbax reads in threads, whose freed blocks the C library keeps for a while.
+    """
+    arch = dataclasses.replace(dcae.VARIANTS["f32c32-sana"], widths=(96, 192, 384, 384, 768, 768))
+    weights = random_weights(arch)
+    assert sum(v.nbytes for v in weights.values()) > 600e6
+    if kind == "orbax":
+        (tmp_path / "hub").mkdir()
+        meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
+        checkpoint.save_export(str(tmp_path / "hub"), weights, meta)
+    else:
+        tensors = write_folder(tmp_path / "hub", arch, weights)
+        if kind == "bfloat16":
+            half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+            save_file(half, tmp_path / "hub" / published.DIFFUSERS_FILE)
+    del weights
+    size, peak = peak_of(tmp_path / "hub")
+    logging.info("%s: %.0f MB of weights, peak %.2f times", kind, size / 1e6, peak / size)
+    assert peak <= most * size, peak / size

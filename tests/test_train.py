@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: what is on disk after a run, and that no interruption changes it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+from dcae_jax import checkpoint, report, train
+from dcae_jax.config import UserError
+
+TIMES = ("_s", "_per_s")
+
+
+def _command(workdir, *changes):
+    """A command line that trains the narrow tiny model for ten steps."""
+    settings = {
+        "model.widths": (8, 8, 16, 32, 32),
+        "model.latent_channels": 8,
+        "resolution": 32,
+        "batch_size": 4,
+        "steps": 10,
+        "log_every": 2,
+        "save_every": 5,
+        "evaluate_every": 4,
+        "evaluate.resolutions": (32,),
+        "evaluate.batch_size": 8,
+        "evaluate.count": 6,
+        "evaluate.grid": 2,
+    }
+    config = f"--config={os.path.join(CONFIGS, 'phase1.py')}:tiny"
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    more = [f"--config.{change}" for change in changes]
+    return [sys.executable, "-m", "dcae_jax.main", config, f"--workdir={workdir}", *flags, *more]
+
+
+def _environment():
+    """This process's, with one device."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    root = str(pathlib.Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": root, "XLA_FLAGS": flags}
+
+
+def _start(workdir, *changes):
+    return subprocess.Popen(
+        _command(workdir, *changes), env=_environment(), stderr=subprocess.PIPE, text=True
+    )
+
+
+def _finish(workdir, *changes):
+    done = subprocess.run(
+        _command(workdir, *changes), env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
+def _interrupt(workdir, after_row, number):
+    """Sends a signal after a first checkpoint and the row of `after_row`; returns the status."""
+    process = _start(workdir)
+    deadline = time.time() + 240
+    while time.time() < deadline and process.poll() is None:
+        rows = report.read_rows(str(workdir))
+        if checkpoint.saved_steps(str(workdir)) and rows[-1]["step"] >= after_row:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def _values(workdir):
+    """Rows of metrics.jsonl without times."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith(TIMES)}
+        for row in report.read_rows(str(workdir))
+    ]
+
+
+def _assert_same_run(a, b):
+    for which in ("ema", "raw"):
+        left, right = (checkpoint.load_weights(str(d), which)[0] for d in (a, b))
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+    assert _values(a) == _values(b)
+    pictures = sorted(p.name for p in (a / "images").iterdir())
+    assert pictures == sorted(p.name for p in (b / "images").iterdir())
+    for name in pictures:
+        assert (a / "images" / name).read_bytes() == (b / "images" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    _finish(workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_the_docs_promise(whole):
+    """Catches a missing file, rows out of order or twice, checkpoints beyond `keep`."""
+    rows = report.read_rows(str(whole))
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    assert list(rows[0])[0] == "step"
+    assert {"loss", "l1", "psnr", "grad_norm", "learning_rate", "step_s"} <= rows[0].keys()
+    assert "psnr_32" in rows[1] and "psnr_32" not in rows[0] and "ssim_32" in rows[-1]
+    assert checkpoint.saved_steps(str(whole)) == [5, 10]
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["config"]["batch_size"] == 4 and saved["versions"]["jax"] == jax.__version__
+    assert saved["weights"] == "random, seed 0"
+    assert (whole / "images" / "step0000010_32.png").exists()
+    assert any(p.name.startswith("events.out.tfevents") for p in whole.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
+    """Catches anything that a checkpoint forgets: moments, averages, data, means of metrics."""
+    workdir = tmp_path / "run"
+    status = _interrupt(workdir, 6, number)
+    assert status == (train.PREEMPTED if number == signal.SIGTERM else -signal.SIGKILL)
+    steps = checkpoint.saved_steps(str(workdir))
+    assert steps and steps[-1] < 10
+    if number == signal.SIGTERM:
+        assert steps[-1] > 5  # saved where it stopped, not only every 5 steps
+    said = _finish(workdir)
+    assert f"resuming {workdir} at step {steps[-1]}" in said
+    _assert_same_run(whole, workdir)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(small, alone, tmp_path, caplog):
+    """Catches a run that trains again from the start, or past its last step."""
+    workdir = str(tmp_path / "run")
+    caplog.set_level("INFO")
+    assert train.run(small, workdir) == train.DONE
+    before = report.read_rows(workdir)
+    assert train.run(small, workdir) == train.DONE
+    assert report.read_rows(workdir) == before and "is done: step 4 of 4" in caplog.text
+    small.steps = 6
+    assert train.run(small, workdir) == train.DONE
+    assert [row["step"] for row in report.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_configuration_is_refused_unless_allowed(small, alone, tmp_path, caplog):
+    """Catches a run that goes on with another batch size as if nothing had changed."""
+    workdir = str(tmp_path / "run")
+    small.steps = 2
+    train.run(small, workdir)
+    small.steps, small.batch_size, small.ema_decay = 4, 8, 0.5
+    with pytest.raises(UserError, match="batch_size was 4, is 8; ema_decay was 0.99, is 0.5"):
+        train.run(small, workdir)
+    small.allow_change = ("batch_size", "ema_decay")
+    caplog.set_level("INFO")
+    assert train.run(small, workdir) == train.DONE
+    assert "changed: batch_size, ema_decay" in caplog.text
+
+
+def test_rows_after_the_restored_step_are_written_once(tmp_path):
+    """Catches a metrics.jsonl in which a killed run's last rows stand twice, or half."""
+    for step in (2, 4, 6):
+        report.append_row(str(tmp_path), step, {"loss": float("nan")})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    report.drop_rows_after(str(tmp_path), 4)
+    rows = report.read_rows(str(tmp_path))
+    assert rows == [{"step": 2, "loss": None}, {"step": 4, "loss": None}]
+
+
+def test_an_unfinished_checkpoint_is_not_used(small, alone, tmp_path):
+    """Catches a resume from half a checkpoint that a crash left behind."""
+    workdir = tmp_path / "run"
+    train.run(small, str(workdir))
+    folder = workdir / "checkpoints"
+    (folder / "9.orbax-checkpoint-tmp").mkdir()
+    (folder / "9.orbax-checkpoint-tmp" / "weights").mkdir()
+    assert checkpoint.saved_steps(str(workdir)) == [2, 4]
+    assert checkpoint.load_weights(str(workdir))[1]["steps"] == 4
+
+
+def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
+    """Catches a run that skips every step for hours; the last checkpoint stays."""
+    workdir = str(tmp_path / "run")
+    train.run(small, workdir)
+    small.steps, small.max_skipped, small.save_every = 40, 3, 100
+    small.optimizer.learning_rate = 1e38  # the step after the first overflows
+    small.allow_change = ("optimizer",)
+    with pytest.raises(train.Diverged, match="3 times in a row"):
+        train.run(small, workdir)
+    assert checkpoint.saved_steps(workdir) == [2, 4]
+
+
+def test_skipped_steps_do_not_count_in_the_means():
+    """Catches one NaN that blanks the whole row's loss."""
+    shapes = {"loss": None, "finite": None, "skipped": None}
+    totals = train.empty_totals(shapes)
+    for loss, finite, skipped in ((1.0, 1, 0), (jnp.nan, 0, 1), (3.0, 1, 1)):
+        values = {"loss": loss, "finite": finite, "skipped": skipped}
+        totals = train.add_metrics(totals, {k: jnp.float32(v) for k, v in values.items()})
+    assert train.compute(totals) == {"loss": 2.0, "skipped": 1.0}
+
+
+def test_the_comparison_names_what_fell():
+    """Catches a loss at low resolution that nobody is told of."""
+    text = train.changes({"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25)})
+    assert text == "fell: psnr_64 24 -> 23.5 (-0.5); rose: psnr_256 25 -> 25.25 (+0.25)"
