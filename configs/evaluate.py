@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PSNR and SSIM of a trained autoencoder on images, or on one picture.
+"""Judges a trained autoencoder on images or on one picture, or judges samples.
 
     python -m dcae_jax.main --config=configs/evaluate.py --workdir=runs/evaluation \
         --config.init_from=runs/phase1 --config.data.source=folder --config.data.path=/data/val
+    python -m dcae_jax.main --config=configs/evaluate.py --workdir=runs/evaluation \
+        --config.evaluate.samples=samples.npz --config.evaluate.reference=/data/train \
+        --config.evaluate.inception_weights=inception.safetensors
 """
 
 from dcae_jax import config as base
@@ -11,5 +14,7 @@ from dcae_jax import config as base
 def get_config():
     config = base.default()
     config.job = "evaluate"
+    config.data.split = "validation"
+    config.evaluate.resolutions = ()
     config.evaluate.count = 0
     return config

@@ -33,10 +33,10 @@ def get_config(variant="f32c32"):
     config.evaluate_first = True
     if variant == "tiny":
         config.resolutions = (64, 128, 128)
-        config.steps = 150
-        config.batch_size = 8
+        config.steps = 200
+        config.batch_size = 4
         config.loss.lpips_weight = 0.0
-        config.optimizer.learning_rate = 5e-4
+        config.optimizer.learning_rate = 3e-4
         config.optimizer.schedule = "cosine"
         config.optimizer.warmup_steps = 10
         config.ema_decay = 0.99

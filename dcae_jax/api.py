@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import checkpoint, sharding, state, tiling
 from dcae_jax import config as config_lib
-from dcae_jax.models import layers
+from dcae_jax.models import layers, sdvae
 from dcae_jax.models.layers import Array, Weights
 
 RANGE_TOLERANCE = 1e-3
@@ -58,16 +58,31 @@ class Autoencoder:
         return state.model_module(config_lib.ConfigDict(self.model)).reach(self.architecture)
 
     def encode(
-        self, x: Any, *, tile: int = 0, overlap: int | None = None, check: bool = False
+        self,
+        x: Any,
+        *,
+        sample: bool = False,
+        seed: int = 0,
+        tile: int = 0,
+        overlap: int | None = None,
+        check: bool = False,
     ) -> Array | np.ndarray:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
         H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
         squares of tile x tile latents that overlap by `overlap` latents (default: a quarter of the
         tile) and are blended there; the result is a NumPy array. NumPy input is checked in full; a
-        jax.Array by shape and dtype only, unless `check`. Raises ValueError, naming the argument.
+        jax.Array by shape and dtype only, unless `check`. With `sample`, a model that has a
+        posterior (sd-vae-f8) gives a sample of it, fixed by `seed`, instead of its mean. Raises
+        ValueError, naming the argument.
         """
         f = self.compression
+        if sample:
+            if tile or not isinstance(self.architecture, sdvae.Variant):
+                what = "tiles" if tile else "a deterministic encoder"
+                raise ValueError(f"sample=True does not go with {what}; leave it out")
+            _check_input("x", x, 3, (f, f), check, limit=1.0)
+            return self._sample(self.weights, self._place(x), jax.random.key(seed))
         if not tile:
             _check_input("x", x, 3, (f, f), check, limit=1.0)
             return self._encode(self.weights, self._place(x))
@@ -94,6 +109,10 @@ class Autoencoder:
     @functools.cached_property
     def _encode(self):
         return jax.jit(lambda weights, x: layers.merge(self.graph, weights).encode(x))
+
+    @functools.cached_property
+    def _sample(self):
+        return jax.jit(lambda weights, x, key: layers.merge(self.graph, weights).encode(x, key))
 
     @functools.cached_property
     def _decode(self):

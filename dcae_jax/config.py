@@ -121,7 +121,7 @@ def default() -> ConfigDict:
     m.prefetch = 4  # batches read ahead (of each worker)
 
     m = c.evaluate = ConfigDict()
-    m.resolutions = (256,)  # pixels a side
+    m.resolutions = (256,)  # pixels a side; (): the protocol's, or `resolution`
     m.batch_size = 32  # images a step, over all devices and processes
     m.count = 1000  # images at most; 0: all
     m.crops = 1  # a picture: 1 is the ADM centre crop, more are fixed random crops

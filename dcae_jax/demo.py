@@ -136,8 +136,9 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dcae_jax demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
 td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
 img {{ max-width: 100% }} .cap {{ color: #555 }} svg {{ margin-right: 1rem }}
 </style></head><body>
@@ -196,7 +197,7 @@ def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> st
         )
 
     parts = [f'<text x="{left}" y="16" font-weight="bold">{html.escape(title)}</text>']
-    for (name, line), colour in zip(lines, COLOURS, strict=False):
+    for (_, line), colour in zip(lines, COLOURS, strict=False):
         path = " ".join(place(x, y) for x, y in line)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
@@ -222,8 +223,7 @@ def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> st
 
 def command(argv: list[str]) -> int:
     """The command line; exit status as in `main`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    main.set_up_logging()
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", "demo-run", "folder for the run and its page", values)
     try:

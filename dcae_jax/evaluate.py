@@ -1,104 +1,344 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good are the reconstructions: PSNR and SSIM by the published protocol, and picture grids.
+"""How good reconstructions or samples are: the published judges, tables and picture grids.
 
 Protocol: ADM centre crop, the model sees [-1, 1], both images are rounded to 8 bits before every
-metric, means over images.
+metric, means over images. docs/evaluation.md says what each number is computed on.
 """
 
 import dataclasses
+import functools
+import hashlib
+import io
+import json
 import logging
+import math
 import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
 
-from dcae_jax import api, data, metrics, report, sharding
+from dcae_jax import api, checkpoint, data, metrics, report, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import layers
+from dcae_jax.models import inception, layers, lpips
 from dcae_jax.models.layers import Array, Weights
+
+Judges = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
+Kept = dict[int, tuple[float, np.ndarray, np.ndarray]]  # image number -> PSNR, image, output
+
+PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels a side
+PROTOCOL_COUNT = 50_000  # images of ImageNet's validation set, and samples of a published FID
+KID_SUBSET = 1000  # rows, torch-fidelity's default; of smaller sets all rows
+SCORE_SPLITS = 10  # of the Inception score
+REFERENCE_ROWS = 50_000  # features of the reference that are kept for KID, precision and recall
+
+# Judge -> (key, what it unlocks, file to fetch, where it is, file to convert it to).
+FILES = {
+    "lpips": (
+        "evaluate.lpips_weights",
+        "LPIPS",
+        "alexnet-owt-7be5be79.pth",
+        "torchvision",
+        "lpips-alex.safetensors",
+    ),
+    "inception": (
+        "evaluate.inception_weights",
+        "rFID, FID, Inception score, KID, precision and recall",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "mseitzer/pytorch-fid",
+        "inception.safetensors",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The figures of one resolution, and some reconstructions."""
 
-    scores: dict[str, float]  # metric -> mean over images
+    scores: dict[str, float]  # metric -> value, of PSNR, SSIM and LPIPS the mean over images
     count: int
-    images: np.ndarray  # [grid, size, size, 3] uint8
+    images: np.ndarray  # [grid, size, size, 3] uint8, the first ones
     outputs: np.ndarray  # [grid, size, size, 3] uint8
+    extremes: dict[str, tuple[np.ndarray, np.ndarray]]  # 'best', 'worst' by PSNR: likewise
+    biased: bool  # too few images for the Frechet distance to be compared
 
     def grid(self) -> np.ndarray:
         """Columns: image, reconstruction, difference."""
-        columns = (self.images, self.outputs, report.difference(self.images, self.outputs))
-        return report.image_grid(columns)
+        return _grid(self.images, self.outputs)
 
 
-def reconstruct_fn(graph: nnx.GraphDef, mesh: Mesh):
-    """A jitted (weights, images uint8, mask) -> (sums of the scores, reconstructions uint8)."""
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Sums over the images of one resolution, which those of other images can be added to."""
 
-    def reconstruct(weights: Weights, images: Array, mask: Array):
+    sums: dict[str, float]  # 'count', and metric -> sum over images
+    moments: dict[str, metrics.Moments]  # 'image', 'output': Inception's, on the devices
+    first: tuple[np.ndarray, np.ndarray]  # (images, outputs) [grid, size, size, 3] uint8
+    kept: Kept  # the best and the worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What Inception makes of a set of images."""
+
+    mu: np.ndarray  # [d] float64, preprocessed as pytorch-fid does
+    sigma: np.ndarray  # [d, d]
+    count: int  # 0: not known
+    features: np.ndarray | None  # [n, d] float32, preprocessed as torch-fidelity does; None where
+    logits: np.ndarray | None  # [n, classes] they are not known, and on processes other than 0
+
+
+# --- the judges' weights --------------------------------------------------------------------------
+
+
+def load_judges(config: Any, mesh: Mesh) -> Judges:
+    """The networks whose files config.evaluate names, on every device. Raises UserError."""
+    readers = {"lpips": functools.partial(lpips.load, net="alex"), "inception": inception.load}
+    judges = {}
+    for name, read in readers.items():
+        key, _, source, _, converted = FILES[name]
+        path = config.evaluate[key.removeprefix("evaluate.")]
+        if not path:
+            continue
+        if not os.path.isfile(path):
+            raise UserError(f"{key}={path!r} is no file; {_conversion(source, converted)}")
+        try:
+            weights = read(path)
+        except ValueError as error:
+            raise UserError(f"{key}={path!r}: {' '.join(str(error).split())}") from error
+        place = sharding.replicated(mesh)
+        judges[name] = {k: sharding.put(v, place) for k, v in weights.items()}
+    return judges
+
+
+def locked(judges: Judges) -> str:
+    """One line: which file unlocks what, and the command that converts it; '' with all there."""
+    parts = []
+    for name, (key, what, source, where, converted) in FILES.items():
+        if name not in judges:
+            parts.append(f"{what}: {source} ({where}), {_conversion(source, converted)} as {key}")
+    return f"not computed without a file: {'; '.join(parts)}" if parts else ""
+
+
+def _conversion(source: str, converted: str) -> str:
+    return f"run `python -m dcae_jax.torch_io {source} --out={converted}` and name {converted}"
+
+
+# --- reconstructions ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)  # a training run evaluates many times, and compiles once
+def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
+    """A jitted function that reconstructs a batch and judges it.
+
+    (weights, judges, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, sums of the
+    scores, PSNR [B], reconstructions [B, H, W, 3] uint8). The moments passed in are given up.
+    """
+    rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
+
+    def judge(weights: Weights, judges: Judges, moments: Any, images: Array, mask: Array):
         model = layers.merge(graph, weights)
-        output = metrics.to_levels(model(images.astype(jnp.float32) / 127.5 - 1))
         target = images.astype(jnp.float32)
+        # From here on levels in float32, whatever the model computes in. An image stays on one
+        # device, where the judges' resizing and pooling need no neighbour's rows.
+        output = metrics.to_levels(model(target / 127.5 - 1))
+        target, output = (jax.lax.with_sharding_constraint(x, rows) for x in (target, output))
         scores = {"psnr": metrics.psnr(output, target), "ssim": metrics.ssim(output, target)}
+        if "lpips" in judges:
+            scores["lpips"] = _lpips(judges["lpips"], target, output)
+        if "inception" in judges:
+            moments = {
+                name: metrics.moments_update(
+                    moments[name], _pool3(judges["inception"], levels, "pytorch-fid")[0], mask
+                )
+                for name, levels in (("image", target), ("output", output))
+            }
         sums = {name: jnp.sum(jnp.where(mask > 0, score, 0)) for name, score in scores.items()}
-        return sums | {"count": jnp.sum(mask)}, output.astype(jnp.uint8)
+        sums["count"] = jnp.sum(mask)
+        return moments, sums, scores["psnr"], output.astype(jnp.uint8)
 
-    return jax.jit(
-        reconstruct, out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh, 4))
-    )
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(judge, donate_argnums=2, out_shardings=(everywhere, everywhere, rows, rows))
+
+
+def _lpips(weights: Weights, target: Array, output: Array) -> Array:
+    """The published LPIPS of levels 0..255: [B]."""
+    x, y = target / 127.5 - 1, output / 127.5 - 1
+    return lpips.distance(weights, x, y, "alex", "torchmetrics")
+
+
+def _pool3(weights: Weights, levels: Array, kind: str) -> tuple[Array, Array]:
+    """Inception's (pool3, logits) of levels 0..255."""
+    return inception.features(weights, inception.preprocess(levels, kind))
 
 
 def evaluate(
-    config: Any, graph: nnx.GraphDef, weights: Weights, mesh: Mesh, source: Any
+    config: Any,
+    graph: nnx.GraphDef,
+    weights: Weights,
+    mesh: Mesh,
+    source: Any,
+    judges: Judges | None = None,
 ) -> dict[int, Result]:
-    """Scores at each of config.evaluate.resolutions, every image of `source` counted once."""
+    """Scores at each of config.evaluate.resolutions, every image of `source` counted once.
+
+    judges: what `load_judges` gives, which is called if None. Raises UserError.
+    """
+    judges = load_judges(config, mesh) if judges is None else judges
+    return {
+        size: finish(measure(config, graph, weights, mesh, source, judges, size), size, config)
+        for size in config.evaluate.resolutions
+    }
+
+
+def measure(
+    config: Any,
+    graph: nnx.GraphDef,
+    weights: Weights,
+    mesh: Mesh,
+    source: Any,
+    judges: Judges,
+    size: int,
+) -> Measurement:
+    """Sums over the images of `source`, cut to `size` pixels. Raises UserError."""
+    settings = config.evaluate
+    judge = judge_fn(graph, mesh)
+    moments = {}
+    if "inception" in judges:
+        moments = {name: _empty_moments(judges, mesh) for name in ("image", "output")}
+    every_sum, first, kept, waiting = [], None, {}, None
+
+    def look(batch, numbers, psnr, output):
+        nonlocal first
+        if first is None:
+            shown = int(min(settings.grid, batch["mask"].sum()))
+            first = batch["image"][:shown], _local_rows(output)[:shown]
+        _keep_extremes(kept, batch, numbers, psnr, output, settings.grid)
+
+    for numbers, batch in _batches(config, source, size, mesh):
+        placed = sharding.put_batch(batch, mesh)
+        moments, sums, psnr, output = judge(
+            weights, judges, moments, placed["image"], placed["mask"]
+        )
+        every_sum.append(sums)
+        if waiting:  # one batch late, when the devices have the next to work on
+            look(*waiting)
+        waiting = batch, numbers, psnr, output
+    if waiting:
+        look(*waiting)
+    fetched = jax.device_get(every_sum) or [{"count": 0}]
+    totals = {name: math.fsum(float(sums[name]) for sums in fetched) for name in fetched[0]}
+    return Measurement(totals, moments, first, kept)
+
+
+def finish(measured: Measurement, size: int, config: Any) -> Result:
+    """The means and the rFID of a measurement. Raises UserError if no image was read."""
+    count = _some(measured.sums["count"])
+    scores = {name: total / count for name, total in measured.sums.items() if name != "count"}
+    biased = False
+    if measured.moments and count > 1:
+        image, output = (metrics.moments_finalize(measured.moments[k]) for k in ("image", "output"))
+        scores["rfid"] = metrics.frechet_distance(*output, *image)
+        biased = metrics.biased(count)
+    kept = sorted(_gather(measured.kept, size, config.evaluate.grid).items())
+    order = sorted(kept, key=lambda item: (item[1][0], item[0]))
+    shown = min(config.evaluate.grid, len(order))
+    extremes = {}
+    for name, chosen in (("worst", order[:shown]), ("best", order[::-1][:shown])):
+        extremes[name] = tuple(np.stack([item[1][i] for item in chosen]) for i in (1, 2))
+    return Result(scores, count, *measured.first, extremes, biased)
+
+
+def _some(count: float) -> int:
+    if not round(count):
+        raise UserError("no image could be read for evaluation; see the log for their names")
+    return round(count)
+
+
+def _empty_moments(judges: Judges, mesh: Mesh) -> metrics.Moments:
+    dim = judges["inception"]["fc.kernel"].shape[0]
+    empty = jax.jit(lambda: metrics.moments_init(dim), out_shardings=sharding.replicated(mesh))
+    return empty()
+
+
+def _batches(
+    config: Any, source: Any, size: int, mesh: Mesh, count: int | None = None, crops: int = 0
+) -> Iterator[tuple[np.ndarray, data.Batch]]:
+    """(the numbers of the rows among all images, this process's batch), every image once."""
     settings = config.evaluate
     sharding.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
-    reconstruct = reconstruct_fn(graph, mesh)
-    results = {}
-    for size in settings.resolutions:
-        batches = data.evaluation_batches(
-            source,
-            size=size,
-            batch_size=settings.batch_size,
-            count=settings.count,
-            crops=settings.crops,
-            threads=config.data.threads,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
-        sums, images, outputs = [], None, None
-        for batch in batches:
-            placed = sharding.put_batch(batch, mesh)
-            batch_sums, output = reconstruct(weights, placed["image"], placed["mask"])
-            sums.append(batch_sums)
-            if images is None:
-                shown = int(min(settings.grid, batch["mask"].sum()))
-                images, outputs = batch["image"][:shown], _local_rows(output)[:shown]
-        totals = {
-            name: float(np.sum([np.float64(s[name]) for s in jax.device_get(sums)]))
-            for name in sums[0]
-        }
-        count = round(totals.pop("count"))
-        if not count:
-            raise UserError("no image could be read for evaluation; see the log for their names")
-        scores = {name: total / count for name, total in totals.items()}
-        results[size] = Result(scores, count, images, outputs)
-    return results
+    process, processes = jax.process_index(), jax.process_count()
+    batches = data.evaluation_batches(
+        source,
+        size=size,
+        batch_size=settings.batch_size,
+        count=settings.count if count is None else count,
+        crops=crops or settings.crops,
+        threads=config.data.threads,
+        process=process,
+        processes=processes,
+    )
+    for i, batch in enumerate(batches):
+        local = len(batch["mask"])
+        yield (i * processes + process) * local + np.arange(local), batch
 
 
 def _local_rows(array: Array) -> np.ndarray:
     """This process's rows of a batch that may be spread over other processes too."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
+    rows = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])
+
+
+def _keep_extremes(
+    kept: Kept, batch: data.Batch, numbers: np.ndarray, psnr: Array, output: Array, size: int
+) -> None:
+    """Changes `kept` to hold the `size` best and worst, so far, with this batch."""
+    local = np.nan_to_num(_local_rows(psnr), nan=-math.inf).tolist()
+    found = {int(number): row for row, number in enumerate(numbers) if batch["mask"][row] > 0}
+    ranks = [(value[0], number) for number, value in kept.items()]
+    ranks = sorted(ranks + [(local[row], number) for number, row in found.items()])
+    wanted = {number for _, number in ranks[:size] + ranks[-size:]}
+    new = wanted & found.keys()
+    if new:  # else nothing more is fetched from the devices
+        outputs = _local_rows(output)
+        for number in new:
+            row = found[number]
+            kept[number] = local[row], batch["image"][row].copy(), outputs[row].copy()
+    for number in kept.keys() - wanted:
+        del kept[number]
+
+
+def _gather(kept: Kept, size: int, grid: int) -> Kept:
+    """The kept images of all processes."""
+    if jax.process_count() == 1:
+        return kept
+    slots = 2 * grid
+    numbers, psnr = np.full(slots, -1, np.int32), np.zeros(slots, np.float32)
+    pictures = np.zeros((slots, 2, size, size, 3), np.uint8)
+    for slot, (number, value) in enumerate(kept.items()):
+        numbers[slot], psnr[slot], pictures[slot] = number, value[0], np.stack(value[1:])
+    everywhere = multihost_utils.process_allgather((numbers, psnr, pictures))
+    numbers, psnr, pictures = (np.concatenate(part) for part in everywhere)
+    return {
+        int(number): (float(value), *pair)
+        for number, value, pair in zip(numbers, psnr, pictures, strict=True)
+        if number >= 0
+    }
+
+
+# --- what is left for people ----------------------------------------------------------------------
 
 
 def flat_scores(results: dict[int, Result]) -> dict[str, float]:
@@ -115,38 +355,153 @@ def score_table(results: dict[int, Result]) -> str:
     names = list(next(iter(results.values())).scores)
     head = ["resolution", "images", *(name.upper() for name in names)]
     rows = [[size, r.count, *(r.scores[n] for n in names)] for size, r in results.items()]
+    if any(r.biased for r in results.values()):
+        head.append("")
+        for row, result in zip(rows, results.values(), strict=True):
+            row.append("biased" if result.biased else "")
     return report.table([head, *rows])
 
 
-def write_grids(results: dict[int, Result], workdir: str, name: str) -> None:
-    """WORKDIR/images/NAME_<resolution>.png for each result."""
+def write_grids(
+    results: dict[int, Result], workdir: str, name: str, extremes: bool = False
+) -> None:
+    """WORKDIR/images/NAME_<resolution>.png for each result; `extremes` adds _best and _worst."""
     for size, result in results.items():
-        path = os.path.join(workdir, "images", f"{name}_{size}.png")
-        report.write_png(path, result.grid())
+        path = os.path.join(workdir, "images", f"{name}_{size}")
+        report.write_png(f"{path}.png", result.grid())
+        for which, pair in result.extremes.items() if extremes else ():
+            report.write_png(f"{path}_{which}.png", _grid(*pair))
+
+
+def _grid(images: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    return report.image_grid((images, outputs, report.difference(images, outputs)))
+
+
+def _write(config: Any, workdir: str, step: int, results: dict[int, Result]) -> None:
+    """WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
+    scores = {
+        str(size): {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
+        for size, r in results.items()
+    }
+    summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
+    report.write_json(os.path.join(workdir, "evaluate.json"), summary)
+    values = flat_scores(results)
+    values |= {f"biased_{size}": True for size, r in results.items() if r.biased}
+    _write_row(workdir, step, values)
+    logging.info("%s\nwritten to %s", score_table(results), workdir)
+
+
+def _write_row(workdir: str, step: int, values: dict[str, Any]) -> None:
+    """Adds `values` to the row of `step` in metrics.jsonl: steps stay unique and rising."""
+    rows = {row["step"]: row for row in report.read_rows(workdir)}
+    finite = {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    rows[step] = rows.get(step, {"step": step}) | finite
+    text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
+    report.write_file(os.path.join(workdir, report.METRICS), text.encode())
+
+
+# --- the job --------------------------------------------------------------------------------------
 
 
 def run(config: Any, workdir: str) -> int:
-    """The job `evaluate`: a data set, or one picture, through a trained model."""
+    """The job `evaluate`: a trained model on a data set or one picture, or samples."""
+    config_lib.check(config)
+    config = resolve(config)
+    if config.evaluate.samples:
+        return _run_samples(config, workdir)
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
     mesh = sharding.make_mesh(config.mesh)
+    judges = load_judges(config, mesh)
     model = api.load_autoencoder(config.init_from, config.dtype, mesh, config.weights)
+    if jax.process_index() == 0 and locked(judges):
+        logging.info("%s", locked(judges))
     if config.data.source == "folder" and os.path.isfile(config.data.path):
-        return _run_one(config, model, workdir)
+        return _run_one(config, model, judges, workdir)
     for size in config.evaluate.resolutions:
         check_resolution(size, model.compression, "evaluate.resolutions")
+        if "lpips" in judges and size < lpips.MIN_SIZE["alex"]:
+            raise UserError(
+                f"evaluate.resolutions={size} is too small for LPIPS, which needs "
+                f"{lpips.MIN_SIZE['alex']} pixels; leave evaluate.lpips_weights empty"
+            )
     source = data.evaluation_source(config.data)
-    results = evaluate(config, model.graph, model.weights, mesh, source)
+    if config.evaluate.protocol:
+        _warn_of_count(config.evaluate.protocol, len(source), "images")
+    results = evaluate(config, model.graph, model.weights, mesh, source, judges)
     if jax.process_index() == 0:
-        write_grids(results, workdir, "evaluate")
-        scores = {str(size): {**r.scores, "images": r.count} for size, r in results.items()}
-        summary = {"config": config_lib.to_json(config), "results": scores}
-        report.write_json(os.path.join(workdir, "evaluate.json"), summary)
-        logging.info("%s\nwritten to %s", score_table(results), workdir)
+        write_grids(results, workdir, "evaluate", extremes=True)
+        _write(config, workdir, step_of(config.init_from), results)
     return 0
 
 
-def _run_one(config: Any, model: api.Autoencoder, workdir: str) -> int:
+def resolve(config: Any) -> Any:
+    """A copy of `config` with what the protocol fixes. Raises UserError where keys contradict it.
+
+    Empty evaluate.resolutions become the protocol's, or config.resolution.
+    """
+    config = config.copy_and_resolve_references()
+    settings, name = config.evaluate, config.evaluate.protocol
+    size = PROTOCOLS.get(name, config.resolution)
+    if settings.reference and not settings.samples:
+        raise UserError(
+            f"evaluate.reference={settings.reference!r} is for evaluate.samples; leave it empty: "
+            "the rFID of reconstructions is against the images themselves"
+        )
+    if settings.samples and config.init_from:
+        raise UserError(
+            f"evaluate.samples={settings.samples!r} and init_from={config.init_from!r} are two "
+            "jobs; give one of them"
+        )
+    if name or not settings.samples:  # samples have a size of their own
+        settings.resolutions = tuple(settings.resolutions) or (size,)
+    if not name:
+        return config
+    needed = {
+        "evaluate.resolutions": (settings.resolutions, (size,)),
+        "evaluate.crops": (settings.crops, 1),
+        "evaluate.count": (settings.count, 0),
+    }
+    if not settings.samples and config.data.source == "tfds":
+        needed["data.split"] = (config.data.split, "validation")
+    for key, (found, value) in needed.items():
+        if found != value:
+            raise UserError(
+                f"{key}={found!r} contradicts evaluate.protocol={name!r}, which has {value!r}; "
+                "leave one of the two out"
+            )
+    if not settings.samples and config.data.source not in ("folder", "tfds"):
+        raise UserError(
+            f"data.source={config.data.source!r} contradicts evaluate.protocol={name!r}; name "
+            "ImageNet's validation images with data.source=folder and data.path, or with tfds"
+        )
+    if settings.samples and not settings.reference:
+        raise UserError(
+            f"evaluate.protocol={name!r} needs evaluate.reference: ImageNet's training images, or "
+            "an .npz of their mu and sigma"
+        )
+    return config
+
+
+def _warn_of_count(protocol: str, count: int, what: str) -> None:
+    if count != PROTOCOL_COUNT:
+        logging.warning(
+            "%s has %s %s, there are %s: no published figure compares with this",
+            protocol,
+            f"{PROTOCOL_COUNT:,}",
+            what,
+            f"{count:,}",
+        )
+
+
+def step_of(path: str) -> int:
+    """The step of the checkpoint that `init_from` = path stands for; 0 where it has none."""
+    path = os.path.abspath(os.path.expanduser(path))
+    match = re.search(rf"/{checkpoint.FOLDER}/(\d+)$", path)
+    return int(match[1]) if match else max(checkpoint.saved_steps(path), default=0)
+
+
+def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) -> int:
     """One picture at its own size: padded to a multiple of f by reflection, then cropped back."""
     image, _ = data.folder(config.data.path)[0]
     pixels = np.asarray(image)
@@ -157,9 +512,11 @@ def _run_one(config: Any, model: api.Autoencoder, workdir: str) -> int:
     levels = np.asarray(metrics.to_levels(output))
     target = pixels[None].astype(np.float32)
     scores = {
-        "psnr": float(metrics.psnr(levels, target)[0]),
-        "ssim": float(metrics.ssim(levels, target)[0]),
+        "psnr": float(jax.jit(metrics.psnr)(levels, target)[0]),
+        "ssim": float(jax.jit(metrics.ssim)(levels, target)[0]),
     }
+    if "lpips" in judges and min(height, width) >= lpips.MIN_SIZE["alex"]:
+        scores["lpips"] = float(jax.jit(_lpips)(judges["lpips"], target, levels)[0])
     result = levels[0].astype(np.uint8)
     pictures = {
         "input": pixels,
@@ -172,10 +529,9 @@ def _run_one(config: Any, model: api.Autoencoder, workdir: str) -> int:
         os.path.join(workdir, "evaluate.json"), {"results": {config.data.path: scores}}
     )
     logging.info(
-        "%s: PSNR %.2f dB, SSIM %.4f; pictures in %s/images",
+        "%s: %s; pictures in %s/images",
         config.data.path,
-        scores["psnr"],
-        scores["ssim"],
+        ", ".join(f"{name.upper()} {value:.4f}" for name, value in scores.items()),
         workdir,
     )
     return 0
@@ -189,3 +545,267 @@ def check_resolution(size: int, compression: int, key: str) -> None:
         raise UserError(
             f"{key}={size} is no multiple of the model's f={compression}; try {nearest}"
         )
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """The images of an .npz, as a source of `data`."""
+
+    images: np.ndarray  # [N, H, W, 3] uint8, left on disk where the file allows it
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(np.ascontiguousarray(self.images[i])), 0
+
+    def name(self, i: int) -> str:
+        return f"{self.path}, image {i}"
+
+
+def _run_samples(config: Any, workdir: str) -> int:
+    """Scores of samples by themselves, and against a reference."""
+    settings = config.evaluate
+    if not settings.inception_weights:
+        _, what, source, where, converted = FILES["inception"]
+        raise UserError(
+            f"evaluate.samples needs evaluate.inception_weights: fetch {source} ({where}), "
+            f"{_conversion(source, converted)}"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    source = image_source(settings.samples, "evaluate.samples")
+    width, height = source[0][0].size
+    size = width
+    if width != height or tuple(settings.resolutions) not in ((), (size,)):
+        raise UserError(
+            f"evaluate.samples={settings.samples!r} has images of {width}x{height}, which is not "
+            f"evaluate.resolutions={settings.resolutions or 'a square'}; judge them as they were "
+            "sampled"
+        )
+    if settings.reference:
+        _names(settings.reference, "evaluate.reference")
+    judges = load_judges(config, mesh)
+    if settings.protocol:
+        _warn_of_count(settings.protocol, len(source), "samples")
+    reference = None
+    if settings.reference:
+        reference = reference_statistics(config, mesh, judges, size, workdir)
+    else:
+        logging.info("evaluate.reference is empty: the Inception score alone")
+    samples = statistics(config, mesh, judges, source, size, settings.count)
+    if jax.process_index() == 0:
+        scores = sample_scores(samples, reference)
+        biased = "fid" in scores and metrics.biased(samples.count)
+        if "fid" in scores and reference.count and not biased:
+            biased = metrics.biased(reference.count)
+        empty = np.zeros((0, size, size, 3), np.uint8)
+        _write(config, workdir, 0, {size: Result(scores, samples.count, empty, empty, {}, biased)})
+    return 0
+
+
+def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str, float]:
+    """FID, Inception score, KID, precision and recall, as far as the reference allows them."""
+    scores = {}
+    if reference is not None:
+        found = samples.mu, samples.sigma
+        scores["fid"] = metrics.frechet_distance(*found, reference.mu, reference.sigma)
+    splits = min(SCORE_SPLITS, samples.count)
+    scores["is"], scores["is_std"] = metrics.inception_score(samples.logits, splits)
+    if reference is not None and reference.features is not None:
+        pair = samples.features, reference.features
+        subset = min(KID_SUBSET, *map(len, pair))
+        scores["kid"], scores["kid_std"] = metrics.kernel_distance(*pair, subset_size=subset)
+        if min(map(len, pair)) > 3:
+            scores["precision"], scores["recall"] = metrics.precision_recall(*pair)
+    return scores
+
+
+@functools.lru_cache(maxsize=2)
+def features_fn(mesh: Mesh) -> Callable:
+    """A jitted (inception, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, pool3 [B, d],
+    logits [B, classes], mask): the moments as pytorch-fid, the others as torch-fidelity."""
+    rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
+
+    def features(weights: Weights, moments: metrics.Moments, images: Array, mask: Array):
+        images = jax.lax.with_sharding_constraint(images, rows)
+        moments = metrics.moments_update(moments, _pool3(weights, images, "pytorch-fid")[0], mask)
+        return moments, *_pool3(weights, images, "torch-fidelity"), mask
+
+    return jax.jit(features, donate_argnums=1, out_shardings=sharding.replicated(mesh))
+
+
+def statistics(
+    config: Any, mesh: Mesh, judges: Judges, source: Any, size: int, count: int, keep: int = 0
+) -> Statistics:
+    """Statistics of all images of `source`, cut to `size` pixels, `count` > 0 at most.
+
+    keep: features of so many images at most are returned, evenly spread; 0: of all.
+    """
+    run = features_fn(mesh)
+    moments = _empty_moments(judges, mesh)
+    total = min(len(source), count or len(source))
+    stride = math.ceil(total / keep) if keep else 1
+    features, logits, read, waiting = [], [], 0, None
+
+    def look(pool3, unnormalised, mask):
+        nonlocal read
+        mask = np.asarray(mask) > 0
+        # Every process has all rows: it counts them alike.
+        numbers = read + np.cumsum(mask) - 1
+        read += int(mask.sum())
+        if jax.process_index() == 0:
+            chosen = mask & (numbers % stride == 0)
+            features.append(np.asarray(pool3)[chosen])
+            logits.append(np.asarray(unnormalised)[chosen])
+
+    for _, batch in _batches(config, source, size, mesh, count, crops=1):
+        placed = sharding.put_batch(batch, mesh)
+        moments, *found = run(judges["inception"], moments, placed["image"], placed["mask"])
+        if waiting:  # one batch late, when the devices have the next to work on
+            look(*waiting)
+        waiting = found
+    if waiting:
+        look(*waiting)
+    if read < 2:
+        raise UserError(f"{read} images could be read; statistics need 2 at least, papers 50000")
+    mu, sigma = metrics.moments_finalize(moments)
+    if jax.process_index():
+        return Statistics(mu, sigma, read, None, None)
+    return Statistics(mu, sigma, read, np.concatenate(features), np.concatenate(logits))
+
+
+def reference_statistics(
+    config: Any, mesh: Mesh, judges: Judges, size: int, workdir: str
+) -> Statistics:
+    """Statistics of evaluate.reference: from the file, from WORKDIR/reference, or computed.
+
+    What is computed is kept there under a name that is made of the images, their size, the
+    preprocessings and the network's weights. Whole on process 0 alone. Raises UserError.
+    """
+    path, key = config.evaluate.reference, "evaluate.reference"
+    names = _names(path, key)
+    given = _given_moments(path, judges) if {"mu", "sigma"} <= names else None
+    if given and "arr_0" not in names:
+        return Statistics(*given, 0, None, None)
+    source = image_source(path, key)
+    name = _fingerprint(path, source, size, config.evaluate.inception_weights)
+    cached = os.path.join(workdir, "reference", f"{name}.npz")
+    found = jax.process_index() == 0 and os.path.exists(cached)
+    if jax.process_count() > 1:  # another process may not see process 0's disk
+        found = bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found:
+        logging.info("reference statistics read from %s", cached)
+        stats = _read_statistics(cached) if jax.process_index() == 0 else None
+    else:
+        stats = statistics(config, mesh, judges, source, size, 0, keep=REFERENCE_ROWS)
+        if jax.process_index() == 0:
+            _write_statistics(cached, stats)
+            logging.info("reference statistics of %d images kept in %s", stats.count, cached)
+    if given and stats:  # such a file's mu and sigma are of many more images than it holds
+        stats = dataclasses.replace(stats, mu=given[0], sigma=given[1], count=0)
+    return stats
+
+
+def _names(path: str, key: str) -> set[str]:
+    """The arrays of the .npz `path`; none of a folder. Raises UserError."""
+    if os.path.isdir(path):
+        return set()
+    if not os.path.isfile(path):
+        raise UserError(f"{key}={path!r} does not exist; name a folder of images or an .npz")
+    try:
+        with np.load(path) as file:
+            return set(file.files)
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{key}={path!r} is no .npz; name a folder of images or an .npz") from error
+
+
+def _given_moments(path: str, judges: Judges) -> tuple[np.ndarray, np.ndarray]:
+    """mu and sigma of the .npz `path`. Raises UserError."""
+    with np.load(path) as arrays:
+        mu, sigma = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+    dim = judges["inception"]["fc.kernel"].shape[0]
+    if mu.shape != (dim,) or sigma.shape != (dim, dim):
+        raise UserError(
+            f"evaluate.reference={path!r}: mu is {mu.shape} and sigma {sigma.shape}, pool3 of "
+            f"the Inception of FID has {dim} features; take statistics of that network"
+        )
+    return mu, sigma
+
+
+def image_source(path: str, key: str) -> Any:
+    """A folder of images or the arr_0 of an .npz, as a source of `data`. Raises UserError."""
+    if os.path.isdir(path):
+        try:
+            return data.folder(path)
+        except UserError as error:
+            raise UserError(str(error).replace("data.path", key)) from error
+    names = _names(path, key)
+    if "arr_0" not in names:
+        raise UserError(
+            f"{key}={path!r} holds {', '.join(sorted(names)[:4])}; images are called arr_0 "
+            "(uint8 [N, H, W, 3])"
+        )
+    images = _map_array(path, "arr_0")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(
+            f"{key}={path!r}: arr_0 is {images.dtype} {images.shape}; give uint8 [N, H, W, 3]"
+        )
+    return Pixels(images, path)
+
+
+def _map_array(path: str, name: str) -> np.ndarray:
+    """An array of an .npz, mapped where it is not compressed: 50,000 samples are 10 GB."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type == zipfile.ZIP_STORED:
+        with open(path, "rb") as file:
+            # The local header repeats name and extra field, whose lengths stand at 26 and 28.
+            file.seek(entry.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+            file.seek(entry.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                if not fortran and not dtype.hasobject and math.prod(shape):
+                    return np.memmap(path, dtype, "r", file.tell(), shape)
+    with np.load(path) as arrays:
+        return arrays[name]
+
+
+def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
+    """Names the statistics of a set of images: another set, size or network has another name."""
+    if isinstance(source, data.Folder):
+        files = [os.path.join(source.root, file) for file in source.files]
+    else:
+        files = [path]
+    stats = [os.stat(file) for file in files]
+    parts = {
+        "files": [
+            (os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
+            for file, stat in zip(files, stats, strict=True)
+        ],
+        "size": size,
+        "preprocessings": inception.PREPROCESSINGS,
+        "rows": REFERENCE_ROWS,
+    }
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    with open(weights, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _write_statistics(path: str, stats: Statistics) -> None:
+    buffer = io.BytesIO()
+    arrays = {"mu": stats.mu, "sigma": stats.sigma, "count": stats.count}
+    np.savez(buffer, **arrays, features=stats.features)
+    report.write_file(path, buffer.getvalue())
+
+
+def _read_statistics(path: str) -> Statistics:
+    with np.load(path) as arrays:
+        mu, sigma, count = arrays["mu"], arrays["sigma"], int(arrays["count"])
+        return Statistics(mu, sigma, count, arrays["features"], None)

@@ -30,9 +30,7 @@ FAILED, MISTAKE = 1, 2
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that config.job names; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    set_up_logging()
     argv = sys.argv if argv is None else argv
     if {"--help", "-h"} & set(argv):
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
@@ -50,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error}\n")
         return FAILED
+
+
+def set_up_logging() -> None:
+    """Plain lines on stderr. Whatever a library installed at its import is replaced."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def parse(argv: list[str]) -> tuple[Any, str]:

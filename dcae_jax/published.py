@@ -58,7 +58,7 @@ def read(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
         config, files = _folder(path)
     elif os.path.isfile(path):
         config, files = None, [path]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
         config, files = _folder(fetch(path))
     else:
         raise UserError(

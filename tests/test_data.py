@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in, batches out: order, position, formats, broken files."""
 
+import io
 import itertools
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -285,3 +287,37 @@ def test_a_tfds_set_that_is_not_prepared_says_how():
     """Catches tfds's own page of alternatives in place of one line."""
     with pytest.raises(UserError, match="array_record"):
         data.tfds("mnist", "train", "/nonexistent")
+
+
+def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
+    """Catches a reader that needs TensorFlow, or loses the label or the pixels of a record."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(5):
+                file = io.BytesIO()
+                Image.new("RGB", (9, 8), (i * 10, 0, 0)).save(file, "PNG")
+                file.seek(0)
+                yield i, {"image": file, "label": i % 3}
+
+    Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = data.tfds("tiny", "train", str(tmp_path))
+    assert len(source) == 5 and "tensorflow" not in sys.modules
+    records = [source[i] for i in range(5)]
+    seen = sorted((image.getpixel((0, 0))[0], image.size, label) for image, label in records)
+    assert seen == [(i * 10, (9, 8), i % 3) for i in range(5)]

@@ -142,7 +142,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="of one shape"):
         lpips.distance(weights("alex"), x, y[:1], "alex")
     for net in NETS:
-        smallest = lpips._MIN_SIZE[net]
+        smallest = lpips.MIN_SIZE[net]
         small = [v[:, :smallest, :smallest] for v in (x, y)]
         assert np.isfinite(distance(weights(net), *small, net)).all()
         with pytest.raises(ValueError, match="enlarge"):

@@ -184,7 +184,7 @@ def test_resolutions_are_drawn_from_seed_and_step():
     assert draws != [data.resolution_at(4, (64, 128, 128), step) for step in range(600)]
 
 
-# --- the GAN's parts against their formulas ---------------------------------------------------------
+# --- the GAN's parts against their formulas -------------------------------------------------------
 
 
 def test_hinge_and_lecam_by_their_formulas():

@@ -100,6 +100,29 @@ def test_a_folder_of_diffusers_gives_weights_and_model(name, tmp_path, one_devic
     same(weights, checkpoint.load_weights(str(tmp_path / "pipeline"))[0])
 
 
+def test_stable_diffusions_posterior_is_sampled_by_seed(tmp_path, one_device):
+    """Catches a seed that is ignored, and a sample where the mean was asked for."""
+    write_folder(tmp_path / "hub", KL, random_weights(KL))
+    ae = dcae_jax.load_autoencoder(str(tmp_path / "hub"), mesh=one_device)
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    mean, one, again, other = (
+        np.asarray(ae.encode(x, **options))
+        for options in (
+            {},
+            {"sample": True, "seed": 1},
+            {"sample": True, "seed": 1},
+            {"sample": True, "seed": 2},
+        )
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1 and np.abs(one - mean).max() > 0.1
+    with pytest.raises(ValueError, match="does not go with tiles"):
+        ae.encode(x, sample=True, tile=1)
+    tiny = dcae_jax.create_autoencoder("tiny", mesh=one_device)
+    with pytest.raises(ValueError, match="deterministic encoder"):
+        tiny.encode(x, sample=True)
+
+
 def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
     """Catches names of the authors that only diffusers' folders are read for."""
     name = "dc-ae-f64c128-in-1.0"
@@ -171,6 +194,23 @@ def test_half_precision_and_shards_are_read(tmp_path):
     read, _ = checkpoint.load_weights(str(tmp_path / "hub"))
     want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}
     same(want, read)
+
+
+def test_a_variant_is_built_by_the_file_that_has_it():
+    """Catches a Stable Diffusion VAE, named by its variant alone, looked for among the DC-AEs."""
+    model = default().model
+    assert state.model_module(model) is dcae
+    model.variant = "sd-vae-f8"
+    assert state.model_module(model) is sdvae
+
+
+def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    """Catches half a minute of retries, and a private name sent out, for a typing mistake."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(published, "fetch", lambda name: pytest.fail(f"looked up {name}"))
+    with pytest.raises(UserError, match="'runs/phase9': there is no such file or folder"):
+        checkpoint.load_weights("runs/phase9")
 
 
 def test_training_starts_from_published_weights(small, one_device, tmp_path):
@@ -278,6 +318,9 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
             return process.stdout.readline().strip()
 
         first = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
+        asked = len(Hub.asked)
+        assert load("mit-han-lab/dc-ae-f32c128-1.5-diffusers") == first
+        assert len(Hub.asked) == asked
         other = load("mit-han-lab/another")
         gets = [path for path in Hub.asked if path.endswith(published.DIFFUSERS_FILE)]
         server.shutdown()

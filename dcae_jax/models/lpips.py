@@ -59,7 +59,7 @@ _LAYERS = {
     ),
 }
 _POOL_WINDOW = {"vgg": 2, "alex": 3}  # stride 2, no padding
-_MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels: smaller ones leave nothing after the last pooling
+MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels: smaller ones leave nothing after the last pooling
 _SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for pictures in [-1, 1]
 _SCALE = (0.458, 0.448, 0.450)
 
@@ -84,9 +84,9 @@ def distance(
         raise ValueError(f"normalize={normalize!r}: choose 'lpips' or 'torchmetrics'")
     if x.shape != y.shape or x.ndim != 4 or x.shape[3] != 3:
         raise ValueError(f"LPIPS needs two [B, H, W, 3] of one shape, got {x.shape} and {y.shape}")
-    if min(x.shape[1:3]) < _MIN_SIZE[net]:
+    if min(x.shape[1:3]) < MIN_SIZE[net]:
         raise ValueError(
-            f"LPIPS with net={net!r} needs pictures of at least {_MIN_SIZE[net]} pixels, "
+            f"LPIPS with net={net!r} needs pictures of at least {MIN_SIZE[net]} pixels, "
             f"got {x.shape[1]}x{x.shape[2]}: enlarge them"
         )
     total = jnp.zeros(x.shape[0], jnp.float32)

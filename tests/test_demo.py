@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's page and its linear baseline; the demo itself is `make demo`."""
+
+import os
+
+import numpy as np
+from conftest import CONFIGS
+
+from dcae_jax import config as config_lib
+from dcae_jax import data, demo, report
+
+
+def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
+    """Catches a page that links to files beside it, or drops a phase or a curve."""
+    for phase in demo.PHASES:
+        for step in (1, 2, 3):
+            values = {"loss": 1 / step, "psnr": 20.0 + step, "logits_real": 0.1 * step}
+            report.append_row(str(tmp_path / phase), step, values)
+    rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
+    picture = np.zeros((4, 6, 3), np.uint8)
+    path = demo.write_page(str(tmp_path), rows, {64: picture}, 90.0)
+    page = open(path, encoding="utf-8").read()
+    assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
+    assert page.count("<svg") == 3 and page.count("<polyline") == 3 + 3 + 3
+    assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
+
+
+def test_pca_is_the_best_linear_code_of_its_size():
+    """Catches a baseline that is too weak: with as many numbers as pixels it is exact, with
+    fewer it is worse, and no better than the phases' own score on other crops."""
+    config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
+    config.evaluate.count, config.evaluate.resolutions = 8, (32,)
+    source = data.held_out_source(config.data)
+    exact = demo.pca_scores(config, source, 4, 48)["psnr_32"]
+    few, more = (demo.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))
+    assert few < more < exact and exact > 50
