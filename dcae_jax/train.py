@@ -25,7 +25,7 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, data, evaluate, report, sharding, steps
+from dcae_jax import checkpoint, data, evaluate, losses, report, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -98,6 +98,8 @@ def run(config: Any, workdir: str) -> int:
         began = time.perf_counter()
         compiled[size] = trace.lower().compile()
         logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
+    if judges:
+        logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
     with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
         evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, writer)
@@ -257,6 +259,17 @@ def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
     return {"lpips": {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}}
 
 
+def lpips_share(config: Any, judges: dict[str, Any], compiled: dict[int, Any]) -> float:
+    """Percent of the largest step's FLOPs that the perceptual loss and its gradient take."""
+    size = max(compiled)
+    images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
+    alone = jax.jit(jax.grad(losses.perceptual, argnums=1)).lower(judges["lpips"], images, images)
+    devices = len(next(iter(judges["lpips"].values())).sharding.device_set)
+    # XLA counts a partitioned program's FLOPs on one device.
+    whole = compiled[size].cost_analysis()["flops"] * devices
+    return 100 * alone.cost_analysis()["flops"] / whole
+
+
 def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global batch of pictures of `size` pixels, as `data` delivers it."""
     shapes = {
@@ -290,7 +303,10 @@ def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, 
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
-    return state, f"{config.weights} weights of {os.path.abspath(config.init_from)}"
+    # A path is kept whole, a hub name as it is.
+    there = os.path.exists(config.init_from)
+    origin = os.path.abspath(config.init_from) if there else config.init_from
+    return state, f"{config.weights} weights of {origin}"
 
 
 def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> str:

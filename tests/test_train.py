@@ -208,6 +208,27 @@ def test_skipped_steps_do_not_count_in_the_means():
     assert train.compute(totals) == {"loss": 2.0, "skipped": 1.0}
 
 
+def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
+    """Catches a paper config that does not run with the file it asks for, or a share above 1."""
+    from dcae_jax import torch_io
+    from dcae_jax.models import lpips
+
+    rng = np.random.default_rng(0)
+    weights = {
+        name: np.abs(rng.normal(size=shape) * 0.05).astype(np.float32)
+        for name, shape in lpips.shapes("vgg").items()
+    }
+    file = tmp_path / "lpips.safetensors"
+    torch_io.write_safetensors(str(file), weights, {"network": "lpips-vgg"})
+    small.loss.lpips_weight, small.loss.lpips_weights = 1.0, str(file)
+    small.steps = 1
+    caplog.set_level("INFO")
+    assert train.run(small, str(tmp_path / "run")) == train.DONE
+    share = next(r.args[0] for r in caplog.records if "LPIPS is" in r.getMessage())
+    assert 20 < share < 100  # VGG16 beside a model of some hundred thousand weights
+    assert report.read_rows(str(tmp_path / "run"))[0]["lpips"] > 0
+
+
 def test_the_comparison_names_what_fell():
     """Catches a loss at low resolution that nobody is told of."""
     text = train.changes({"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25)})
