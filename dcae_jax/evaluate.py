@@ -38,6 +38,7 @@ Kept = dict[int, tuple[float, np.ndarray, np.ndarray]]  # image number -> PSNR, 
 
 PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels a side
 PROTOCOL_COUNT = 50_000  # images of ImageNet's validation set, and samples of a published FID
+SCORES = ("psnr", "ssim", "lpips")  # of each image, in the order of tables
 KID_SUBSET = 1000  # rows, torch-fidelity's default; of smaller sets all rows
 SCORE_SPLITS = 10  # of the Inception score
 REFERENCE_ROWS = 50_000  # features of the reference that are kept for KID, precision and recall
@@ -237,7 +238,8 @@ def measure(
     if waiting:
         look(*waiting)
     fetched = jax.device_get(every_sum) or [{"count": 0}]
-    totals = {name: math.fsum(float(sums[name]) for sums in fetched) for name in fetched[0]}
+    names = [name for name in (*SCORES, "count") if name in fetched[0]]  # JAX sorts keys
+    totals = {name: math.fsum(float(sums[name]) for sums in fetched) for name in names}
     return Measurement(totals, moments, first, kept)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: eight virtual CPU devices, one compile cache, tiny configurations."""
 
+import logging
 import os
 import tempfile
 
@@ -33,6 +34,17 @@ CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 def one_device():
     """The mesh of a laptop."""
     return sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """A command line that runs in this process sets up logging; the next test must not see it."""
+    root, absl = logging.getLogger(), logging.getLogger("absl")
+    handlers, levels = list(root.handlers), (root.level, absl.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    absl.setLevel(levels[1])
 
 
 @pytest.fixture

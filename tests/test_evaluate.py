@@ -34,16 +34,20 @@ def small_features(weights, x, fc_bias=False):
     return pool3, jnp.matmul(pool3, weights["fc.kernel"], precision="highest")
 
 
-@pytest.fixture
-def small_inception(monkeypatch, tmp_path):
-    """Puts a fast network in Inception's place; -> the file that has its weights."""
+def small_weights(path=""):
+    """Weights of `small_features`."""
     random = np.random.RandomState(0)
-    weights = {
+    return {
         "hidden": random.standard_normal((37 * 37 * 3, DIM)).astype(np.float32) / 20,
         "fc.kernel": random.standard_normal((DIM, CLASSES)).astype(np.float32),
     }
+
+
+@pytest.fixture
+def small_inception(monkeypatch, tmp_path):
+    """Puts a fast network in Inception's place; -> the file that has its weights."""
     monkeypatch.setattr(inception, "features", small_features)
-    monkeypatch.setattr(inception, "load", lambda path: weights)
+    monkeypatch.setattr(inception, "load", small_weights)
     evaluate.judge_fn.cache_clear()
     evaluate.features_fn.cache_clear()
     path = tmp_path / "inception.safetensors"
@@ -189,7 +193,7 @@ def test_the_judges_compute_in_float32(judge_config, small_inception, alexnet):
     moments = []
     for levels in (y, x):
         inputs = inception.preprocess(levels, "pytorch-fid")
-        features = np.float64(small_features(inception.load(""), inputs)[0])
+        features = np.float64(small_features(small_weights(), inputs)[0])
         moments += [features.mean(0), np.cov(features, rowvar=False)]
     assert result.scores["rfid"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-3)
 
@@ -207,6 +211,39 @@ def test_the_best_and_the_worst_are_found(judge_config):
     np.testing.assert_array_equal(result.extremes["best"][1], outputs[::-1][:2])
 
 
+def two_processes(script, settings):
+    """Runs `script` in two processes of two devices; -> what the last line of each says, if any."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings = settings | {"address": f"127.0.0.1:{free.getsockname()[1]}"}
+    root = pathlib.Path(__file__).parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root.parent), str(root)]),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", START + script, json.dumps(settings | {"process": i})],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    results = []
+    try:
+        for process in processes:
+            said, errors = process.communicate(timeout=400)
+            assert process.returncode == 0, errors[-3000:]
+            results.append(json.loads(said.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
     """Fails if processes judge the same images, miss each other's, or disagree: with Inception
@@ -220,44 +257,52 @@ def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
     results = [{**alone.scores, "count": alone.count}]
     settings = {"path": judge_config.data.path, "inception": path, "lpips": alexnet}
     settings["model"] = judge_config.model.to_dict()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings["address"] = f"127.0.0.1:{free.getsockname()[1]}"
-    root = pathlib.Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root.parent), str(root)]),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, json.dumps(settings | {"process": i})],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        said, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
-        results.append(json.loads(said.splitlines()[-1]))
+    results += two_processes(ONE_OF_TWO, settings)
     for other in results[1:]:
         assert other["count"] == 10
         assert_same_scores(other, results[0])
     assert results[1] == results[2]  # with the sum of the pictures in the grids
 
 
-ONE_OF_TWO = """
+@pytest.mark.slow
+def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
+    """Fails if features of one process's images are lost or counted twice, or if a process waits
+    for ever for another that found the reference on its disk: run twice."""
+    np.savez(tmp_path / "fake.npz", goldens.pictures(11, 32, seed=9))
+    sample_config.evaluate.samples = str(tmp_path / "fake.npz")
+    sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
+    evaluate.run(sample_config, str(tmp_path / "one"))
+    settings = config_lib.to_json(sample_config.evaluate)
+    two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
+    one, two = (
+        json.loads((tmp_path / name / "evaluate.json").read_text())["results"]["32"]
+        for name in ("one", "two")
+    )
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-6) and two["images"] == 11
+
+
+START = """
 import json, sys
 settings = json.loads(sys.argv[1])
 import jax
 jax.distributed.initialize(settings["address"], 2, settings["process"])
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
-import numpy as np
 import test_evaluate
 from dcae_jax import config as config_lib
+from dcae_jax import evaluate
+from dcae_jax.models import inception
+"""
+
+SAMPLES_OF_TWO = """
+inception.features, inception.load = test_evaluate.small_features, test_evaluate.small_weights
+config = config_lib.load_file(test_evaluate.CONFIGS + "/evaluate.py")
+for key in ("batch_size", "samples", "reference", "inception_weights"):
+    config.evaluate[key] = settings[key]
+status = [evaluate.run(config, settings["workdir"]) for _ in range(2)]
+sys.stdout.write(json.dumps(status) + chr(10))
+"""
+
+ONE_OF_TWO = """
 config = config_lib.load_file(test_evaluate.CONFIGS + "/evaluate.py")
 config.model.update(settings["model"])
 config.resolution = 32
@@ -347,7 +392,7 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
     write_pictures(tmp_path / "real", real)
     np.savez(tmp_path / "fake.npz", fake)
     np.savez_compressed(tmp_path / "real.npz", arr_0=real)
-    weights = inception.load("")
+    weights = small_weights()
     seen = {
         (name, kind): [
             np.asarray(v) for v in small_features(weights, inception.preprocess(levels, kind))
