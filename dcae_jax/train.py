@@ -38,6 +38,7 @@ DONE, PREEMPTED = 0, 75
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
+LOWER_IS_BETTER = ("lpips", "rfid")
 # Not averaged between two rows: the last value counts.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
 
@@ -61,7 +62,7 @@ def run(config: Any, workdir: str) -> int:
     # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
     source, held_out = data.training_source(config.data), data.held_out_source(config.data)
-    judges = load_judges(config, mesh)
+    judges, scorers = load_judges(config, mesh), evaluate.load_judges(config, mesh)
     step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, plan)
     traced = {
@@ -102,7 +103,7 @@ def run(config: Any, workdir: str) -> int:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
     with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
-        evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, writer)
+        evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, scorers, writer)
         if start is None and config.evaluate_first:
             evaluate_now(0, state)
             writer.flush()
@@ -205,13 +206,14 @@ def _evaluate(
     mesh: Mesh,
     plan: Blueprint,
     held_out: Any,
+    scorers: evaluate.Judges,
     writer: "_Writer",
     step: int,
     state: TrainState,
 ) -> None:
     """Scores the averaged weights on the held-out images, into the row of `step`."""
     weights = state_lib.averaged(state)
-    results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out)
+    results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers)
     writer.evaluation(step, results)
     if step and step == config.steps:
         writer.compare_with_start(evaluate.flat_scores(results))
@@ -452,11 +454,12 @@ class _Writer:
 
 
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
-    """'fell: psnr_64 24.10 -> 23.80 (-0.30); rose: ...' of scores where higher is better."""
-    sides = {"fell": [], "rose": []}
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts."""
+    sides = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
         text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
-        sides["fell" if after < before else "rose"].append(text)
+        loss = (before - after) * (-1 if name.startswith(LOWER_IS_BETTER) else 1)
+        sides["worse" if loss > 0 else "better"].append(text)
     return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
 
 
