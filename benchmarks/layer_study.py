@@ -85,7 +85,9 @@ def main() -> None:
     rows = []
     for phase, choices in ((2, MIDDLE), (3, HEAD)):
         before = os.path.join(arguments.run, f"phase{phase - 1}")
-        rows += [one(phase, name, t, before, arguments.steps) for name, t in choices.items()]
+        for name, trainable in choices.items():
+            rows.append(one(phase, name, trainable, before, arguments.steps))
+            print(*rows[-1], flush=True)  # so that an interruption leaves what was measured
     head = ["", "trains", "parameters", "s a step", "PSNR 64", "SSIM 64", "PSNR 256", "SSIM 256"]
     print(report.table([head, *rows]))
     plot(rows, os.path.join(HERE, os.pardir, "docs", "layer_study.svg"))
