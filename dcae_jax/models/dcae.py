@@ -8,7 +8,6 @@ the size changes, a shortcut without parameters carries the signal past the conv
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -374,8 +373,3 @@ def last_layer(arch: Variant) -> str:
     return (
         "decoder.project_out.conv.conv.kernel" if upsamples else "decoder.project_out.conv.kernel"
     )
-
-
-def input_shape(resolution: int) -> jax.ShapeDtypeStruct:
-    """Shape of one picture of a batch, as data delivers it."""
-    return jax.ShapeDtypeStruct((resolution, resolution, 3), jnp.uint8)

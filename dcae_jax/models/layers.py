@@ -198,7 +198,7 @@ class DepthwiseConv(nnx.Module):
 
     form 'grouped' is XLA's grouped convolution; form 'shifted' is size^2 shifted
     multiply-adds, the same numbers. On a CPU the gradient of the grouped one is up to hundreds
-    of times slower, on a TPU both compile to the same work (`benchmarks/depthwise.py`).
+    of times slower; on a TPU both compile to the same work.
     """
 
     def __init__(self, channels, *, size=3, use_bias=True, form, dtype, init):

@@ -308,11 +308,6 @@ def last_layer(arch: Variant) -> str:
     return "decoder.conv_out.kernel"
 
 
-def input_shape(resolution: int) -> jax.ShapeDtypeStruct:
-    """Shape of one picture of a batch, as data delivers it."""
-    return jax.ShapeDtypeStruct((resolution, resolution, 3), jnp.uint8)
-
-
 # --- diffusers' weights and configuration ---------------------------------------------------------
 
 FORMATS = ("diffusers",)
