@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good reconstructions or samples are: the published judges, tables and picture grids.
+"""The job `evaluate`: how good reconstructions or samples are, tables and picture grids.
 
 Protocol: ADM centre crop, the model sees [-1, 1], both images are rounded to 8 bits before every
 metric, means over images. docs/evaluation.md says what each number is computed on.
@@ -7,15 +7,12 @@ metric, means over images. docs/evaluation.md says what each number is computed 
 
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 import logging
 import math
 import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,41 +22,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 
-from dcae_jax import api, checkpoint, data, metrics, report, sharding
+from dcae_jax import api, checkpoint, data, judge_samples, judging, metrics, report, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import inception, layers, lpips
+from dcae_jax.judging import Judges, load_judges
+from dcae_jax.models import layers, lpips
 from dcae_jax.models.layers import Array, Weights
 
-Judges = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
 Kept = dict[int, tuple[float, np.ndarray, np.ndarray]]  # image number -> PSNR, image, output
 
 PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels a side
 PROTOCOL_COUNT = 50_000  # images of ImageNet's validation set, and samples of a published FID
 SCORES = ("psnr", "ssim", "lpips")  # of each image, in the order of tables
-KID_SUBSET = 1000  # rows, torch-fidelity's default; of smaller sets all rows
-SCORE_SPLITS = 10  # of the Inception score
-REFERENCE_ROWS = 50_000  # features of the reference that are kept for KID, precision and recall
-
-# Judge -> (key, what it unlocks, file to fetch, where it is, file to convert it to).
-FILES = {
-    "lpips": (
-        "evaluate.lpips_weights",
-        "LPIPS",
-        "alexnet-owt-7be5be79.pth",
-        "torchvision",
-        "lpips-alex.safetensors",
-    ),
-    "inception": (
-        "evaluate.inception_weights",
-        "rFID, FID, Inception score, KID, precision and recall",
-        "pt_inception-2015-12-05-6726825d.pth",
-        "mseitzer/pytorch-fid",
-        "inception.safetensors",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,53 +63,6 @@ class Measurement:
     kept: Kept  # the best and the worst
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What Inception makes of a set of images."""
-
-    mu: np.ndarray  # [d] float64, preprocessed as pytorch-fid does
-    sigma: np.ndarray  # [d, d]
-    count: int  # 0: not known
-    features: np.ndarray | None  # [n, d] float32, preprocessed as torch-fidelity does; None where
-    logits: np.ndarray | None  # [n, classes] they are not known, and on processes other than 0
-
-
-# --- the judges' weights --------------------------------------------------------------------------
-
-
-def load_judges(config: Any, mesh: Mesh) -> Judges:
-    """The networks whose files config.evaluate names, on every device. Raises UserError."""
-    readers = {"lpips": functools.partial(lpips.load, net="alex"), "inception": inception.load}
-    judges = {}
-    for name, read in readers.items():
-        key, _, source, _, converted = FILES[name]
-        path = config.evaluate[key.removeprefix("evaluate.")]
-        if not path:
-            continue
-        if not os.path.isfile(path):
-            raise UserError(f"{key}={path!r} is no file; {_conversion(source, converted)}")
-        try:
-            weights = read(path)
-        except ValueError as error:
-            raise UserError(f"{key}={path!r}: {' '.join(str(error).split())}") from error
-        place = sharding.replicated(mesh)
-        judges[name] = {k: sharding.put(v, place) for k, v in weights.items()}
-    return judges
-
-
-def locked(judges: Judges) -> str:
-    """One line: which file unlocks what, and the command that converts it; '' with all there."""
-    parts = []
-    for name, (key, what, source, where, converted) in FILES.items():
-        if name not in judges:
-            parts.append(f"{what}: {source} ({where}), {_conversion(source, converted)} as {key}")
-    return f"not computed without a file: {'; '.join(parts)}" if parts else ""
-
-
-def _conversion(source: str, converted: str) -> str:
-    return f"run `python -m dcae_jax.torch_io {source} --out={converted}` and name {converted}"
-
-
 # --- reconstructions ------------------------------------------------------------------------------
 
 
@@ -160,7 +88,9 @@ def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
         if "inception" in judges:
             moments = {
                 name: metrics.moments_update(
-                    moments[name], _pool3(judges["inception"], levels, "pytorch-fid")[0], mask
+                    moments[name],
+                    judging.pool3(judges["inception"], levels, "pytorch-fid")[0],
+                    mask,
                 )
                 for name, levels in (("image", target), ("output", output))
             }
@@ -176,11 +106,6 @@ def _lpips(weights: Weights, target: Array, output: Array) -> Array:
     """The published LPIPS of levels 0..255: [B]."""
     x, y = target / 127.5 - 1, output / 127.5 - 1
     return lpips.distance(weights, x, y, "alex", "torchmetrics")
-
-
-def _pool3(weights: Weights, levels: Array, kind: str) -> tuple[Array, Array]:
-    """Inception's (pool3, logits) of levels 0..255."""
-    return inception.features(weights, inception.preprocess(levels, kind))
 
 
 def evaluate(
@@ -216,7 +141,7 @@ def measure(
     judge = judge_fn(graph, mesh)
     moments = {}
     if "inception" in judges:
-        moments = {name: _empty_moments(judges, mesh) for name in ("image", "output")}
+        moments = {name: judging.empty_moments(judges, mesh) for name in ("image", "output")}
     every_sum, first, kept, waiting = [], None, {}, None
 
     def look(batch, numbers, psnr, output):
@@ -226,7 +151,7 @@ def measure(
             first = batch["image"][:shown], _local_rows(output)[:shown]
         _keep_extremes(kept, batch, numbers, psnr, output, settings.grid)
 
-    for numbers, batch in _batches(config, source, size, mesh):
+    for numbers, batch in judging.batches(config, source, size, mesh):
         placed = sharding.put_batch(batch, mesh)
         moments, sums, psnr, output = judge(
             weights, judges, moments, placed["image"], placed["mask"]
@@ -265,34 +190,6 @@ def _some(count: float) -> int:
     if not round(count):
         raise UserError("no image could be read for evaluation; see the log for their names")
     return round(count)
-
-
-def _empty_moments(judges: Judges, mesh: Mesh) -> metrics.Moments:
-    dim = judges["inception"]["fc.kernel"].shape[0]
-    empty = jax.jit(lambda: metrics.moments_init(dim), out_shardings=sharding.replicated(mesh))
-    return empty()
-
-
-def _batches(
-    config: Any, source: Any, size: int, mesh: Mesh, count: int | None = None, crops: int = 0
-) -> Iterator[tuple[np.ndarray, data.Batch]]:
-    """(the numbers of the rows among all images, this process's batch), every image once."""
-    settings = config.evaluate
-    sharding.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
-    process, processes = jax.process_index(), jax.process_count()
-    batches = data.evaluation_batches(
-        source,
-        size=size,
-        batch_size=settings.batch_size,
-        count=settings.count if count is None else count,
-        crops=crops or settings.crops,
-        threads=config.data.threads,
-        process=process,
-        processes=processes,
-    )
-    for i, batch in enumerate(batches):
-        local = len(batch["mask"])
-        yield (i * processes + process) * local + np.arange(local), batch
 
 
 def _local_rows(array: Array) -> np.ndarray:
@@ -416,8 +313,8 @@ def run(config: Any, workdir: str) -> int:
     mesh = sharding.make_mesh(config.mesh)
     judges = load_judges(config, mesh)
     model = api.load_autoencoder(config.init_from, config.dtype, mesh, config.weights)
-    if jax.process_index() == 0 and locked(judges):
-        logging.info("%s", locked(judges))
+    if jax.process_index() == 0 and judging.locked(judges):
+        logging.info("%s", judging.locked(judges))
     if config.data.source == "folder" and os.path.isfile(config.data.path):
         return _run_one(config, model, judges, workdir)
     for size in config.evaluate.resolutions:
@@ -485,6 +382,46 @@ def resolve(config: Any) -> Any:
     return config
 
 
+def _run_samples(config: Any, workdir: str) -> int:
+    """Scores of samples by themselves, and against a reference."""
+    settings = config.evaluate
+    if not settings.inception_weights:
+        _, what, source, where, converted = judging.FILES["inception"]
+        raise UserError(
+            f"evaluate.samples needs evaluate.inception_weights: fetch {source} ({where}), "
+            f"{judging.conversion(source, converted)}"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    source = judge_samples.image_source(settings.samples, "evaluate.samples")
+    width, height = source[0][0].size
+    size = width
+    if width != height or tuple(settings.resolutions) not in ((), (size,)):
+        raise UserError(
+            f"evaluate.samples={settings.samples!r} has images of {width}x{height}, which is not "
+            f"evaluate.resolutions={settings.resolutions or 'a square'}; judge them as they were "
+            "sampled"
+        )
+    if settings.reference:
+        judge_samples.array_names(settings.reference, "evaluate.reference")
+    judges = load_judges(config, mesh)
+    if settings.protocol:
+        _warn_of_count(settings.protocol, len(source), "samples")
+    reference = None
+    if settings.reference:
+        reference = judge_samples.reference_statistics(config, mesh, judges, size, workdir)
+    else:
+        logging.info("evaluate.reference is empty: the Inception score alone")
+    samples = judge_samples.statistics(config, mesh, judges, source, size, settings.count)
+    if jax.process_index() == 0:
+        scores = judge_samples.sample_scores(samples, reference)
+        biased = "fid" in scores and metrics.biased(samples.count)
+        if "fid" in scores and reference.count and not biased:
+            biased = metrics.biased(reference.count)
+        empty = np.zeros((0, size, size, 3), np.uint8)
+        _write(config, workdir, 0, {size: Result(scores, samples.count, empty, empty, {}, biased)})
+    return 0
+
+
 def _warn_of_count(protocol: str, count: int, what: str) -> None:
     if count != PROTOCOL_COUNT:
         logging.warning(
@@ -547,267 +484,3 @@ def check_resolution(size: int, compression: int, key: str) -> None:
         raise UserError(
             f"{key}={size} is no multiple of the model's f={compression}; try {nearest}"
         )
-
-
-# --- samples --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """The images of an .npz, as a source of `data`."""
-
-    images: np.ndarray  # [N, H, W, 3] uint8, left on disk where the file allows it
-    path: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(np.ascontiguousarray(self.images[i])), 0
-
-    def name(self, i: int) -> str:
-        return f"{self.path}, image {i}"
-
-
-def _run_samples(config: Any, workdir: str) -> int:
-    """Scores of samples by themselves, and against a reference."""
-    settings = config.evaluate
-    if not settings.inception_weights:
-        _, what, source, where, converted = FILES["inception"]
-        raise UserError(
-            f"evaluate.samples needs evaluate.inception_weights: fetch {source} ({where}), "
-            f"{_conversion(source, converted)}"
-        )
-    mesh = sharding.make_mesh(config.mesh)
-    source = image_source(settings.samples, "evaluate.samples")
-    width, height = source[0][0].size
-    size = width
-    if width != height or tuple(settings.resolutions) not in ((), (size,)):
-        raise UserError(
-            f"evaluate.samples={settings.samples!r} has images of {width}x{height}, which is not "
-            f"evaluate.resolutions={settings.resolutions or 'a square'}; judge them as they were "
-            "sampled"
-        )
-    if settings.reference:
-        _names(settings.reference, "evaluate.reference")
-    judges = load_judges(config, mesh)
-    if settings.protocol:
-        _warn_of_count(settings.protocol, len(source), "samples")
-    reference = None
-    if settings.reference:
-        reference = reference_statistics(config, mesh, judges, size, workdir)
-    else:
-        logging.info("evaluate.reference is empty: the Inception score alone")
-    samples = statistics(config, mesh, judges, source, size, settings.count)
-    if jax.process_index() == 0:
-        scores = sample_scores(samples, reference)
-        biased = "fid" in scores and metrics.biased(samples.count)
-        if "fid" in scores and reference.count and not biased:
-            biased = metrics.biased(reference.count)
-        empty = np.zeros((0, size, size, 3), np.uint8)
-        _write(config, workdir, 0, {size: Result(scores, samples.count, empty, empty, {}, biased)})
-    return 0
-
-
-def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str, float]:
-    """FID, Inception score, KID, precision and recall, as far as the reference allows them."""
-    scores = {}
-    if reference is not None:
-        found = samples.mu, samples.sigma
-        scores["fid"] = metrics.frechet_distance(*found, reference.mu, reference.sigma)
-    splits = min(SCORE_SPLITS, samples.count)
-    scores["is"], scores["is_std"] = metrics.inception_score(samples.logits, splits)
-    if reference is not None and reference.features is not None:
-        pair = samples.features, reference.features
-        subset = min(KID_SUBSET, *map(len, pair))
-        scores["kid"], scores["kid_std"] = metrics.kernel_distance(*pair, subset_size=subset)
-        if min(map(len, pair)) > 3:
-            scores["precision"], scores["recall"] = metrics.precision_recall(*pair)
-    return scores
-
-
-@functools.lru_cache(maxsize=2)
-def features_fn(mesh: Mesh) -> Callable:
-    """A jitted (inception, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, pool3 [B, d],
-    logits [B, classes], mask): the moments as pytorch-fid, the others as torch-fidelity."""
-    rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
-
-    def features(weights: Weights, moments: metrics.Moments, images: Array, mask: Array):
-        images = jax.lax.with_sharding_constraint(images, rows)
-        moments = metrics.moments_update(moments, _pool3(weights, images, "pytorch-fid")[0], mask)
-        return moments, *_pool3(weights, images, "torch-fidelity"), mask
-
-    return jax.jit(features, donate_argnums=1, out_shardings=sharding.replicated(mesh))
-
-
-def statistics(
-    config: Any, mesh: Mesh, judges: Judges, source: Any, size: int, count: int, keep: int = 0
-) -> Statistics:
-    """Statistics of all images of `source`, cut to `size` pixels, `count` > 0 at most.
-
-    keep: features of so many images at most are returned, evenly spread; 0: of all.
-    """
-    run = features_fn(mesh)
-    moments = _empty_moments(judges, mesh)
-    total = min(len(source), count or len(source))
-    stride = math.ceil(total / keep) if keep else 1
-    features, logits, read, waiting = [], [], 0, None
-
-    def look(pool3, unnormalised, mask):
-        nonlocal read
-        mask = np.asarray(mask) > 0
-        # Every process has all rows: it counts them alike.
-        numbers = read + np.cumsum(mask) - 1
-        read += int(mask.sum())
-        if jax.process_index() == 0:
-            chosen = mask & (numbers % stride == 0)
-            features.append(np.asarray(pool3)[chosen])
-            logits.append(np.asarray(unnormalised)[chosen])
-
-    for _, batch in _batches(config, source, size, mesh, count, crops=1):
-        placed = sharding.put_batch(batch, mesh)
-        moments, *found = run(judges["inception"], moments, placed["image"], placed["mask"])
-        if waiting:  # one batch late, when the devices have the next to work on
-            look(*waiting)
-        waiting = found
-    if waiting:
-        look(*waiting)
-    if read < 2:
-        raise UserError(f"{read} images could be read; statistics need 2 at least, papers 50000")
-    mu, sigma = metrics.moments_finalize(moments)
-    if jax.process_index():
-        return Statistics(mu, sigma, read, None, None)
-    return Statistics(mu, sigma, read, np.concatenate(features), np.concatenate(logits))
-
-
-def reference_statistics(
-    config: Any, mesh: Mesh, judges: Judges, size: int, workdir: str
-) -> Statistics:
-    """Statistics of evaluate.reference: from the file, from WORKDIR/reference, or computed.
-
-    What is computed is kept there under a name that is made of the images, their size, the
-    preprocessings and the network's weights. Whole on process 0 alone. Raises UserError.
-    """
-    path, key = config.evaluate.reference, "evaluate.reference"
-    names = _names(path, key)
-    given = _given_moments(path, judges) if {"mu", "sigma"} <= names else None
-    if given and "arr_0" not in names:
-        return Statistics(*given, 0, None, None)
-    source = image_source(path, key)
-    name = _fingerprint(path, source, size, config.evaluate.inception_weights)
-    cached = os.path.join(workdir, "reference", f"{name}.npz")
-    found = jax.process_index() == 0 and os.path.exists(cached)
-    if jax.process_count() > 1:  # another process may not see process 0's disk
-        found = bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
-    if found:
-        logging.info("reference statistics read from %s", cached)
-        stats = _read_statistics(cached) if jax.process_index() == 0 else None
-    else:
-        stats = statistics(config, mesh, judges, source, size, 0, keep=REFERENCE_ROWS)
-        if jax.process_index() == 0:
-            _write_statistics(cached, stats)
-            logging.info("reference statistics of %d images kept in %s", stats.count, cached)
-    if given and stats:  # such a file's mu and sigma are of many more images than it holds
-        stats = dataclasses.replace(stats, mu=given[0], sigma=given[1], count=0)
-    return stats
-
-
-def _names(path: str, key: str) -> set[str]:
-    """The arrays of the .npz `path`; none of a folder. Raises UserError."""
-    if os.path.isdir(path):
-        return set()
-    if not os.path.isfile(path):
-        raise UserError(f"{key}={path!r} does not exist; name a folder of images or an .npz")
-    try:
-        with np.load(path) as file:
-            return set(file.files)
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{key}={path!r} is no .npz; name a folder of images or an .npz") from error
-
-
-def _given_moments(path: str, judges: Judges) -> tuple[np.ndarray, np.ndarray]:
-    """mu and sigma of the .npz `path`. Raises UserError."""
-    with np.load(path) as arrays:
-        mu, sigma = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
-    dim = judges["inception"]["fc.kernel"].shape[0]
-    if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise UserError(
-            f"evaluate.reference={path!r}: mu is {mu.shape} and sigma {sigma.shape}, pool3 of "
-            f"the Inception of FID has {dim} features; take statistics of that network"
-        )
-    return mu, sigma
-
-
-def image_source(path: str, key: str) -> Any:
-    """A folder of images or the arr_0 of an .npz, as a source of `data`. Raises UserError."""
-    if os.path.isdir(path):
-        try:
-            return data.folder(path)
-        except UserError as error:
-            raise UserError(str(error).replace("data.path", key)) from error
-    names = _names(path, key)
-    if "arr_0" not in names:
-        raise UserError(
-            f"{key}={path!r} holds {', '.join(sorted(names)[:4])}; images are called arr_0 "
-            "(uint8 [N, H, W, 3])"
-        )
-    images = _map_array(path, "arr_0")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise UserError(
-            f"{key}={path!r}: arr_0 is {images.dtype} {images.shape}; give uint8 [N, H, W, 3]"
-        )
-    return Pixels(images, path)
-
-
-def _map_array(path: str, name: str) -> np.ndarray:
-    """An array of an .npz, mapped where it is not compressed: 50,000 samples are 10 GB."""
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo(f"{name}.npy")
-    if entry.compress_type == zipfile.ZIP_STORED:
-        with open(path, "rb") as file:
-            # The local header repeats name and extra field, whose lengths stand at 26 and 28.
-            file.seek(entry.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            file.seek(entry.header_offset + 30 + int(lengths.sum()))
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if not fortran and not dtype.hasobject and math.prod(shape):
-                    return np.memmap(path, dtype, "r", file.tell(), shape)
-    with np.load(path) as arrays:
-        return arrays[name]
-
-
-def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
-    """Names the statistics of a set of images: another set, size or network has another name."""
-    if isinstance(source, data.Folder):
-        files = [os.path.join(source.root, file) for file in source.files]
-    else:
-        files = [path]
-    stats = [os.stat(file) for file in files]
-    parts = {
-        "files": [
-            (os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
-            for file, stat in zip(files, stats, strict=True)
-        ],
-        "size": size,
-        "preprocessings": inception.PREPROCESSINGS,
-        "rows": REFERENCE_ROWS,
-    }
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    with open(weights, "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _write_statistics(path: str, stats: Statistics) -> None:
-    buffer = io.BytesIO()
-    arrays = {"mu": stats.mu, "sigma": stats.sigma, "count": stats.count}
-    np.savez(buffer, **arrays, features=stats.features)
-    report.write_file(path, buffer.getvalue())
-
-
-def _read_statistics(path: str) -> Statistics:
-    with np.load(path) as arrays:
-        mu, sigma, count = arrays["mu"], arrays["sigma"], int(arrays["count"])
-        return Statistics(mu, sigma, count, arrays["features"], None)

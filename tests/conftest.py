@@ -23,9 +23,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
+import small_judges
+from goldens import judges as goldens
 
 from dcae_jax import config as config_lib
-from dcae_jax import sharding
+from dcae_jax import evaluate, judge_samples, sharding
+from dcae_jax.models import inception
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 
@@ -73,4 +76,37 @@ def small():
     config.evaluate.batch_size = 8
     config.evaluate.count = 6
     config.evaluate.grid = 2
+    return config
+
+
+@pytest.fixture
+def small_inception(monkeypatch, tmp_path):
+    """Puts a fast network in Inception's place; -> the file that has its weights."""
+    monkeypatch.setattr(inception, "features", small_judges.small_features)
+    monkeypatch.setattr(inception, "load", small_judges.small_weights)
+    evaluate.judge_fn.cache_clear()
+    judge_samples.features_fn.cache_clear()
+    path = tmp_path / "inception.safetensors"
+    path.write_bytes(b"small")
+    yield str(path)
+    evaluate.judge_fn.cache_clear()
+    judge_samples.features_fn.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten photographs' worth of noise and waves, 32 pixels a side."""
+    root = tmp_path / "pictures"
+    small_judges.write_pictures(root, goldens.pictures(10, 32))
+    return str(root)
+
+
+@pytest.fixture
+def judge_config(small, folder):
+    """The job at 32 pixels on `folder`."""
+    config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
+    config.model = small.model
+    config.resolution = 32
+    config.data.source, config.data.path = "folder", folder
+    config.evaluate.batch_size, config.evaluate.grid = 8, 3
     return config

@@ -3,58 +3,22 @@
 
 import json
 import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_judges
 from conftest import CONFIGS
 from goldens import judges as goldens
 from PIL import Image
 from safetensors.numpy import save_file
 
 import dcae_jax
-from dcae_jax import config as config_lib
 from dcae_jax import data, evaluate, main, metrics, report, sharding
 from dcae_jax.config import UserError
 from dcae_jax.models import inception, lpips
 
-DIM, CLASSES = 24, 12  # of the network that stands in for Inception where its own is too slow
 SCORES = ("psnr", "ssim", "lpips")
-
-
-def small_features(weights, x, fc_bias=False):
-    """Like `inception.features`: the means of 8x8 squares through a random layer and ReLU."""
-    x = x[:, :296, :296].reshape(x.shape[0], 37, 8, 37, 8, 3).mean((2, 4)).reshape(x.shape[0], -1)
-    pool3 = jax.nn.relu(jnp.matmul(x, weights["hidden"], precision="highest"))
-    return pool3, jnp.matmul(pool3, weights["fc.kernel"], precision="highest")
-
-
-def small_weights(path=""):
-    """Weights of `small_features`."""
-    random = np.random.RandomState(0)
-    return {
-        "hidden": random.standard_normal((37 * 37 * 3, DIM)).astype(np.float32) / 20,
-        "fc.kernel": random.standard_normal((DIM, CLASSES)).astype(np.float32),
-    }
-
-
-@pytest.fixture
-def small_inception(monkeypatch, tmp_path):
-    """Puts a fast network in Inception's place; -> the file that has its weights."""
-    monkeypatch.setattr(inception, "features", small_features)
-    monkeypatch.setattr(inception, "load", small_weights)
-    evaluate.judge_fn.cache_clear()
-    evaluate.features_fn.cache_clear()
-    path = tmp_path / "inception.safetensors"
-    path.write_bytes(b"small")
-    yield str(path)
-    evaluate.judge_fn.cache_clear()
-    evaluate.features_fn.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +28,6 @@ def alexnet(tmp_path_factory):
     weights = lpips.from_torch(goldens.lpips_state("alex", scale=1.0))[1]
     save_file(weights, path, metadata={"network": "lpips-alex"})
     return str(path)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Ten photographs' worth of noise and waves, 32 pixels a side."""
-    root = tmp_path / "pictures"
-    write_pictures(root, goldens.pictures(10, 32))
-    return str(root)
-
-
-def write_pictures(root, pictures):
-    root.mkdir()
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(root / f"{i:04d}.png")
-
-
-@pytest.fixture
-def judge_config(small, folder):
-    """The job at 32 pixels on `folder`."""
-    config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
-    config.model = small.model
-    config.resolution = 32
-    config.data.source, config.data.path = "folder", folder
-    config.evaluate.batch_size, config.evaluate.grid = 8, 3
-    return config
 
 
 def judge(config, devices=1, source=None):
@@ -193,7 +132,7 @@ def test_the_judges_compute_in_float32(judge_config, small_inception, alexnet):
     moments = []
     for levels in (y, x):
         inputs = inception.preprocess(levels, "pytorch-fid")
-        features = np.float64(small_features(small_weights(), inputs)[0])
+        features = np.float64(small_judges.small_features(small_judges.small_weights(), inputs)[0])
         moments += [features.mean(0), np.cov(features, rowvar=False)]
     assert result.scores["rfid"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-3)
 
@@ -211,39 +150,6 @@ def test_the_best_and_the_worst_are_found(judge_config):
     np.testing.assert_array_equal(result.extremes["best"][1], outputs[::-1][:2])
 
 
-def two_processes(script, settings):
-    """Runs `script` in two processes of two devices; -> what the last line of each says, if any."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings = settings | {"address": f"127.0.0.1:{free.getsockname()[1]}"}
-    root = pathlib.Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root.parent), str(root)]),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", START + script, json.dumps(settings | {"process": i})],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    results = []
-    try:
-        for process in processes:
-            said, errors = process.communicate(timeout=400)
-            assert process.returncode == 0, errors[-3000:]
-            results.append(json.loads(said.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return results
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
     """Fails if processes judge the same images, miss each other's, or disagree: with Inception
@@ -257,60 +163,23 @@ def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
     results = [{**alone.scores, "count": alone.count}]
     settings = {"path": judge_config.data.path, "inception": path, "lpips": alexnet}
     settings["model"] = judge_config.model.to_dict()
-    results += two_processes(ONE_OF_TWO, settings)
+    results += small_judges.two_processes(ONE_OF_TWO, settings)
     for other in results[1:]:
         assert other["count"] == 10
         assert_same_scores(other, results[0])
     assert results[1] == results[2]  # with the sum of the pictures in the grids
 
 
-@pytest.mark.slow
-def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
-    """Fails if features of one process's images are lost or counted twice, or if a process waits
-    for ever for another that found the reference on its disk: run twice."""
-    np.savez(tmp_path / "fake.npz", goldens.pictures(11, 32, seed=9))
-    sample_config.evaluate.samples = str(tmp_path / "fake.npz")
-    sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
-    evaluate.run(sample_config, str(tmp_path / "one"))
-    settings = config_lib.to_json(sample_config.evaluate)
-    two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
-    one, two = (
-        json.loads((tmp_path / name / "evaluate.json").read_text())["results"]["32"]
-        for name in ("one", "two")
-    )
-    assert one == pytest.approx(two, rel=1e-3, abs=1e-6) and two["images"] == 11
-
-
-START = """
-import json, sys
-settings = json.loads(sys.argv[1])
-import jax
-jax.distributed.initialize(settings["address"], 2, settings["process"])
-assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
-import test_evaluate
-from dcae_jax import config as config_lib
-from dcae_jax import evaluate
-from dcae_jax.models import inception
-"""
-
-SAMPLES_OF_TWO = """
-inception.features, inception.load = test_evaluate.small_features, test_evaluate.small_weights
-config = config_lib.load_file(test_evaluate.CONFIGS + "/evaluate.py")
-for key in ("batch_size", "samples", "reference", "inception_weights"):
-    config.evaluate[key] = settings[key]
-status = [evaluate.run(config, settings["workdir"]) for _ in range(2)]
-sys.stdout.write(json.dumps(status) + chr(10))
-"""
-
 ONE_OF_TWO = """
-config = config_lib.load_file(test_evaluate.CONFIGS + "/evaluate.py")
+from test_evaluate import judge
+config = config_lib.load_file(CONFIGS + "/evaluate.py")
 config.model.update(settings["model"])
 config.resolution = 32
 config.data.source, config.data.path = "folder", settings["path"]
 config.evaluate.batch_size, config.evaluate.grid = 8, 3
 config.evaluate.inception_weights = settings["inception"]
 config.evaluate.lpips_weights = settings["lpips"]
-result = test_evaluate.judge(config, devices=4)
+result = judge(config, devices=4)
 shown = {k: [int(p.sum()) for p in pair] for k, pair in result.extremes.items()}
 sys.stdout.write(json.dumps({**result.scores, "count": result.count, **shown}) + chr(10))
 """
@@ -372,94 +241,6 @@ def test_one_picture_gets_lpips_too(trained, alexnet, tmp_path):
     assert judged[str(path)].keys() == {*SCORES}
 
 
-# --- samples --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sample_config(judge_config, small_inception, alone):
-    judge_config.data.source = "photos"
-    judge_config.evaluate.inception_weights = small_inception
-    return judge_config
-
-
-def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog):
-    """Fails if an .npz is read otherwise than a folder, mu and sigma otherwise than images, with
-    the other preprocessing, or with samples and reference exchanged."""
-    caplog.set_level("INFO")
-    settings = sample_config.evaluate
-    real, fake = goldens.pictures(13, 32, seed=8), goldens.pictures(11, 32, seed=9)
-    write_pictures(tmp_path / "fake", fake)
-    write_pictures(tmp_path / "real", real)
-    np.savez(tmp_path / "fake.npz", fake)
-    np.savez_compressed(tmp_path / "real.npz", arr_0=real)
-    weights = small_weights()
-    seen = {
-        (name, kind): [
-            np.asarray(v) for v in small_features(weights, inception.preprocess(levels, kind))
-        ]
-        for name, levels in (("real", real), ("fake", fake))
-        for kind in inception.PREPROCESSINGS
-    }
-    moments = {}
-    for name in ("real", "fake"):
-        rows = np.float64(seen[name, "pytorch-fid"][0])
-        moments[name] = rows.mean(0), np.cov(rows, rowvar=False)
-    np.savez(tmp_path / "moments.npz", mu=moments["real"][0], sigma=moments["real"][1])
-    fid = metrics.frechet_distance(*moments["fake"], *moments["real"])
-    a, b = (seen[name, "torch-fidelity"] for name in ("fake", "real"))
-    expected = {"fid": fid, "is": metrics.inception_score(a[1])[0]}
-    more = {"kid": metrics.kernel_distance(a[0], b[0], subset_size=11)[0]}
-    more |= dict(zip(("precision", "recall"), metrics.precision_recall(a[0], b[0]), strict=True))
-    cases = (
-        ("fake", "real", more),
-        ("fake.npz", "real.npz", more),
-        ("fake.npz", "moments.npz", {}),
-    )
-    for samples, reference, others in cases:
-        settings.samples, settings.reference = (str(tmp_path / x) for x in (samples, reference))
-        assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
-        scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
-        assert scores["images"] == 11 and scores["biased"] is True
-        assert ("kid" in scores) == bool(others)
-        for name, value in (expected | others).items():
-            assert scores[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert report.read_rows(str(tmp_path / "out"))[0]["step"] == 0
-
-
-def test_reference_statistics_are_kept_until_something_changes(sample_config, tmp_path, caplog):
-    """Fails if the reference is computed twice, or not again for other images or weights."""
-    caplog.set_level("INFO")
-    settings = sample_config.evaluate
-    np.savez(tmp_path / "fake.npz", goldens.pictures(9, 32, seed=9))
-    settings.samples, settings.reference = str(tmp_path / "fake.npz"), sample_config.data.path
-    scores = []
-
-    def judged():
-        caplog.clear()
-        evaluate.run(sample_config, str(tmp_path / "out"))
-        text = (tmp_path / "out" / "evaluate.json").read_text()
-        scores.append(json.loads(text)["results"]["32"])
-        return "statistics read from" in caplog.text
-
-    assert not judged() and judged() and scores[0] == scores[1]
-    Image.fromarray(goldens.pictures(1, 32, seed=99)[0]).save(
-        os.path.join(settings.reference, "more.png")
-    )
-    assert not judged() and scores[2]["fid"] != scores[1]["fid"]
-    pathlib.Path(settings.inception_weights).write_bytes(b"other")
-    assert not judged() and judged()
-    assert len(list((tmp_path / "out" / "reference").iterdir())) == 3
-
-
-def test_samples_alone_have_an_inception_score(sample_config, tmp_path):
-    """Fails if the job asks for a reference that the score does not need."""
-    np.savez(tmp_path / "fake.npz", goldens.pictures(9, 32, seed=9))
-    sample_config.evaluate.samples = str(tmp_path / "fake.npz")
-    assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
-    scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
-    assert scores.keys() == {"is", "is_std", "images"} and scores["is"] >= 1
-
-
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -488,37 +269,6 @@ def test_a_contradiction_or_a_missing_file_is_one_line(tmp_path, capsys, values,
     assert status == main.MISTAKE and said.count("\n") == 1, said
     assert all(word in said for word in words), said
     assert not (tmp_path / "run").exists()
-
-
-def test_samples_that_cannot_be_judged_are_named(sample_config, tmp_path):
-    """Fails if samples of another size are cut silently, or a file's fault shows as a traceback."""
-    arrays = {
-        "size.npz": {"arr_0": np.zeros((3, 48, 48, 3), np.uint8)},
-        "float.npz": {"arr_0": np.zeros((3, 32, 32, 3), np.float32)},
-        "other.npz": {"images": np.zeros((3, 32, 32, 3), np.uint8)},
-        "moments.npz": {"mu": np.zeros(7), "sigma": np.zeros((7, 7))},
-        "good.npz": {"arr_0": goldens.pictures(9, 32)},
-    }
-    for name, values in arrays.items():
-        np.savez(tmp_path / name, **values)
-    (tmp_path / "text.npz").write_text("none of the kind")
-    (tmp_path / "empty").mkdir()
-    good = str(tmp_path / "good.npz")
-    for samples, reference, word in (
-        ("size.npz", good, "48x48"),
-        ("float.npz", good, "float32"),
-        ("other.npz", good, "images; images are called arr_0"),
-        ("text.npz", good, "is no .npz"),
-        ("empty", good, "evaluate.samples=.*holds no image"),
-        ("none", good, "does not exist"),
-        ("good.npz", str(tmp_path / "none"), "evaluate.reference=.*does not exist"),
-        ("good.npz", str(tmp_path / "moments.npz"), "mu is .7,"),
-    ):
-        sample_config.evaluate.update(samples=str(tmp_path / samples), reference=reference)
-        sample_config.evaluate.resolutions = (32,)
-        with pytest.raises(UserError, match=word) as error:
-            evaluate.run(sample_config, str(tmp_path / "out"))
-        assert "\n" not in str(error.value)
 
 
 def test_a_protocol_fixes_its_keys_and_warns_of_another_set(judge_config, caplog):

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples against every kind of reference, by one process or two."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import small_judges
+from goldens import judges as goldens
+from PIL import Image
+
+from dcae_jax import config as config_lib
+from dcae_jax import evaluate, metrics, report
+from dcae_jax.config import UserError
+from dcae_jax.models import inception
+
+
+@pytest.fixture
+def sample_config(judge_config, small_inception, alone):
+    judge_config.data.source = "photos"
+    judge_config.evaluate.inception_weights = small_inception
+    return judge_config
+
+
+def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog):
+    """Fails if an .npz is read otherwise than a folder, mu and sigma otherwise than images, with
+    the other preprocessing, or with samples and reference exchanged."""
+    caplog.set_level("INFO")
+    settings = sample_config.evaluate
+    real, fake = goldens.pictures(13, 32, seed=8), goldens.pictures(11, 32, seed=9)
+    small_judges.write_pictures(tmp_path / "fake", fake)
+    small_judges.write_pictures(tmp_path / "real", real)
+    np.savez(tmp_path / "fake.npz", fake)
+    np.savez_compressed(tmp_path / "real.npz", arr_0=real)
+    weights = small_judges.small_weights()
+    seen = {
+        (name, kind): [
+            np.asarray(v)
+            for v in small_judges.small_features(weights, inception.preprocess(levels, kind))
+        ]
+        for name, levels in (("real", real), ("fake", fake))
+        for kind in inception.PREPROCESSINGS
+    }
+    moments = {}
+    for name in ("real", "fake"):
+        rows = np.float64(seen[name, "pytorch-fid"][0])
+        moments[name] = rows.mean(0), np.cov(rows, rowvar=False)
+    np.savez(tmp_path / "moments.npz", mu=moments["real"][0], sigma=moments["real"][1])
+    fid = metrics.frechet_distance(*moments["fake"], *moments["real"])
+    a, b = (seen[name, "torch-fidelity"] for name in ("fake", "real"))
+    expected = {"fid": fid, "is": metrics.inception_score(a[1])[0]}
+    more = {"kid": metrics.kernel_distance(a[0], b[0], subset_size=11)[0]}
+    more |= dict(zip(("precision", "recall"), metrics.precision_recall(a[0], b[0]), strict=True))
+    cases = (
+        ("fake", "real", more),
+        ("fake.npz", "real.npz", more),
+        ("fake.npz", "moments.npz", {}),
+    )
+    for samples, reference, others in cases:
+        settings.samples, settings.reference = (str(tmp_path / x) for x in (samples, reference))
+        assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
+        scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
+        assert scores["images"] == 11 and scores["biased"] is True
+        assert ("kid" in scores) == bool(others)
+        for name, value in (expected | others).items():
+            assert scores[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert report.read_rows(str(tmp_path / "out"))[0]["step"] == 0
+
+
+def test_reference_statistics_are_kept_until_something_changes(sample_config, tmp_path, caplog):
+    """Fails if the reference is computed twice, or not again for other images or weights."""
+    caplog.set_level("INFO")
+    settings = sample_config.evaluate
+    np.savez(tmp_path / "fake.npz", goldens.pictures(9, 32, seed=9))
+    settings.samples, settings.reference = str(tmp_path / "fake.npz"), sample_config.data.path
+    scores = []
+
+    def judged():
+        caplog.clear()
+        evaluate.run(sample_config, str(tmp_path / "out"))
+        text = (tmp_path / "out" / "evaluate.json").read_text()
+        scores.append(json.loads(text)["results"]["32"])
+        return "statistics read from" in caplog.text
+
+    assert not judged() and judged() and scores[0] == scores[1]
+    Image.fromarray(goldens.pictures(1, 32, seed=99)[0]).save(
+        os.path.join(settings.reference, "more.png")
+    )
+    assert not judged() and scores[2]["fid"] != scores[1]["fid"]
+    pathlib.Path(settings.inception_weights).write_bytes(b"other")
+    assert not judged() and judged()
+    assert len(list((tmp_path / "out" / "reference").iterdir())) == 3
+
+
+def test_samples_alone_have_an_inception_score(sample_config, tmp_path):
+    """Fails if the job asks for a reference that the score does not need."""
+    np.savez(tmp_path / "fake.npz", goldens.pictures(9, 32, seed=9))
+    sample_config.evaluate.samples = str(tmp_path / "fake.npz")
+    assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
+    scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
+    assert scores.keys() == {"is", "is_std", "images"} and scores["is"] >= 1
+
+
+def test_samples_that_cannot_be_judged_are_named(sample_config, tmp_path):
+    """Fails if samples of another size are cut silently, or a file's fault shows as a traceback."""
+    arrays = {
+        "size.npz": {"arr_0": np.zeros((3, 48, 48, 3), np.uint8)},
+        "float.npz": {"arr_0": np.zeros((3, 32, 32, 3), np.float32)},
+        "other.npz": {"images": np.zeros((3, 32, 32, 3), np.uint8)},
+        "moments.npz": {"mu": np.zeros(7), "sigma": np.zeros((7, 7))},
+        "good.npz": {"arr_0": goldens.pictures(9, 32)},
+    }
+    for name, values in arrays.items():
+        np.savez(tmp_path / name, **values)
+    (tmp_path / "text.npz").write_text("none of the kind")
+    (tmp_path / "empty").mkdir()
+    good = str(tmp_path / "good.npz")
+    for samples, reference, word in (
+        ("size.npz", good, "48x48"),
+        ("float.npz", good, "float32"),
+        ("other.npz", good, "images; images are called arr_0"),
+        ("text.npz", good, "is no .npz"),
+        ("empty", good, "evaluate.samples=.*holds no image"),
+        ("none", good, "does not exist"),
+        ("good.npz", str(tmp_path / "none"), "evaluate.reference=.*does not exist"),
+        ("good.npz", str(tmp_path / "moments.npz"), "mu is .7,"),
+    ):
+        sample_config.evaluate.update(samples=str(tmp_path / samples), reference=reference)
+        sample_config.evaluate.resolutions = (32,)
+        with pytest.raises(UserError, match=word) as error:
+            evaluate.run(sample_config, str(tmp_path / "out"))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
+    """Fails if features of one process's images are lost or counted twice, or if a process waits
+    for ever for another that found the reference on its disk: run twice."""
+    np.savez(tmp_path / "fake.npz", goldens.pictures(11, 32, seed=9))
+    sample_config.evaluate.samples = str(tmp_path / "fake.npz")
+    sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
+    evaluate.run(sample_config, str(tmp_path / "one"))
+    settings = config_lib.to_json(sample_config.evaluate)
+    small_judges.two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
+    one, two = (
+        json.loads((tmp_path / name / "evaluate.json").read_text())["results"]["32"]
+        for name in ("one", "two")
+    )
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-6) and two["images"] == 11
+
+
+SAMPLES_OF_TWO = """
+inception.features, inception.load = small_judges.small_features, small_judges.small_weights
+config = config_lib.load_file(CONFIGS + "/evaluate.py")
+for key in ("batch_size", "samples", "reference", "inception_weights"):
+    config.evaluate[key] = settings[key]
+status = [evaluate.run(config, settings["workdir"]) for _ in range(2)]
+sys.stdout.write(json.dumps(status) + chr(10))
+"""
