@@ -38,8 +38,8 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypat
     manager.close()
 
 
-def test_weights_are_read_without_the_optimizer(small, one_device, tmp_path):
-    """Catches 'ema' that returns raw weights, and statistics left out."""
+def test_weights_are_read_without_the_optimizer(small, one_device, tmp_path, caplog):
+    """Catches 'ema' that returns raw weights, statistics left out, and warnings of Orbax's own."""
     plan = state.blueprint(small, one_device)
     fresh = state.init_state(small, one_device, plan)
     fresh = state.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
@@ -54,6 +54,7 @@ def test_weights_are_read_without_the_optimizer(small, one_device, tmp_path):
     for name, leaf in raw.items():
         assert isinstance(leaf, np.ndarray)
         np.testing.assert_array_equal(leaf + 1, averaged[name])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_nothing_to_load_is_said_in_one_line(tmp_path):
