@@ -29,6 +29,9 @@ IDENTITY = (
     "resolution",
     "resolutions",
     "dtype",
+    "patch_size",
+    "objective",
+    "label_dropout",
 )
 # ... except these, which change how fast the same batches arrive.
 NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
@@ -37,7 +40,7 @@ NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
 def default() -> ConfigDict:
     """The configuration of a training job, with a safe value for every key."""
     c = ConfigDict()
-    c.job = "train"  # train, phases, evaluate or export
+    c.job = "train"  # train, phases, encode, sample, evaluate, export or plan
     c.seed = 0  # of the weights, the data's order and every random choice
     c.batch_size = 256  # images a step, over all devices and processes
     c.resolution = 256  # pixels a side; a multiple of the model's compression
@@ -60,11 +63,19 @@ def default() -> ConfigDict:
     c.evaluate_every = 5000  # steps between evaluations; 0: only at the end
     c.evaluate_first = False  # before step 1 too, and compare at the end
     c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
+    c.remat = "none"  # what the backward pass computes again instead of keeping: none or blocks
+    c.unroll = False  # a transformer's blocks one by one instead of one compiled loop
     c.allow_change = ()  # identity keys that may differ from the run being resumed
     c.max_skipped = 10  # stop after so many non-finite steps in a row
 
+    # Diffusion on latents (docs/diffusion.md).
+    c.autoencoder = ""  # of the latents: as init_from; or a VARIANT, which gives shapes alone
+    c.patch_size = 1  # latent positions a side that one token stands for
+    c.objective = ""  # '': no diffusion; epsilon, learned_sigma or flow
+    c.label_dropout = 0.1  # share of labels replaced by "none", for guidance
+
     m = c.model = ConfigDict()
-    m.name = "auto"  # the file of dcae_jax/models that builds it; auto: which has the variant
+    m.name = "auto"  # the file of dcae_jax/models that builds it; auto: the autoencoder's
     m.variant = "f32c32"  # a row of VARIANTS there, or a published name
     m.residual = True  # False drops the parameter-free shortcuts (the paper's ablation)
     m.depthwise = "auto"  # grouped or shifted; auto = shifted on a CPU
@@ -73,6 +84,11 @@ def default() -> ConfigDict:
     m.encoder_depths = ()
     m.decoder_depths = ()
     m.scaling_factor = 0.0  # latent * this has an rms of about 1; goes with the weights
+    m.depth = 0  # of a transformer: blocks, channels, heads; 0 keeps the variant's own
+    m.width = 0
+    m.heads = 0
+    m.latent_size = 0  # of a transformer: positions a side; 0: those of the latents
+    m.num_classes = 0  # of a transformer; 0: those of the latents
 
     m = c.loss = ConfigDict()
     m.l1_weight = 1.0
@@ -102,8 +118,8 @@ def default() -> ConfigDict:
     m.clip_norm = 1.0  # global norm of the trained gradients; 0: no clipping
 
     m = c.data = ConfigDict()
-    m.source = "photos"  # photos (embedded), folder, tfds or mixture
-    m.path = ""  # folder: images, searched recursively; evaluate also takes one picture
+    m.source = "photos"  # photos (embedded), folder, tfds, mixture, or latents for diffusion
+    m.path = ""  # folder: images, searched recursively (evaluate also takes one picture); latents
     m.name = ""  # tfds: builder name, prepared as ArrayRecord
     m.parts = ()  # mixture: ((weight, source, path), ...); path: folder, or tfds NAME/SPLIT
     m.data_dir = ""  # tfds: where it was prepared; '' is tfds's own default
@@ -131,6 +147,31 @@ def default() -> ConfigDict:
     m.protocol = ""  # imagenet-256 or imagenet-512: published figures compare with no other
     m.samples = ""  # judge these, not a model: a folder of images, or an .npz with arr_0
     m.reference = ""  # to compare samples with: a folder, or an .npz with arr_0, or mu and sigma
+
+    m = c.encode = ConfigDict()
+    m.flip = True  # keep the latents of the mirrored image too; the authors: False
+    m.crops = 1  # an image: 1 is the ADM centre crop, more are fixed random crops
+    m.count = 0  # crops at most; 0: all
+    m.dtype = "bfloat16"  # of the stored latents: bfloat16 or float16
+    m.shard_size = 4096  # crops a file
+    m.batch_size = 64  # images a step, over all devices and processes
+
+    m = c.sample = ConfigDict()
+    m.labels = ()  # classes, in turn; (): drawn uniformly from (seed, number)
+    m.count = 16  # images
+    m.guidance = 1.0  # scale of classifier-free guidance; 1: none
+    m.guidance_interval = (0.0, 1.0)  # of the noise level (1: pure noise) where guidance acts
+    m.steps = 30  # evaluations of the network (an adaptive solver ignores it)
+    m.sampler = ""  # docs/diffusion.md; '': the objective's own
+    m.format = "grid"  # grid (one PNG), png (a file an image) or npz (arr_0, uint8)
+    m.batch_size = 16  # images at a time, over all devices and processes
+
+    m = c.plan = ConfigDict()
+    m.config = ""  # file of the job to plan, with :VARIANT
+    m.overrides = ()  # its keys, as ('batch_size=64', ...)
+    m.topologies = ("v5e:2x2",)  # v4, v5e, v5p or v6e with the chips along each axis; or cpu
+    m.find_batch = False  # search the largest batch that fits
+    m.watts = 0.0  # a chip, for kWh; 0: the table's assumption
 
     m = c.export = ConfigDict()
     m.format = "orbax"  # orbax, diffusers, authors or stablehlo
@@ -198,7 +239,11 @@ def check(config: ConfigDict) -> None:
         "loss.gan_norm": ("group", "batch"),
         "evaluate.protocol": ("", "imagenet-256", "imagenet-512"),
         "export.format": ("orbax", "diffusers", "authors", "stablehlo"),
-        "data.source": ("photos", "folder", "tfds", "mixture"),
+        "data.source": ("photos", "folder", "tfds", "mixture", "latents"),
+        "objective": ("", "epsilon", "learned_sigma", "flow"),
+        "remat": ("none", "blocks"),
+        "encode.dtype": ("bfloat16", "float16"),
+        "sample.format": ("grid", "png", "npz"),
         "data.crop": ("random", "random_resized", "center"),
     }
     flat = _flatten(config.to_dict())
@@ -220,6 +265,15 @@ def check(config: ConfigDict) -> None:
         "data.workers": 0,
         "data.threads": 1,
         "data.prefetch": 1,
+        "patch_size": 1,
+        "encode.crops": 1,
+        "encode.count": 0,
+        "encode.shard_size": 1,
+        "encode.batch_size": 1,
+        "sample.count": 1,
+        "sample.guidance": 0,
+        "sample.steps": 1,
+        "sample.batch_size": 1,
         "evaluate.batch_size": 1,
         "evaluate.count": 0,
         "evaluate.crops": 1,
@@ -245,6 +299,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"optimizer.learning_rate={rate} must be above 0")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
+    if not 0 <= config.label_dropout <= 1:
+        raise UserError(f"label_dropout={config.label_dropout} must be in [0, 1]")
+    low, high = config.sample.guidance_interval
+    if not 0 <= low <= high <= 1:
+        interval = config.sample.guidance_interval
+        raise UserError(f"sample.guidance_interval={interval} must be 0 <= low <= high <= 1")
     if not 0 <= config.data.held_out < 1:
         raise UserError(f"data.held_out={config.data.held_out} must be in [0, 1)")
     for key in ("protocol", "samples", "reference"):

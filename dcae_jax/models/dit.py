@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiT, the diffusion transformer with adaptive LayerNorm (arXiv:2212.09748).
+
+Only patches are tokens. Time and label make one vector, from which each block draws the shift,
+the scale and the gate of its two parts (adaLN-zero). Positions are a fixed sin-cos table, which
+is computed and no parameter.
+
+| initial values                          |                                         |
+|-----------------------------------------|-----------------------------------------|
+| Linear weights, patch embedding         | U(-1, 1) sqrt(6 / (inputs + outputs))   |
+| biases                                  | 0                                       |
+| adaLN and the last Linear               | 0: each block begins as the identity    |
+| label table, weights of the time's MLP  | N(0, 0.02^2)                            |
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dcae_jax.config import UserError
+from dcae_jax.models import layers, names, transformer
+from dcae_jax.models.layers import Array, Weights
+
+FREQUENCIES = 256  # features of the time
+EPS = 1e-6  # of every LayerNorm; none has parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A size; depth counts blocks."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+VARIANTS = {
+    "tiny": Variant(depth=4, width=128, heads=4),
+    "s": Variant(depth=12, width=384, heads=6),
+    "b": Variant(depth=12, width=768, heads=12),
+    "l": Variant(depth=24, width=1024, heads=16),
+    "xl": Variant(depth=28, width=1152, heads=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the parameters and the positions."""
+
+    depth: int
+    width: int
+    heads: int
+    latent_size: int  # positions a side
+    latent_channels: int
+    out_channels: int  # latent_channels, or twice as many with a learned sigma
+    patch_size: int
+    num_classes: int  # without the label that means "none"
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sequence: the patches."""
+        return (self.latent_size // self.patch_size) ** 2
+
+
+def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
+    """The architecture of config.model: its variant with the sizes set beside it.
+
+    learn_sigma: the output has a second half for the variance. Raises UserError where a size
+    does not fit.
+    """
+    sizes = transformer.sizes(model_config, VARIANTS, patch_size)
+    if sizes["width"] % 4:
+        raise UserError(
+            f"model.width={sizes['width']} must be a multiple of 4 for dit: sine and cosine of "
+            "row and column"
+        )
+    return Architecture(**sizes, out_channels=sizes["latent_channels"] * (2 if learn_sigma else 1))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def positions(side: int, width: int) -> np.ndarray:
+    """[side^2, width] float32: half of the channels encode the column, half the row.
+
+    Each half is the sine, then the cosine, at width / 4 frequencies 1 .. ~1/10000.
+    """
+    frequencies = transformer.MAX_PERIOD ** (-np.arange(width // 4) / (width / 4))
+    angles = np.arange(side)[:, None] * frequencies
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)  # [side, width / 2]
+    column = np.broadcast_to(line[None, :], (side, side, width // 2))
+    row = np.broadcast_to(line[:, None], (side, side, width // 2))
+    table = np.concatenate([column, row], axis=-1)
+    return table.reshape(side * side, width).astype(np.float32)
+
+
+def linear(inputs: int, outputs: int, *, fill: layers.Fill, init) -> transformer.Linear:
+    """A Linear in float32, for what acts on all tokens alike and for the prediction.
+
+    It costs nothing beside the tokens' products, and rounding there is an error of the whole
+    picture: bfloat16 would double the error of the prediction.
+    """
+    return transformer.Linear(inputs, outputs, fill=fill, dtype=jnp.float32, init=init)
+
+
+class TimeEmbedder(nnx.Module):
+    """[B] -> [B, width] float32: sinusoidal features, Linear, SiLU, Linear."""
+
+    def __init__(self, width, *, init):
+        fill = transformer.normal(0.02)
+        self.fc1 = linear(FREQUENCIES, width, fill=fill, init=init)
+        self.fc2 = linear(width, width, fill=fill, init=init)
+
+    def __call__(self, t: Array) -> Array:
+        features = transformer.time_features(t, FREQUENCIES)
+        return self.fc2(jax.nn.silu(self.fc1(features)))
+
+
+class Modulation(nnx.Module):
+    """[B, width] -> `count` vectors [B, 1, width] float32: SiLU, then a Linear that begins at 0."""
+
+    def __init__(self, width, count, *, init):
+        self.linear = linear(width, count * width, fill=layers.zeros, init=init)
+        self.count = count
+
+    def __call__(self, c: Array) -> list[Array]:
+        vectors = self.linear(jax.nn.silu(c))
+        return jnp.split(vectors[:, None], self.count, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """The normalised x, scaled and shifted, float32."""
+    return transformer.normalize(x, EPS) * (1 + scale) + shift
+
+
+class Block(nnx.Module):
+    """Attention, then MLP, each on the modulated input, gated, and added to it."""
+
+    def __init__(self, arch: Architecture, *, dtype, init):
+        width, hidden = arch.width, transformer.MLP_RATIO * arch.width
+        xavier = transformer.xavier
+        self.attn = transformer.Attention(
+            width,
+            arch.heads,
+            qkv_bias=True,
+            fill_qkv=xavier(width, 3 * width),
+            fill_proj=xavier(width, width),
+            dtype=dtype,
+            init=init,
+        )
+        fill = xavier(width, hidden)  # the same bound in both directions
+        self.mlp = transformer.MLP(
+            width, approximate=True, fill_in=fill, fill_out=fill, dtype=dtype, init=init
+        )
+        self.adaLN_modulation = Modulation(width, 6, init=init)
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
+        x = x + (gate1 * self.attn(modulate(x, shift1, scale1))).astype(x.dtype)
+        return x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
+
+
+class FinalLayer(nnx.Module):
+    """LayerNorm, modulation, Linear to the patches' values; float32."""
+
+    def __init__(self, arch: Architecture, *, init):
+        outputs = arch.patch_size**2 * arch.out_channels
+        self.adaLN_modulation = Modulation(arch.width, 2, init=init)
+        self.linear = linear(arch.width, outputs, fill=layers.zeros, init=init)
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        return self.linear(modulate(x, *self.adaLN_modulation(c)))
+
+
+class DiT(nnx.Module):
+    """The network: (noisy latents, time, labels) -> prediction. See `create`."""
+
+    def __init__(self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool):
+        width, patch = arch.width, arch.patch_size
+        self.x_embedder = transformer.PatchEmbed(
+            arch.latent_channels,
+            width,
+            size=patch,
+            fill=transformer.xavier(arch.latent_channels * patch**2, width),
+            fill_bias=layers.zeros,
+            dtype=dtype,
+            init=init,
+        )
+        self.t_embedder = TimeEmbedder(width, init=init)
+        self.y_embedder = transformer.Embedding(
+            arch.num_classes + 1, width, fill=transformer.normal(0.02), init=init
+        )
+        several = transformer.stacked(init, arch.depth)
+        self.blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several)})
+        self.final_layer = FinalLayer(arch, init=init)
+        self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
+
+    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+        side = self.arch.latent_size // self.arch.patch_size
+        x = self.x_embedder(x) + positions(side, self.arch.width)
+        x = x.astype(self.dtype)  # [B, N, C]
+        c = self.t_embedder(t) + self.y_embedder(labels)  # [B, C]
+        x, _ = transformer.run_blocks(
+            self.blocks["*"],
+            x,
+            lambda block, x, _: (block(x, c), None),
+            remat=self.remat,
+            unroll=self.unroll,
+        )
+        return transformer.from_patches(self.final_layer(x, c), self.arch.patch_size, side)
+
+
+def create(arch: Architecture, *, dtype: Any, init: layers.Init, remat: bool, unroll: bool) -> DiT:
+    """The network of `arch`, computing in `dtype`.
+
+    It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
+    float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
+    are 0 .. num_classes - 1, and num_classes means "none".
+    remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
+    """
+    return DiT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll)
+
+
+def _shapes(arch: Architecture) -> names.Shapes:
+    model = create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
+    return {path: tuple(leaf.shape) for path, leaf in layers.split(model)[1].items()}
+
+
+def count_parameters(arch: Architecture) -> int:
+    """The number of parameters, without allocating them and without the fixed positions."""
+    return transformer.count_parameters(_shapes(arch))
+
+
+def forward_macs(arch: Architecture) -> int:
+    """Multiply-adds of the matrix products of one forward pass of one sample."""
+    width = arch.width
+    patch = arch.patch_size**2 * (arch.latent_channels + arch.out_channels)
+    modulation = (6 * arch.depth + 2) * width**2
+    return (
+        arch.depth * transformer.block_macs(arch.tokens, width)
+        + modulation
+        + FREQUENCIES * width
+        + width**2  # the time's MLP
+        + arch.tokens * width * patch  # embedding and prediction
+    )
+
+
+# --- the authors' weights -------------------------------------------------------------------------
+
+_POSITIONS = "pos_embed"  # stored there, computed here
+
+_TABLE = {
+    "x_embedder": "x_embedder.proj",
+    "t_embedder.fc1": "t_embedder.mlp.0",
+    "t_embedder.fc2": "t_embedder.mlp.2",
+    "y_embedder": "y_embedder.embedding_table",
+    "final_layer.adaLN_modulation.linear": "final_layer.adaLN_modulation.1",
+    "final_layer.linear": "final_layer.linear",
+    "blocks.*.adaLN_modulation.linear": "blocks.{}.adaLN_modulation.1",
+    "blocks.*.attn.qkv": "blocks.{}.attn.qkv",
+    "blocks.*.attn.proj": "blocks.{}.attn.proj",
+    "blocks.*.mlp.fc1": "blocks.{}.mlp.fc1",
+    "blocks.*.mlp.fc2": "blocks.{}.mlp.fc2",
+}
+
+
+def to_torch(weights: Mapping, arch: Architecture, prefix: str = "") -> dict[str, np.ndarray]:
+    """{our path: array} -> {prefix + name in DiT's and DC-AE's repositories: float32 array}.
+
+    The positions are among them.
+    """
+    out = transformer.to_torch(weights, _TABLE, _shapes(arch))
+    out[_POSITIONS] = positions(arch.latent_size // arch.patch_size, arch.width)[None]
+    return {prefix + name: value for name, value in out.items()}
+
+
+def from_torch(tensors: Mapping, arch: Architecture, prefix: str = "") -> Weights:
+    """{prefix + name in DiT's or DC-AE's repository: array} -> {our path: float32 array}.
+
+    Names without the prefix are passed over; the positions may be left out. Raises UserError, in
+    one line with the first names, when a tensor is missing, unknown or misshapen, and where the
+    positions are not those of `positions`.
+    """
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    found = own.pop(_POSITIONS, None)
+    weights = transformer.from_torch(
+        own, _TABLE, _shapes(arch), f"these are not weights of the DiT {arch}"
+    )
+    if found is not None:
+        here = positions(arch.latent_size // arch.patch_size, arch.width)[None]
+        # Half precision rounds them by up to 2^-9.
+        if here.shape != found.shape or np.abs(np.asarray(found, np.float32) - here).max() > 4e-3:
+            raise UserError(
+                f"{_POSITIONS} {tuple(found.shape)} is not the sin-cos table of "
+                f"{here.shape[1]} patches; only DiT's fixed positions are supported"
+            )
+    return weights
+
+
+def recognise(tensors: Mapping, heads: int, prefix: str = "") -> Architecture | None:
+    """The architecture whose weights these are, read off the shapes; None if they are no DiT's.
+
+    heads: 0 takes those of the variant that has the width; no tensor tells them. latent_size is
+    0 where the positions are left out. Raises UserError where the shapes are no DiT's that this
+    file can build.
+    """
+    own = {
+        k.removeprefix(prefix): tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)
+    }
+    labels = "y_embedder.embedding_table.weight"
+    ranks = {"x_embedder.proj.weight": 4, "final_layer.linear.weight": 2, labels: 2}
+    if _POSITIONS in own:
+        ranks[_POSITIONS] = 3
+    if not transformer.has(own, ranks):
+        return None
+    width, channels, patch, _ = own["x_embedder.proj.weight"]
+    count = own[_POSITIONS][1] if _POSITIONS in own else 0
+    side = math.isqrt(count)
+    if side**2 != count:
+        raise UserError(f"{_POSITIONS} is {own[_POSITIONS]}: only square latents are supported")
+    return Architecture(
+        depth=sum(bool(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)) for name in own),
+        width=width,
+        heads=heads or transformer.heads_of(width, VARIANTS),
+        latent_size=side * patch,
+        latent_channels=channels,
+        out_channels=own["final_layer.linear.weight"][0] // patch**2,
+        patch_size=patch,
+        num_classes=own[labels][0] - 1,
+    )

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the diffusion transformers UViT and DiT share: layers, stacked blocks, foreign names.
+
+The parameters of repeated blocks are stored stacked, one array for all layers with the layer as
+its leading axis, under a path that says so: `blocks.*.attn.qkv.kernel`. One compiled loop then
+serves every layer. Parameters are float32, layers compute in their `dtype`; LayerNorm and the
+softmax are float32 whatever the dtype is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dcae_jax.config import UserError
+from dcae_jax.models import layers, names
+from dcae_jax.models.layers import Array, Fill, Init
+
+MAX_PERIOD = 10000.0  # of the sinusoidal features
+MLP_RATIO = 4  # hidden channels of an MLP over its input's
+
+# --- initial values -------------------------------------------------------------------------------
+
+
+def normal(deviation: float) -> Fill:
+    """N(0, deviation^2)."""
+    return lambda rng, shape: np.float32(deviation) * rng.standard_normal(shape, np.float32)
+
+
+def xavier(inputs: int, outputs: int) -> Fill:
+    """U(-1, 1) * sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010)."""
+    bound = np.float32(math.sqrt(6 / (inputs + outputs)))
+    return lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1)
+
+
+def stacked(init: Init, count: int) -> Init:
+    """An Init of `count` layers at once: a leading axis more, and each layer has its own draws."""
+
+    def init_all(shape: tuple[int, ...], fill: Fill) -> Any:
+        def fill_all(rng: np.random.Generator, full: tuple[int, ...]) -> np.ndarray:
+            return np.stack([fill(rng, full[1:]) for _ in range(count)])
+
+        return init((count, *shape), fill_all)
+
+    return init_all
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """A matrix product. kernel [in, out], bias [out], which starts at 0."""
+
+    def __init__(self, inputs, outputs, *, fill, use_bias=True, dtype, init):
+        self.kernel = nnx.Param(init((inputs, outputs), fill))
+        self.bias = nnx.Param(init((outputs,), layers.zeros)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def normalize(x: Array, eps: float) -> Array:
+    """(x - mean) / deviation over the channels, in float32 and returned so."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """`normalize`, then * scale + bias."""
+
+    def __init__(self, channels, *, dtype, init, eps=1e-5):
+        self.scale = nnx.Param(init((channels,), layers.ones))
+        self.bias = nnx.Param(init((channels,), layers.zeros))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Array) -> Array:
+        return (normalize(x, self.eps) * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head softmax attention. The qkv channels are (q, k, v), each of them (head, channel).
+
+    [B, N, C] -> [B, N, C].
+    """
+
+    def __init__(self, width, heads, *, qkv_bias, fill_qkv, fill_proj, dtype, init):
+        self.qkv = Linear(
+            width, 3 * width, fill=fill_qkv, use_bias=qkv_bias, dtype=dtype, init=init
+        )
+        self.proj = Linear(width, width, fill=fill_proj, dtype=dtype, init=init)
+        self.heads = heads
+
+    def __call__(self, x: Array) -> Array:
+        b, n, width = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D]
+        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * (width // self.heads) ** -0.5, axis=-1)
+        mixed = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
+        return self.proj(mixed.reshape(b, n, width))
+
+
+class MLP(nnx.Module):
+    """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C."""
+
+    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init):
+        self.fc1 = Linear(width, MLP_RATIO * width, fill=fill_in, dtype=dtype, init=init)
+        self.fc2 = Linear(MLP_RATIO * width, width, fill=fill_out, dtype=dtype, init=init)
+        self.approximate = approximate
+
+    def __call__(self, x: Array) -> Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its size: [B, h, w, c] -> [B, h w / size^2, width].
+
+    kernel [size, size, c, width], bias [width].
+    """
+
+    def __init__(self, channels, width, *, size, fill, fill_bias, dtype, init):
+        self.kernel = nnx.Param(init((size, size, channels, width), fill))
+        self.bias = nnx.Param(init((width,), fill_bias))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        patches = to_patches(x.astype(self.dtype), kernel.shape[0])
+        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A learned vector for each label. table [labels, width]; [B] -> [B, width] float32."""
+
+    def __init__(self, count, width, *, fill, init):
+        self.table = nnx.Param(init((count, width), fill))
+
+    def __call__(self, labels: Array) -> Array:
+        return self.table[...][labels]
+
+
+def to_patches(x: Array, size: int) -> Array:
+    """[B, h, w, c] -> [B, h w / size^2, size^2 c]; row by row, channels (row, column, c)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def from_patches(x: Array, size: int, side: int) -> Array:
+    """The inverse of `to_patches` for a square of `side` patches a side."""
+    b, c = x.shape[0], x.shape[-1] // size**2
+    x = x.reshape(b, side, side, size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, side * size, side * size, c)
+
+
+def time_features(t: Array, width: int) -> Array:
+    """[B] -> [B, width] float32: cos, then sin, of t at width / 2 frequencies 1 .. ~1/10000."""
+    half = width // 2
+    scale = np.float32(-math.log(MAX_PERIOD))
+    frequencies = np.exp(scale * np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def run_blocks(
+    blocks: nnx.Module,
+    x: Array,
+    call: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
+    each: Any = None,
+    *,
+    remat: bool,
+    unroll: bool,
+) -> tuple[Array, Any]:
+    """Runs stacked blocks one after the other: (x after the last, their second results stacked).
+
+    blocks: the module that holds the parameters of all layers, each with a leading axis.
+    call(block, x, one layer's part of `each`) -> (x, second result).
+    remat: the backward pass computes a block again instead of keeping what is inside it.
+    unroll: one copy of the block's program a layer instead of one loop over the layers.
+    """
+    graph, weights, _ = layers.split(blocks)
+
+    def one(x, inputs):
+        layer, part = inputs
+        return call(layers.merge(graph, layer), x, part)
+
+    if remat:
+        one = jax.checkpoint(one, prevent_cse=unroll)  # a loop's body needs no such barrier
+    if not unroll:
+        return jax.lax.scan(one, x, (weights, each))
+    results = []
+    for i in range(next(iter(weights.values())).shape[0]):
+        x, result = one(x, jax.tree.map(lambda a, i=i: a[i], (weights, each)))
+        results.append(result)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+
+def run_block(block: nnx.Module, x: Array, *, remat: bool) -> Array:
+    """block(x), computed again by the backward pass if `remat`."""
+    graph, weights, _ = layers.split(block)
+
+    def run(layer, x):
+        return layers.merge(graph, layer)(x)
+
+    return (jax.checkpoint(run) if remat else run)(weights, x)
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def sizes(model_config: Any, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
+    """Checked {field of an Architecture: value} that both backbones have, all but out_channels.
+
+    Zero depth, width and heads keep those of the variant. Raises UserError.
+    """
+    if model_config.variant not in variants:
+        raise UserError(
+            f"model.variant={model_config.variant!r} is not known; "
+            f"choose one of {', '.join(variants)}"
+        )
+    row = variants[model_config.variant]
+    out = {key: model_config[key] or getattr(row, key) for key in ("depth", "width", "heads")}
+    out.update({k: model_config[k] for k in ("latent_size", "latent_channels", "num_classes")})
+    for key, value in out.items():
+        if value < 1:
+            raise UserError(f"model.{key}={value}: give a whole number of at least 1")
+    if patch_size < 1 or out["latent_size"] % patch_size:
+        raise UserError(
+            f"patch_size={patch_size} does not divide model.latent_size={out['latent_size']}; "
+            "take one that does"
+        )
+    if out["width"] % out["heads"]:
+        raise UserError(
+            f"model.width={out['width']} is not divisible by model.heads={out['heads']}; "
+            "change one of them"
+        )
+    return {**out, "patch_size": patch_size}
+
+
+def heads_of(width: int, variants: Mapping[str, Any]) -> int:
+    """The heads of the variant that has this width. Raises UserError if there is none."""
+    for row in variants.values():
+        if row.width == width:
+            return row.heads
+    raise UserError(
+        f"a width of {width} is that of no variant, and no tensor tells the heads; "
+        f"name the variant whose heads it has, one of {', '.join(variants)}"
+    )
+
+
+def block_macs(tokens: int, width: int) -> int:
+    """Multiply-adds of one block's attention and MLP for one sample.
+
+    The products of queries with keys and of weights with values count.
+    """
+    matrices = (3 + 1 + 2 * MLP_RATIO) * width**2
+    return tokens * matrices + 2 * tokens**2 * width
+
+
+def count_parameters(shapes: names.Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+# --- names and shapes of the PyTorch originals ----------------------------------------------------
+# A table maps each of our layers ('blocks.*.attn.qkv') to theirs ('blocks.{}.attn.qkv'), where {}
+# is the layer's number. Kernels are [out, in] there, patch embeddings [out, c, rows, columns], and
+# a table of positions has a leading axis of 1.
+
+LEAVES = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
+
+
+def has(shapes: names.Shapes, ranks: Mapping[str, int]) -> bool:
+    """Whether there is each name of `ranks`, with so many axes and none of them empty."""
+    return all(
+        len(shapes.get(name, ())) == rank and math.prod(shapes[name])
+        for name, rank in ranks.items()
+    )
+
+
+def to_torch(weights: Mapping, table: Mapping, shapes: names.Shapes) -> dict[str, np.ndarray]:
+    """{our path: array} -> {their name: float32 array}, nothing rounded.
+
+    Raises UserError unless the weights have the `shapes` of the model.
+    """
+    problem = names.difference({path: tuple(w.shape) for path, w in weights.items()}, shapes)
+    if problem:
+        raise UserError(f"these weights are of another model: {problem}")
+    out = {}
+    for path in shapes:
+        value = np.asarray(weights[path])
+        for name, layer in _layers(path, table, value):
+            out[name] = _axes_there(path, layer)
+    return out
+
+
+def from_torch(
+    tensors: Mapping, table: Mapping, shapes: names.Shapes, cause: str
+) -> dict[str, np.ndarray]:
+    """{their name: array} -> {our path: float32 array}. Half precision is widened.
+
+    Raises UserError, before anything is converted, that counts and names what is missing,
+    unexpected or misshapen, or that names a tensor that is not of floats; `cause` ends the line.
+    """
+    hollow = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+    wanted = {name: part.shape for name, part in to_torch(hollow, table, shapes).items()}
+    problem = names.difference({name: tuple(t.shape) for name, t in tensors.items()}, wanted)
+    if problem:
+        raise UserError(f"{problem}: {cause}")
+    for name in wanted:
+        if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+            raise UserError(
+                f"{name} has dtype {tensors[name].dtype}; convert quantised weights to floats"
+            )
+    out = {}
+    for path, shape in shapes.items():
+        value = np.empty(shape, np.float32)
+        for name, layer in _layers(path, table, value):
+            _axes_there(path, layer)[...] = tensors[name]
+        out[path] = value
+    return out
+
+
+def _layers(path: str, table: Mapping, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """(their name, view of its part of our array) of each layer that `path` stands for."""
+    prefix, _, leaf = path.rpartition(".")
+    name = f"{table[prefix]}.{LEAVES[leaf]}" if prefix else table[leaf]
+    if "*" not in path:
+        return [(name, value)]
+    return [(name.format(i), value[i]) for i in range(len(value))]
+
+
+def _axes_there(path: str, value: np.ndarray) -> np.ndarray:
+    """A view of one of our arrays with the axes in their order."""
+    if path.endswith(".kernel"):
+        return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return value[None] if "." not in path else value

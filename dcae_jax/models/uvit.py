@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UViT, a transformer with long skip connections for diffusion on latents (arXiv:2209.12152).
+
+Label, time and patches are all tokens. The first half of the blocks keep their outputs, and the
+second half take them back, last in, first out. The sizes S, H and 2B are those that DC-AE was
+judged with (arXiv:2410.10733); USiT there is this network with another objective.
+
+| initial values            |                                             |
+|---------------------------|---------------------------------------------|
+| Linear weights, positions | N(0, 0.02^2)                                |
+| Linear biases             | 0                                           |
+| patch embedding           | U(-1, 1) / sqrt(fan in), its bias likewise  |
+| label table               | N(0, 1)                                     |
+| LayerNorm                 | scale 1, bias 0                             |
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dcae_jax.config import UserError
+from dcae_jax.models import layers, names, transformer
+from dcae_jax.models.layers import Array, Weights
+
+EXTRAS = 2  # tokens before the patches: the label and the time
+FILL = transformer.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A size. depth counts the blocks with and without skips, not the one in the middle."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+VARIANTS = {
+    "tiny": Variant(depth=4, width=128, heads=4),
+    "s": Variant(depth=12, width=512, heads=8),
+    "h": Variant(depth=28, width=1152, heads=16),
+    "2b": Variant(depth=28, width=2048, heads=32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the parameters."""
+
+    depth: int
+    width: int
+    heads: int
+    latent_size: int  # positions a side
+    latent_channels: int
+    out_channels: int  # latent_channels, or twice as many with a learned sigma
+    patch_size: int
+    num_classes: int  # without the label that means "none"
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sequence: label, time and patches."""
+        return EXTRAS + (self.latent_size // self.patch_size) ** 2
+
+
+def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
+    """The architecture of config.model: its variant with the sizes set beside it.
+
+    learn_sigma: the output has a second half for the variance. Raises UserError where a size
+    does not fit.
+    """
+    sizes = transformer.sizes(model_config, VARIANTS, patch_size)
+    for key in ("depth", "width"):
+        if sizes[key] % 2:
+            raise UserError(f"model.{key}={sizes[key]} must be even for uvit")
+    return Architecture(**sizes, out_channels=sizes["latent_channels"] * (2 if learn_sigma else 1))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class Block(nnx.Module):
+    """Attention, then MLP, each on the normalised input and added to it.
+
+    With `skip`, first a Linear brings x and a kept output, side by side, back to the width.
+    """
+
+    def __init__(self, arch: Architecture, *, skip=False, dtype, init):
+        width = arch.width
+        if skip:
+            self.skip_linear = transformer.Linear(
+                2 * width, width, fill=FILL, dtype=dtype, init=init
+            )
+        self.norm1 = transformer.LayerNorm(width, dtype=dtype, init=init)
+        self.attn = transformer.Attention(
+            width,
+            arch.heads,
+            qkv_bias=False,
+            fill_qkv=FILL,
+            fill_proj=FILL,
+            dtype=dtype,
+            init=init,
+        )
+        self.norm2 = transformer.LayerNorm(width, dtype=dtype, init=init)
+        self.mlp = transformer.MLP(
+            width, approximate=False, fill_in=FILL, fill_out=FILL, dtype=dtype, init=init
+        )
+
+    def __call__(self, x: Array, skip: Array | None = None) -> Array:
+        if skip is not None:
+            x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nnx.Module):
+    """The network: (noisy latents, time, labels) -> prediction. See `create`."""
+
+    def __init__(self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool):
+        half, width = arch.depth // 2, arch.width
+        fan_in = arch.latent_channels * arch.patch_size**2
+        patch_fill = layers.uniform(fan_in)
+        self.patch_embed = transformer.PatchEmbed(
+            arch.latent_channels,
+            width,
+            size=arch.patch_size,
+            fill=patch_fill,
+            fill_bias=patch_fill,
+            dtype=dtype,
+            init=init,
+        )
+        labels = arch.num_classes + 1
+        self.label_emb = transformer.Embedding(
+            labels, width, fill=transformer.normal(1.0), init=init
+        )
+        self.pos_embed = nnx.Param(init((arch.tokens, width), FILL))
+        several = transformer.stacked(init, half)
+        self.in_blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several)})
+        self.mid_block = Block(arch, dtype=dtype, init=init)
+        self.out_blocks = nnx.Dict({"*": Block(arch, skip=True, dtype=dtype, init=several)})
+        self.norm = transformer.LayerNorm(width, dtype=jnp.float32, init=init)
+        # In float32: it costs nothing beside a block, and the prediction is not rounded.
+        self.decoder_pred = transformer.Linear(
+            width,
+            arch.patch_size**2 * arch.out_channels,
+            fill=FILL,
+            dtype=jnp.float32,
+            init=init,
+        )
+        self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
+
+    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+        form = dict(remat=self.remat, unroll=self.unroll)
+        time = transformer.time_features(t, self.arch.width)
+        extras = jnp.stack([self.label_emb(labels), time], axis=1)  # [B, 2, C] float32
+        x = jnp.concatenate([extras, self.patch_embed(x).astype(jnp.float32)], axis=1)
+        x = (x + self.pos_embed[...]).astype(self.dtype)  # [B, 2 + N, C]
+
+        x, kept = transformer.run_blocks(
+            self.in_blocks["*"], x, lambda block, x, _: (block(x),) * 2, **form
+        )
+        x = transformer.run_block(self.mid_block, x, remat=self.remat)
+        x, _ = transformer.run_blocks(
+            self.out_blocks["*"],
+            x,
+            lambda block, x, skip: (block(x, skip), None),
+            kept[::-1],  # [depth / 2, B, 2 + N, C], the last kept is the first taken
+            **form,
+        )
+        x = self.decoder_pred(self.norm(x)[:, EXTRAS:])
+        return transformer.from_patches(
+            x, self.arch.patch_size, self.arch.latent_size // self.arch.patch_size
+        )
+
+
+def create(arch: Architecture, *, dtype: Any, init: layers.Init, remat: bool, unroll: bool) -> UViT:
+    """The network of `arch`, computing in `dtype`.
+
+    It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
+    float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
+    are 0 .. num_classes - 1, and num_classes means "none".
+    remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
+    """
+    return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll)
+
+
+def _shapes(arch: Architecture) -> names.Shapes:
+    model = create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
+    return {path: tuple(leaf.shape) for path, leaf in layers.split(model)[1].items()}
+
+
+def count_parameters(arch: Architecture) -> int:
+    """The number of parameters, without allocating them."""
+    return transformer.count_parameters(_shapes(arch))
+
+
+def forward_macs(arch: Architecture) -> int:
+    """Multiply-adds of the matrix products of one forward pass of one sample."""
+    width, half = arch.width, arch.depth // 2
+    patch = arch.patch_size**2 * (arch.latent_channels + arch.out_channels)
+    return (
+        (arch.depth + 1) * transformer.block_macs(arch.tokens, width)
+        + half * arch.tokens * 2 * width**2  # skips
+        + (arch.tokens - EXTRAS) * width * patch  # embedding and prediction
+    )
+
+
+# --- the authors' weights -------------------------------------------------------------------------
+
+_LABELS = "label_emb.embedding_table.weight"
+_LABELS_BEFORE = "label_emb.weight"  # in U-ViT's own files
+_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def to_torch(weights: Mapping, arch: Architecture, prefix: str = "") -> dict[str, np.ndarray]:
+    """{our path: array} -> {prefix + name in DC-AE's repository: float32 array}."""
+    out = transformer.to_torch(weights, _table(), _shapes(arch))
+    return {prefix + name: value for name, value in out.items()}
+
+
+def from_torch(tensors: Mapping, arch: Architecture, prefix: str = "") -> Weights:
+    """{prefix + name in DC-AE's or U-ViT's repository: array} -> {our path: float32 array}.
+
+    Names without the prefix are passed over. Raises UserError, in one line with the first names,
+    when a tensor is missing, unknown or misshapen.
+    """
+    tensors = _own(tensors, prefix)
+    return transformer.from_torch(
+        tensors, _table(), _shapes(arch), f"these are not weights of the UViT {arch}"
+    )
+
+
+def _own(tensors: Mapping, prefix: str) -> dict[str, Any]:
+    """The tensors below `prefix`, without it and with the names of today."""
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {_LABELS if name == _LABELS_BEFORE else name: value for name, value in own.items()}
+
+
+def _table() -> dict[str, str]:
+    """What each of our layers is called there; {} is the number of the block."""
+    table = {name: name for name in ("pos_embed", "mid_block", "norm", "decoder_pred")}
+    table["patch_embed"] = "patch_embed.proj"
+    table["label_emb"] = "label_emb.embedding_table"
+    for layer in _BLOCK:
+        table[f"mid_block.{layer}"] = f"mid_block.{layer}"
+    for side, own in (("in_blocks", _BLOCK), ("out_blocks", ("skip_linear", *_BLOCK))):
+        table.update({f"{side}.*.{layer}": f"{side}.{{}}.{layer}" for layer in own})
+    return table
+
+
+def recognise(tensors: Mapping, heads: int, prefix: str = "") -> Architecture | None:
+    """The architecture whose weights these are, read off the shapes; None if they are no UViT's.
+
+    heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
+    UserError where the shapes are no UViT's that this file can build.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in _own(tensors, prefix).items()}
+    ranks = {"patch_embed.proj.weight": 4, "decoder_pred.weight": 2, "pos_embed": 3, _LABELS: 2}
+    if not transformer.has(own, ranks):
+        return None
+    width, channels, patch, _ = own["patch_embed.proj.weight"]
+    side = math.isqrt(max(own["pos_embed"][1] - EXTRAS, 0))
+    if side**2 != own["pos_embed"][1] - EXTRAS:
+        raise UserError(
+            f"pos_embed is {own['pos_embed']}: only square latents with a label and a time token "
+            "are supported"
+        )
+    return Architecture(
+        depth=2 * sum(bool(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", n)) for n in own),
+        width=width,
+        heads=heads or transformer.heads_of(width, VARIANTS),
+        latent_size=side * patch,
+        latent_channels=channels,
+        out_channels=own["decoder_pred.weight"][0] // patch**2,
+        patch_size=patch,
+        num_classes=own[_LABELS][0] - 1,
+    )

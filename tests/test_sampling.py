@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers against a Gaussian, whose best prediction and whose exact solution are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcae_jax import diffusion, sampling
+from dcae_jax.config import UserError
+
+# The data: one number, normally distributed.
+MEAN, DEVIATION = 0.7, 0.5
+START = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
+BETAS = {"epsilon": diffusion.scaled_linear_betas(), "learned_sigma": diffusion.linear_betas()}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def wide(a):
+    return a[:, None, None, None]
+
+
+def epsilon_of(x, log_alpha):
+    """The best prediction of the noise in x [B, 1, 1, 1], given log alpha [B]."""
+    alpha, variance = wide(jnp.exp(log_alpha)), wide(-jnp.expm1(2 * log_alpha))
+    return jnp.sqrt(variance) * (x - alpha * MEAN) / (alpha**2 * DEVIATION**2 + variance)
+
+
+def chain_log_alpha(objective, time):
+    """log alpha at the time that the network is given, linear between the chain's steps."""
+    table = jnp.asarray(np.log(np.cumprod(1 - BETAS[objective])) / 2)
+    first = {"epsilon": 1, "learned_sigma": 0}[objective]
+    return jnp.interp(time, jnp.arange(1000.0) + first, table)
+
+
+def chain_model(objective, x, time):
+    epsilon = epsilon_of(x, chain_log_alpha(objective, time))
+    extra = [epsilon] if objective == "learned_sigma" else []
+    return jnp.concatenate([epsilon, *extra], axis=-1)
+
+
+def velocity(x, t):
+    """The best prediction of data - noise on the line from noise (t = 0) to data (t = 1)."""
+    t = wide(t)
+    variance = t**2 * DEVIATION**2 + (1 - t) ** 2
+    return MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
+
+
+def exact(x, log_alpha, log_alpha_end):
+    """Where the probability flow ODE takes x: to the same quantile."""
+    spread = [
+        np.sqrt(np.exp(2 * a) * DEVIATION**2 - np.expm1(2 * a)) for a in (log_alpha, log_alpha_end)
+    ]
+    return np.exp(log_alpha_end) * MEAN + (x - np.exp(log_alpha) * MEAN) * spread[1] / spread[0]
+
+
+def largest_error(objective, sampler, steps):
+    model = functools.partial(chain_model, objective)
+    run = functools.partial(
+        sampling.sample, model, objective=objective, sampler=sampler, steps=steps
+    )
+    log_alpha = np.log(np.cumprod(1 - BETAS[objective])) / 2
+    return np.abs(jax.jit(run)(START) - exact(START, log_alpha[-1], log_alpha[0])).max()
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, want",
+    [
+        ("dpm_fast", 30, 0.0444),
+        ("dpm_fast", 60, 0.0187),
+        ("ddim", 30, 0.0810),
+        ("ddim", 60, 0.0431),
+    ],
+)
+def test_errors_on_the_gaussian_are_those_of_the_authors_samplers(sampler, steps, want):
+    """Catches another grid, other orders, inner evaluations off the grid, a wrong network time."""
+    assert round(float(largest_error("epsilon", sampler, steps)), 4) == want
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS["learned_sigma"][1:])
+def test_samplers_of_the_other_chain_converge_too(sampler):
+    """Catches DiT's network given UViT's times, and its variances taken for noise."""
+    errors = [largest_error("learned_sigma", sampler, steps) for steps in (100, 400)]
+    # Uniform time is a coarse grid near the data, where its log-SNR changes fast.
+    assert errors[0] < 0.1 and errors[1] < 0.4 * errors[0]
+
+
+def smooth_log_alpha(t):
+    """The variance preserving process with beta from 0.1 to 20 (Song et al. 2021)."""
+    return -(t**2) * (20 - 0.1) / 4 - t * 0.1 / 2
+
+
+SMOOTH = sampling.Schedule(log_alpha=smooth_log_alpha, network_time=lambda t: t)
+
+
+def smooth_grid(count):
+    """Times from 1 to 0.05, evenly spaced in half-log-SNR, by bisection."""
+    wanted = np.linspace(SMOOTH.half_log_snr(1.0), SMOOTH.half_log_snr(0.05), count + 1)
+    low, high = np.full(count + 1, 0.01), np.full(count + 1, 1.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        noisier = SMOOTH.half_log_snr(middle) < wanted
+        low, high = np.where(noisier, low, middle), np.where(noisier, middle, high)
+    return (low + high) / 2
+
+
+def order_of(errors):
+    """The slope of log error over log steps, for three errors with steps doubled each time."""
+    return np.log2(errors[0] / errors[2]) / 2
+
+
+COUNTS = (120, 240, 480)
+PLANS = {
+    "ddim": lambda grid: sampling.multistep_plan(SMOOTH, grid, 1),
+    "2m": lambda grid: sampling.multistep_plan(SMOOTH, grid, 2),
+    "3m": lambda grid: sampling.multistep_plan(SMOOTH, grid, 3, corrected=False),
+    "3m corrected": lambda grid: sampling.multistep_plan(SMOOTH, grid, 3),
+    "single 2": lambda grid: sampling.single_step_plan(SMOOTH, grid, [2] * (len(grid) // 2)),
+    "single 3": lambda grid: sampling.single_step_plan(SMOOTH, grid, [3] * (len(grid) // 3)),
+}
+
+
+@pytest.mark.parametrize(
+    "plan, low, high",
+    [
+        ("ddim", 0.85, 1.15),
+        ("2m", 1.85, 2.15),
+        ("3m", 1.85, 2.15),
+        ("3m corrected", 2.85, 3.15),
+        ("single 2", 1.85, 2.15),
+        ("single 3", 2.8, 3.15),
+    ],
+)
+def test_orders_of_convergence_of_dpm_solvers(plan, low, high):
+    """Catches a wrong coefficient, which lowers the order even where samples look right."""
+    model = lambda x, t: epsilon_of(x, smooth_log_alpha(t))  # noqa: E731
+    want = exact(START, smooth_log_alpha(1.0), smooth_log_alpha(0.05))
+    errors = []
+    for count in COUNTS:
+        table = PLANS[plan](smooth_grid(count))
+        run = jax.jit(lambda x, table=table: sampling.solve(model, x, table))
+        errors.append(np.abs(run(START) - want).max())
+    assert low <= order_of(errors) <= high, errors
+
+
+@pytest.mark.parametrize("integrate, order", [(sampling.euler, 1), (sampling.heun, 2)])
+def test_orders_of_convergence_of_flow_solvers(integrate, order):
+    """Catches a second slope taken at the first one's time, and time that runs backwards."""
+    run = jax.jit(lambda x, steps: integrate(velocity, x, steps))
+    errors = [np.abs(run(START, n) - (MEAN + DEVIATION * START)).max() for n in COUNTS]
+    assert abs(order_of(errors) - order) < 0.15, errors
+
+
+@pytest.mark.parametrize(
+    "steps, tail", [(1, [1]), (2, [2]), (3, [2, 1]), (4, [3, 1]), (30, [2, 1])]
+)
+def test_the_orders_of_the_fast_rule_use_every_evaluation(steps, tail):
+    """Catches a plan with one evaluation more or less than asked for."""
+    orders = sampling.fast_orders(steps)
+    assert sum(orders) == steps
+    assert orders == [3] * ((steps - sum(tail)) // 3) + tail
+
+
+def test_few_multisteps_end_with_low_orders():
+    """Catches high orders over the last, largest steps: 5 evaluations would blow up."""
+    plan = sampling.multistep_plan(SMOOTH, smooth_grid(5), 3)
+    assert [np.count_nonzero(row) for row in plan.of_kept] == [1, 2, 3, 2, 1]
+    long = sampling.multistep_plan(SMOOTH, smooth_grid(15), 3)
+    assert [np.count_nonzero(row) for row in long.of_kept] == [1, 2, *[3] * 13]
+
+
+def test_dormand_prince_arrives_whatever_the_company():
+    """Catches a step size shared by the batch, and a model that is called for single samples."""
+    shapes = []
+
+    def run(x, weights, labels):
+        def model(x, t, labels):
+            shapes.append(x.shape)
+            return weights[labels][:, None, None, None] * velocity(x, t)
+
+        guided = sampling.guided(model, labels, 1, 1.0, objective="flow")
+        return sampling.sample(guided, x, objective="flow", steps=1)
+
+    weights, labels = jnp.array([1.0, 0.0]), jnp.zeros(9, int).at[4].set(1)
+    y = jax.jit(run)(START, weights, labels)
+    moved = np.delete(np.arange(9), 4)
+    np.testing.assert_allclose(y[moved], (MEAN + DEVIATION * START)[moved], atol=0.02)
+    assert y[4] == START[4]  # its weight is 0: labels are in their order
+    assert set(shapes) == {(9, 1, 1, 1)}
+    alone = jax.jit(run)(START[:2], weights, labels[:2])
+    np.testing.assert_allclose(alone, y[:2], rtol=1e-12)
+
+
+def test_dormand_prince_reports_a_sample_that_does_not_arrive():
+    """Catches a half-way latent passed off as a sample."""
+    stiff = lambda x, t: jnp.where(x > 0, -1e6 * (x - jnp.cos(1e3 * wide(t))), velocity(x, t))  # noqa: E731
+    y = sampling.sample(stiff, jnp.asarray(START[[0, -1]]), objective="flow", steps=1)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("objective", BETAS)
+def test_ancestral_samples_have_the_distribution_of_the_data(objective):
+    """Catches noise shared by the steps, another variance, or times of the respaced chain."""
+    steps, count = 50, 20000
+    numbers, betas = sampling.respaced(BETAS[objective], steps)
+    bar = np.cumprod(1 - betas)
+    before = np.concatenate([[1.0], bar[:-1]])
+    posterior = betas * (1 - before) / (1 - bar)
+    # What is unknown of x0 adds to the variance of the step: with it, each step is exact.
+    of_x0 = np.sqrt(before) * betas / (1 - bar)
+    all_of_x_t = bar * DEVIATION**2 + 1 - bar
+    unknown = DEVIATION**2 * (1 - bar) / all_of_x_t
+    taken = posterior + (objective == "learned_sigma") * of_x0**2 * unknown
+    low = np.concatenate([posterior[1:2], posterior[1:]])
+    v = np.full(1000, np.nan)  # NaN at numbers that the chain leaves out
+    v[numbers] = 2 * np.log(np.maximum(taken, 1e-30) / low) / np.log(betas / low) - 1
+    # The variance of the samples, step by step; only the last step adds no noise.
+    gain = of_x0 * np.sqrt(bar) * DEVIATION**2 / all_of_x_t
+    gain += np.sqrt(1 - betas) * (1 - before) / (1 - bar)
+    variance = 1.0
+    for n in reversed(range(steps)):
+        variance = gain[n] ** 2 * variance + (taken[n] if n else 0)
+    if objective == "learned_sigma":
+        np.testing.assert_allclose(variance, DEVIATION**2, rtol=2e-3)
+
+    def model(x, time):
+        first = epsilon_of(x, chain_log_alpha(objective, time))
+        if objective == "epsilon":
+            return first
+        return jnp.concatenate([first, first * 0 + wide(jnp.asarray(v)[time.astype(int)])], -1)
+
+    @jax.jit
+    def run(indices):
+        noise = sampling.initial_noise(0, indices[0], len(indices), (1, 1, 1))
+        return sampling.sample(
+            model,
+            noise,
+            objective=objective,
+            sampler="ddpm",
+            steps=steps,
+            keys=sampling.sample_keys(0, indices),
+        )
+
+    x = np.asarray(run(jnp.arange(count)), np.float64)
+    assert abs(x.mean() - MEAN) < 4 * DEVIATION / np.sqrt(count)
+    assert abs(x.std() / np.sqrt(variance) - 1) < 4 / np.sqrt(2 * count)
+    np.testing.assert_allclose(run(jnp.arange(7, 10)), x[7:10], atol=1e-4)
+    assert len(np.unique(x)) > 0.9 * count
+
+
+@pytest.mark.parametrize("objective", BETAS)
+def test_the_last_ancestral_step_adds_no_noise(objective):
+    """Catches samples with the noise of step 1 left in them: data of one value come out exact."""
+
+    def model(x, time):
+        log_alpha = wide(chain_log_alpha(objective, time))
+        epsilon = (x - jnp.exp(log_alpha) * MEAN) / jnp.sqrt(-jnp.expm1(2 * log_alpha))
+        return jnp.concatenate([epsilon, epsilon * 0], axis=-1)
+
+    x = jax.jit(
+        lambda x, keys: sampling.sample(
+            model, x, objective=objective, sampler="ddpm", steps=10, keys=keys
+        )
+    )(START, sampling.sample_keys(0, jnp.arange(9)))
+    np.testing.assert_allclose(x, np.full_like(START, MEAN), rtol=1e-9)
+
+
+def test_a_respaced_chain_is_as_noisy_at_its_steps():
+    """Catches betas picked out of the long chain, and a chain that leaves out an end."""
+    numbers, betas = sampling.respaced(BETAS["learned_sigma"], 250)
+    # As improved diffusion picks them: a fractional stride, rounded as it goes.
+    want, at = [], 0.0
+    for _ in range(250):
+        want.append(round(at))
+        at += 999 / 249
+    np.testing.assert_array_equal(numbers, want)
+    bar = np.cumprod(1 - BETAS["learned_sigma"])
+    np.testing.assert_allclose(np.cumprod(1 - betas), bar[numbers], rtol=1e-9)
+
+
+def test_noise_is_that_of_the_sample_and_not_of_the_batch():
+    """Catches noise drawn for a batch: a resumed job would make other pictures."""
+    all_noise = sampling.initial_noise(3, 0, 8, (2, 2, 3))
+    assert all_noise.dtype == jnp.float32
+    np.testing.assert_array_equal(sampling.initial_noise(3, 5, 2, (2, 2, 3)), all_noise[5:7])
+    traced = jax.jit(lambda start: sampling.initial_noise(3, start, 2, (2, 2, 3)))(5)
+    np.testing.assert_array_equal(traced, all_noise[5:7])
+    assert len(np.unique(all_noise)) == all_noise.size
+    assert not np.array_equal(sampling.initial_noise(4, 0, 8, (2, 2, 3)), all_noise)
+    keys = sampling.sample_keys(3, jnp.arange(8))
+    assert keys[5] == jax.random.fold_in(jax.random.key(3), 5)
+
+
+def network(x, time, labels):
+    """Something that depends on all three; 2 c channels."""
+    value = x * wide(1 + labels) + wide(time) / 1000
+    return jnp.concatenate([value, 10 * value], axis=-1)
+
+
+def test_guidance_extrapolates_from_no_label_to_the_label():
+    """Catches s for s - 1, two calls for one, and a sigma that is guided as well."""
+    x, time = jnp.asarray(START[:3]), jnp.array([200.0, 500.0, 800.0])
+    labels, calls = jnp.array([2, 0, 5]), []
+
+    def counted(x, time, labels):
+        calls.append(x.shape)
+        return network(x, time, labels)
+
+    def guided(scale, objective="learned_sigma", **interval):
+        return sampling.guided(counted, labels, 9, scale, objective=objective, **interval)(x, time)
+
+    cond, uncond = network(x, time, labels), network(x, time, jnp.full(3, 9))
+    y = guided(3.0)
+    assert calls == [(6, 1, 1, 1)]
+    np.testing.assert_allclose(y[..., :1], (uncond + 3 * (cond - uncond))[..., :1], rtol=1e-12)
+    np.testing.assert_array_equal(y[..., 1:], cond[..., 1:])
+
+    calls.clear()
+    np.testing.assert_array_equal(guided(1.0), cond)
+    assert calls == [(3, 1, 1, 1)]
+    np.testing.assert_allclose(guided(jnp.asarray(1.0)), cond, rtol=1e-12)
+    each = guided(jnp.array([1.0, 3.0, 1.0]))
+    np.testing.assert_allclose(each, jnp.stack([cond[0], y[1], cond[2]]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "objective, times",
+    [
+        ("epsilon", [50, 100, 500, 550]),
+        ("learned_sigma", [49, 99, 499, 549]),
+        ("flow", [0.95, 0.9, 0.5, 0.45]),
+    ],
+)
+def test_guidance_acts_inside_its_interval_of_noise_levels(objective, times):
+    """Catches an interval in network time, and one that counts a flow's time as noise."""
+    x, time, labels = jnp.asarray(START[:4]), jnp.array(times, float), jnp.array([2, 0, 5, 1])
+    model = lambda *inputs: network(*inputs)[..., :1]  # noqa: E731
+    make = functools.partial(sampling.guided, model, labels, 9, 3.0, objective=objective)
+    always, sometimes = make()(x, time), make(interval=(0.09, 0.51))(x, time)
+    cond = model(x, time, labels)
+    np.testing.assert_allclose(sometimes[1:3], always[1:3], rtol=1e-12)
+    np.testing.assert_allclose(sometimes[::3], cond[::3], rtol=1e-12)
+    assert (always != cond).all()
+
+
+@pytest.mark.parametrize(
+    "objective, sampler", [(o, s) for o, names in sampling.SAMPLERS.items() for s in names]
+)
+def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, sampler):
+    """Catches an unrolled loop (30 copies of a network to compile) and a bfloat16 network's x."""
+    calls = []
+
+    def model(x, time):
+        calls.append((x.dtype.name, time.dtype.name, time.shape))
+        y = velocity(x, time) if objective == "flow" else chain_model(objective, x, time)
+        return y.astype(jnp.bfloat16)
+
+    def run(x, keys):
+        return sampling.sample(model, x, objective=objective, sampler=sampler, steps=30, keys=keys)
+
+    keys = sampling.sample_keys(0, jnp.arange(9))
+    y = jax.jit(run)(START.astype(np.float32), keys)
+    assert y.dtype == jnp.float32 and np.isfinite(y).all()
+    assert len(calls) <= (2 if sampler == "heun" else 1)
+    assert set(calls) == {("float32", "float32", (9,))}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(objective="eps"), "objective='eps' is none of"),
+        (
+            dict(objective="flow", sampler="ddim"),
+            "'ddim' does not fit objective='flow': take dopri5",
+        ),
+        (dict(objective="flow", sampler="heun", steps=31), "take an even number"),
+        (dict(objective="epsilon", steps=0), "steps=0 must be at least 1"),
+        (dict(objective="epsilon", sampler="ddpm", steps=1001), "between 2 and 1000"),
+    ],
+)
+def test_settings_that_cannot_be_sampled_are_named(settings, message):
+    """Catches a sampler of another objective, which would run and give noise."""
+    keys = sampling.sample_keys(0, jnp.arange(9))
+    with pytest.raises(UserError, match=message):
+        sampling.sample(lambda x, t: x, jnp.asarray(START), keys=keys, **{"steps": 30, **settings})

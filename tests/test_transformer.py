@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What UViT and DiT have in common, against PyTorch's numbers and against themselves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import make_diffusion
+
+from dcae_jax.models import dit, layers, transformer, uvit
+
+MODELS = list(make_diffusion.MODELS)
+
+
+def module_of(model):
+    return {"uvit": uvit, "dit": dit}[model.split("-")[0]]
+
+
+def arch_of(model):
+    return module_of(model).Architecture(**make_diffusion.MODELS[model])
+
+
+def weights_of(model):
+    return module_of(model).from_torch(make_diffusion.weights(model), arch_of(model))
+
+
+@functools.cache
+def forward(model, *, dtype="float32", remat=False, unroll=False):
+    """A function (weights, x, t, labels) -> prediction."""
+    form = dict(dtype=dtype, init=layers.shapes, remat=remat, unroll=unroll)
+    graph, _, _ = layers.split(module_of(model).create(arch_of(model), **form))
+    return lambda weights, *inputs: layers.merge(graph, weights)(*inputs)
+
+
+def error(ours, theirs):
+    """(largest, mean) difference as a share of the deviation."""
+    off = np.abs(np.asarray(ours) - np.asarray(theirs)) / np.std(theirs)
+    return off.max(), off.mean()
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_predictions_equal_those_of_pytorch(model, unroll):
+    """Catches skips in the wrong order, row and column swapped, a wrong eps, the other GELU."""
+    y = jax.jit(forward(model, unroll=unroll))(weights_of(model), *make_diffusion.inputs(model))
+    want = make_diffusion.output(model)
+    assert y.shape == want.shape and y.dtype == jnp.float32
+    largest, mean = error(y, want)
+    assert largest <= 1e-3 and mean <= 1e-4
+    # At t = 1000 the last bit of a frequency shows; at the smaller times, the other GELU would.
+    assert error(y[1:], want[1:])[0] <= 2e-5
+
+
+@pytest.mark.parametrize("model", ["uvit-p2", "dit"])
+def test_loops_and_recomputation_change_neither_prediction_nor_gradient(model):
+    """Catches a skip lost from the loop's gradient, and a `remat` that nobody reads."""
+    weights, inputs = weights_of(model), make_diffusion.inputs(model)
+
+    def program(**form):
+        def loss(weights):
+            return jnp.mean(jnp.square(forward(model, **form)(weights, *inputs)))
+
+        traced = jax.jit(jax.grad(loss)).trace(weights)
+        text = str(traced.jaxpr)
+        assert ("remat" in text) == form.get("remat", False)
+        assert ("scan[" in text) != form.get("unroll", False)
+        return traced.lower()
+
+    want = program(unroll=True).compile()(weights)
+    program(unroll=True, remat=True)
+    for form in (dict(), dict(remat=True)):
+        found = program(**form).compile()(weights)
+        assert found.keys() == want.keys()
+        for name, value in want.items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(found[name] / scale, value / scale, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["uvit", "dit-p2"])
+def test_bfloat16_stays_close_to_float32(model):
+    """Catches a softmax, a norm or the time's features computed in half precision."""
+    weights, inputs = weights_of(model), make_diffusion.inputs(model)
+    y = jax.jit(forward(model, dtype="bfloat16"))(weights, *inputs)
+    assert y.dtype == jnp.float32
+    largest, mean = error(y, make_diffusion.output(model))
+    assert largest < 0.1 and mean < 0.02
+
+
+def test_scores_and_softmax_are_float32():
+    """Catches scores rounded to bfloat16, where 256.5 is 256, or exponentials taken in it."""
+    fills = dict(fill_qkv=layers.zeros, fill_proj=layers.zeros)
+    attention = transformer.Attention(
+        4, 1, qkv_bias=False, **fills, dtype=jnp.bfloat16, init=layers.random(0)
+    )
+    qkv = np.zeros((4, 12), np.float32)  # of two tokens: their q, k and v, exact in bfloat16
+    qkv[0, [0, 1, 4]] = 16, 1, 16
+    qkv[1, [0, 1, 4, 5, 8]] = 16, 1, 16, 0.5, 1
+    attention.qkv.kernel.set_value(jnp.asarray(qkv))
+    attention.proj.kernel.set_value(jnp.eye(4))
+    x = jnp.eye(4)[None, :2]
+    scores = np.array([256, 256.5]) / 2  # 4 channels a head
+    want = np.exp(scores[1]) / np.exp(scores).sum()
+    assert abs(float(attention(x)[0, 0, 0]) - want) < 2**-8
+    program = str(jax.make_jaxpr(attention)(x)).splitlines()
+    assert all("f32" in line and "bf16" not in line for line in program if "= exp " in line)
+
+
+def test_patches_are_cut_and_joined_in_the_same_order():
+    """Catches rows swapped with columns, or channels before positions, in one direction only."""
+    x = np.arange(2 * 6 * 6 * 5, dtype=np.float32).reshape(2, 6, 6, 5)
+    patches = transformer.to_patches(x, 3)
+    assert patches.shape == (2, 4, 45)
+    np.testing.assert_array_equal(patches[1, 1].reshape(3, 3, 5), x[1, :3, 3:])
+    np.testing.assert_array_equal(transformer.from_patches(patches, 3, 2), x)
+
+
+def test_each_stacked_layer_has_its_own_draws():
+    """Catches one draw repeated for all layers, and a fan-in that counts them."""
+    kernel = transformer.stacked(layers.random(3), 40)((30, 20), transformer.xavier(30, 20))
+    assert kernel.shape == (40, 30, 20) and kernel.dtype == np.float32
+    assert np.abs(np.corrcoef(kernel.reshape(40, -1))[np.triu_indices(40, 1)]).max() < 0.25
+    assert abs(kernel.std() - (2 / 50) ** 0.5) < 0.003
+    shape = transformer.stacked(layers.shapes, 40)((30, 20), layers.zeros)
+    assert shape.shape == (40, 30, 20)
+
+
+@pytest.mark.parametrize("model", ["uvit", "dit"])
+def test_blocks_are_stored_stacked_under_a_star(model):
+    """Catches paths that name one layer: patterns, checkpoints and shardings rely on the star."""
+    weights = weights_of(model)
+    stars = {name: value for name, value in weights.items() if "blocks." in name}
+    assert stars and all(".*." in name for name in stars)
+    depth = arch_of(model).depth // (2 if model == "uvit" else 1)
+    assert all(value.shape[0] == depth for value in stars.values())
+    last = f"{'in_blocks' if model == 'uvit' else 'blocks'}.{depth - 1}.attn.qkv.weight"
+    stack = next(
+        value for name, value in stars.items() if name.endswith("blocks.*.attn.qkv.kernel")
+    )
+    np.testing.assert_array_equal(
+        weights[last.replace(f".{depth - 1}.", ".*.").replace("weight", "kernel")][-1],
+        make_diffusion.weights(model)[last].T,
+    )
+    assert stack.ndim == 3
