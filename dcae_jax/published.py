@@ -3,6 +3,7 @@
 
 A folder of diffusers (`AutoencoderDC` or `AutoencoderKL`) or of DC-AE's authors, a bare file, or a
 name on the Hugging Face hub. safetensors files are memory-mapped and read without PyTorch.
+`read` is for autoencoders, `read_generator` for the diffusion models UViT, USiT and DiT.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import numpy as np
 from dcae_jax import config as config_lib
 from dcae_jax import report, torch_io
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, dcae_names, sdvae
+from dcae_jax.models import dcae, dcae_names, dit, sdvae, uvit
 from dcae_jax.models.layers import Weights
 
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -54,20 +55,7 @@ def read(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
     against the others. Arrays are NumPy, float32, and views of the mapped file where possible.
     Raises UserError, one line, before anything is converted.
     """
-    if os.path.isdir(path):
-        config, files = _folder(path)
-    elif os.path.isfile(path):
-        config, files = None, [path]
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
-        config, files = _folder(fetch(path))
-    else:
-        raise UserError(
-            f"init_from={path!r}: there is no such file or folder; give a workdir (with its "
-            "config.json), an export, or published weights: a folder, a file or a hub name"
-        )
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        tensors.update(read_file(file))
+    config, tensors = _read_tensors(path)
     try:
         module, arch, form = _identify(tensors, config, variant)
         weights = module.from_torch(tensors, arch, form)
@@ -136,7 +124,111 @@ def model_settings(arch: Any) -> dict[str, Any]:
     return settings.to_dict()
 
 
+# --- diffusion models -----------------------------------------------------------------------------
+
+# What stands before the names: in folders of the hub, in files of the authors' trainers; nothing
+# in those of U-ViT and DiT.
+PREFIXES = ("diffusion_model.", "uvit.", "dit.", "0.", "")
+
+
+def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
+    """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
+
+    settings: {'model': all of config.model, 'patch_size': int, 'learn_sigma': bool,
+    'objective_hint': 'epsilon', 'learned_sigma' or 'flow', 'autoencoder': published name or ''}.
+    The last two come from the config.json beside the weights; without it a UViT is taken for
+    one that predicts epsilon, since a USiT has the same tensors. model.latent_size is 0 where the
+    weights do not tell it (a DiT without its fixed positions).
+    variant: whose heads the model has, needed where its width is that of no variant, and checked
+    where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
+    """
+    config, tensors = _read_tensors(path)
+    try:
+        module, arch, prefix = _recognise(tensors, variant)
+        weights = module.from_torch(tensors, arch, prefix)
+        settings = _generator_settings(module, arch, variant)
+    except UserError as error:
+        raise UserError(f"init_from={path!r}: {error}") from error
+    name = str((config or {}).get("model_name", ""))
+    autoencoder = re.match(r"(.+?)-(uvit|usit|dit|sit)-", name)
+    hint = "learned_sigma" if settings["learn_sigma"] else "epsilon"
+    if re.search(r"-u?sit-", name) or (module is dit and not settings["learn_sigma"]):
+        hint = "flow"
+    settings["objective_hint"] = hint
+    settings["autoencoder"] = autoencoder.group(1) if autoencoder else ""
+    model = settings["model"]
+    logging.info("read %s %s weights from %s", model["name"], model["variant"], path)
+    return weights, settings
+
+
+def _recognise(tensors: Mapping, variant: str) -> tuple[Any, Any, str]:
+    """(the backbone's file, architecture, prefix of the names) of tensors."""
+    for prefix in PREFIXES:
+        for module in (uvit, dit):
+            row = module.VARIANTS.get(variant)
+            arch = module.recognise(tensors, row.heads if row else 0, prefix)
+            if arch is None:
+                continue
+            if variant and row is None:
+                raise UserError(
+                    f"variant={variant!r} is no size of {module.__name__.rpartition('.')[2]}; "
+                    f"choose one of {', '.join(module.VARIANTS)}"
+                )
+            known = [v for v in module.VARIANTS.values() if v.width == arch.width]
+            if row and known and row.width != arch.width:
+                raise UserError(
+                    f"variant={variant!r} has {row.width} channels, these weights {arch.width}; "
+                    "leave it out"
+                )
+            if arch.width % arch.heads:
+                raise UserError(
+                    f"variant={variant!r} has {arch.heads} heads, which do not divide the width "
+                    f"of {arch.width}; name another"
+                )
+            return module, arch, prefix
+    raise UserError(
+        f"{len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ...) that are those of neither "
+        "a UViT nor a DiT"
+    )
+
+
+def _generator_settings(module: Any, arch: Any, variant: str) -> dict[str, Any]:
+    rows = module.VARIANTS
+    variant = variant or next(name for name, row in rows.items() if row.width == arch.width)
+    model = config_lib.default().model
+    model.name, model.variant = module.__name__.rpartition(".")[2], variant
+    for key in ("depth", "width", "heads"):
+        size = getattr(arch, key)
+        model[key] = 0 if size == getattr(rows[variant], key) else size
+    model.latent_size, model.latent_channels = arch.latent_size, arch.latent_channels
+    model.num_classes = arch.num_classes
+    return {
+        "model": model.to_dict(),
+        "patch_size": arch.patch_size,
+        "learn_sigma": arch.out_channels == 2 * arch.latent_channels,
+    }
+
+
 # --- where the files are --------------------------------------------------------------------------
+
+
+def _read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, np.ndarray]]:
+    """(config.json or None, tensors) of a folder, file or hub name. Raises UserError."""
+    if os.path.isdir(path):
+        config, files = _folder(path)
+    elif os.path.isfile(path):
+        config, files = None, [path]
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
+        config, files = _folder(fetch(path))
+    else:
+        raise UserError(
+            f"init_from={path!r}: there is no such file or folder; give a workdir (with its "
+            "config.json), an export, or published weights: a folder, a file or a hub name"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors.update(read_file(file))
+    return config, tensors
 
 
 def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -195,6 +287,8 @@ def fetch(name: str) -> str:
         except LocalEntryNotFoundError:
             pass
         try:
+            # Fails at once without a network, where the download would try for half a minute.
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file))
             return huggingface_hub.hf_hub_download(name, file)
         except LocalEntryNotFoundError:  # a kind of EntryNotFoundError: the hub cannot be reached
             raise
@@ -210,8 +304,11 @@ def fetch(name: str) -> str:
         for file in (DIFFUSERS_FILE, AUTHORS_FILE):
             if get(inner + file):
                 return os.path.dirname(config)
-        index = get(f"{inner}{DIFFUSERS_FILE}.index.json")
-        if index is None:
+        for file in (DIFFUSERS_FILE, AUTHORS_FILE):
+            index = get(f"{inner}{file}.index.json")
+            if index:
+                break
+        else:
             raise UserError(
                 f"init_from={name!r}: that hub model has neither {DIFFUSERS_FILE} nor "
                 f"{AUTHORS_FILE}; download its weights and name the file"

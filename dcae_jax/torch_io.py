@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +35,10 @@ CHECKSUMS = {
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a `.safetensors`, or a `.pt`/`.pth` that holds a state dict -> name -> NumPy array.
 
-    Pickles are opened with `weights_only=True`, so a file cannot run code. bfloat16 arrives as
-    float32. Raises ValueError with one line for a file that is missing, unreadable or no state
-    dict, and where `.pth` needs PyTorch and it is not installed.
+    Of a trainer's file it takes the averaged weights if there are any, else the weights. Pickles
+    are opened with `weights_only=True`, so a file cannot run code. bfloat16 arrives as float32.
+    Raises ValueError with one line for a file that is missing, unreadable or no state dict, and
+    where `.pth` needs PyTorch and it is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,11 +65,25 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises whatever the broken bytes happen to break
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} is not a readable PyTorch file ({reason[0][:120]})") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]  # a trainer's file: weights beside counters and moments
+    state = _weights_of(state)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict (names with tensors): pass the weights alone")
     return {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in state.items()}
+
+
+def _weights_of(state: Any) -> Any:
+    """The weights of a trainer's file, which has counters and moments beside them; or `state`.
+
+    Averages come first; of averages by decay, {0.9999: weights}, those of the largest decay.
+    """
+    if not isinstance(state, dict):
+        return state
+    for key in ("ema", "state_dict", "model_state_dict"):
+        weights = state.get(key)
+        if isinstance(weights, dict) and weights:
+            by_decay = all(isinstance(decay, float) for decay in weights)
+            return weights[max(weights)] if by_decay else weights
+    return state
 
 
 def sha256(path: str | Path) -> str:

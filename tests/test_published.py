@@ -6,9 +6,11 @@ import http.server
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -285,7 +287,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
-    """Catches a second download, a cache of our own, and a traceback where there is no network."""
+    """Catches a second download, a cache of our own, and a traceback where there is no network, or
+    half a minute of retries before it is told."""
     pytest.importorskip("huggingface_hub")
     arch = SMALL["dc-ae-f32c128-1.5"]
     weights = random_weights(arch)
@@ -326,11 +329,15 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
         server.shutdown()
         server.server_close()
         again = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
+        start = time.monotonic()
+        unreachable = load("mit-han-lab/third")
+        waited = time.monotonic() - start
         process.stdin.close()
     total = float(sum(abs(v).sum() for v in weights.values()))
     assert first.split()[0] == str(len(weights)) and float(first.split()[1]) == pytest.approx(total)
     assert gets and again == first
     assert "'mit-han-lab/another': that hub model has no config.json" in other
+    assert "the Hugging Face hub does not give it" in unreachable and waited < 10, waited
     assert (
         tmp_path / "cache" / "hub" / "models--mit-han-lab--dc-ae-f32c128-1.5-diffusers"
     ).exists()
@@ -424,6 +431,30 @@ def test_a_folder_that_holds_no_model_says_what_is_missing(files, words, tmp_pat
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+# --- full size ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["diffusers", "authors"])
+@pytest.mark.parametrize("name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.1"])
+def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_path):
+    """Catches a square kernel turned one way only, and two tensors under one name, in the depths
+    and widths that are published; both give no error, since all shapes are right."""
+    arch = dcae.variant(name)
+    module = dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.shapes)
+    _, params, stats = layers.split(module)
+    rng = np.random.default_rng(0)
+    weights = {
+        path: rng.standard_normal(leaf.shape, np.float32)
+        for path, leaf in {**params, **stats}.items()
+    }
+    write_folder(tmp_path / "hub", arch, weights, form)
+    read, saved = checkpoint.load_weights(str(tmp_path / "hub"))
+    assert saved["model"]["variant"] in (name, "f32c32", "f32c32-sana")
+    same(weights, read)
+    shutil.rmtree(tmp_path / "hub")  # 1.3 GB, which pytest would keep
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 MEASURE = """
@@ -464,11 +495,11 @@ def peak_of(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, most", [("diffusers", 1.3), ("bfloat16", 1.3), ("orbax", 1.45)])
-def test_loading_takes_little_more_memory_than_the_weights(kind, most, tmp_path):
+@pytest.mark.parametrize("kind", ["diffusers", "bfloat16", "orbax"])
+def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
     """Catches weights that are in memory twice: as read, and as placed.
 
-    Orbax reads in threads, whose freed blocks the C library keeps for a while.
+    And, of Orbax, blocks that its threads have freed and the C library keeps.
     """
     arch = dataclasses.replace(dcae.VARIANTS["f32c32-sana"], widths=(96, 192, 384, 384, 768, 768))
     weights = random_weights(arch)
@@ -485,4 +516,4 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, most, tmp_path)
     del weights
     size, peak = peak_of(tmp_path / "hub")
     logging.info("%s: %.0f MB of weights, peak %.2f times", kind, size / 1e6, peak / size)
-    assert peak <= most * size, peak / size
+    assert peak <= 1.3 * size, peak / size
