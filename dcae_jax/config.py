@@ -182,7 +182,13 @@ def default() -> ConfigDict:
     m.fsdp = 1  # the batch, and the weights and moments
     m.tensor = 1  # heads and MLPs of transformers
     m.spatial = 1  # the height of images
-    c.sharding = ((".*", "fsdp"),)  # (path pattern, rule), first match: fsdp or replicate
+    # (path pattern, rule), first match: fsdp, rows, columns or replicate (docs/scaling_mesh.md)
+    c.sharding = (
+        (r"\w*blocks?\b.*\.(qkv|proj|fc2|skip_linear)\.kernel", "rows"),
+        (r"(\w*blocks?|final_layer)\b.*\.adaLN_modulation\.linear\.kernel", "rows"),
+        (r"\w*blocks?\b.*\.fc1\.(kernel|bias)", "columns"),
+        (r".*", "fsdp"),
+    )
     return c
 
 

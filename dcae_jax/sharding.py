@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of devices, and where each array of a run lies on it."""
+"""The mesh of devices, where each array of a run lies on it, and how a program uses it there.
 
+Weights lie split (`state_shardings`) and are put together where they are used (`Layout`). Left to
+itself, XLA may as well gather the activations of the whole batch, or compute with replicas.
+"""
+
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -87,16 +92,50 @@ def put(value: Any, place: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
-def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh) -> P:
-    """Where a weight of `shape` lies: 'fsdp' splits its largest axis that divides."""
-    if rule not in ("fsdp", "replicate"):
-        raise UserError(f"sharding rule {rule!r} is not known; choose fsdp or replicate")
-    parts = mesh.shape["fsdp"]
-    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if rule == "replicate" or parts == 1 or math.prod(shape) < SMALL or not fitting:
-        return P()
-    axis = max(fitting, key=lambda a: shape[a])
-    return P(*(["fsdp" if a == axis else None for a in range(axis + 1)]))
+RULES = ("fsdp", "rows", "columns", "replicate")
+
+
+def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh, stacked: bool = False) -> P:
+    """Where a weight of `shape` lies.
+
+    'fsdp' splits its largest axis that divides over that mesh axis. 'rows' splits a kernel's
+    inputs over the mesh axis tensor and 'columns' its outputs, after which fsdp splits as before.
+    With `stacked`, the first axis is the layer, which is never split: a loop takes one at a time.
+    """
+    if rule not in RULES:
+        raise UserError(f"sharding rule {rule!r} is not known; choose one of {', '.join(RULES)}")
+    first = 1 if stacked else 0
+    left, names = list(shape), [() for _ in shape]
+    axis = len(shape) - {"rows": 2, "columns": 1}.get(rule, len(shape) + 1)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    if axis >= first and tensor > 1 and left[axis] % tensor == 0:
+        left[axis] //= tensor
+        names[axis] += ("tensor",)
+    fitting = [a for a in range(first, len(shape)) if left[a] % fsdp == 0]
+    if rule != "replicate" and fsdp > 1 and math.prod(shape[first:]) >= SMALL and fitting:
+        names[max(fitting, key=lambda a: left[a])] += ("fsdp",)
+    while names and not names[-1]:
+        names.pop()
+    return P(*(name[0] if len(name) == 1 else name or None for name in names))
+
+
+def _rule(path: str, rules: Sequence[Sequence[str]]) -> str:
+    """The first of the (pattern, rule) pairs that matches the path; 'replicate' if none does."""
+    return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), "replicate")
+
+
+def check_rules(rules: Sequence[Sequence[str]]) -> None:
+    """Raises UserError unless each of config.sharding is (regular expression, known rule)."""
+    for pair in rules:
+        if len(pair) != 2 or pair[1] not in RULES:
+            raise UserError(
+                f"sharding has {tuple(pair)!r}; give (path pattern, rule) with a rule of "
+                f"{', '.join(RULES)}"
+            )
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            raise UserError(f"sharding has the pattern {pair[0]!r}: {error}; mend it") from error
 
 
 def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> Any:
@@ -110,7 +149,75 @@ def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> A
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not names or not leaf.shape:
             return replicated(mesh)
-        rule = next((rule for pattern, rule in rules if re.fullmatch(pattern, names[-1])), None)
-        return NamedSharding(mesh, weight_spec(leaf.shape, rule or "replicate", mesh))
+        spec = weight_spec(leaf.shape, _rule(names[-1], rules), mesh, "*" in names[-1])
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes of the arrays (or shapes with a sharding) of `tree` on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+# --- in a program ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh and the rules of a run, as a value that models and steps take along."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str], ...]
+
+    def use(self, weights: dict[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
+        """`weights` put together over fsdp for use, still split over tensor.
+
+        Their gradients are brought back to where the weights lie, so that neither stays whole.
+        Stacked ones are left for the loop over layers, which passes one layer's weights and the
+        `prefix` of their paths ('blocks.*.').
+        """
+        return {
+            name: value if "*" in name else self._use(value, prefix + name)
+            for name, value in weights.items()
+        }
+
+    def _use(self, value: jax.Array, path: str) -> jax.Array:
+        stored = weight_spec(value.shape, _rule(path, self.rules), self.mesh)
+        if not any(stored):
+            return value
+        used = P(*(_without_fsdp(names) for names in stored))
+        return _moved(value, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """x [B, ...], split in its batch alone."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES)))
+
+    def heads(self, x: jax.Array, axis: int) -> jax.Array:
+        """A weight, split in `axis`, its heads, over tensor, and put together in all others."""
+        spec = P(*[None] * axis, "tensor")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def layout(config: Any, mesh: Mesh) -> Layout | None:
+    """The Layout of a run; None where every device has all weights whole."""
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return None
+    return Layout(mesh, tuple((pattern, rule) for pattern, rule in config.sharding))
+
+
+def _without_fsdp(names: str | tuple[str, ...] | None) -> str | None:
+    """One entry of a PartitionSpec with fsdp left out."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return "tensor" if "tensor" in names else None
+
+
+def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """x, laid out as `there`; its gradient, laid out as `back`."""
+    move = jax.lax.with_sharding_constraint
+    moved = jax.custom_vjp(lambda x: move(x, there))
+    moved.defvjp(lambda x: (move(x, there), None), lambda _, gradient: (move(gradient, back),))
+    return moved(x)

@@ -68,6 +68,7 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel that makes the picture, whose gradients weigh the GAN loss
+    layout: sharding.Layout | None = None  # where weights lie split
 
 
 def model_module(model_config: Any) -> Any:
@@ -109,7 +110,8 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer)
+    layout = sharding.layout(config, mesh)
+    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer, layout)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:

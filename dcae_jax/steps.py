@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import losses, optim
+from dcae_jax import losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Blueprint, Discriminator, TrainState
@@ -74,6 +74,22 @@ def make_step(config: Any, plan: Blueprint) -> Step:
         return new, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return step
+
+
+def jit_step(config: Any, plan: Blueprint, abstract: TrainState) -> Any:
+    """The step, jitted; the state that it is given is given up, and stays where it lies.
+
+    abstract: the state as `state.abstract_state` gives it.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = sharding.replicated(places.step.mesh)
+    step = make_step(config, plan)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
+def use(plan: Blueprint, weights: Weights) -> Weights:
+    """Weights that lie split, as a program computes with them."""
+    return plan.layout.use(weights) if plan.layout else weights
 
 
 def to_float(images: Array) -> Array:
@@ -159,7 +175,7 @@ def _microbatch(
             name: value if name in plan.trained else jax.lax.stop_gradient(value)
             for name, value in params.items()
         }
-        model = layers.merge(plan.graph, {**params, **state.stats})
+        model = layers.merge(plan.graph, {**use(plan, params), **state.stats})
         layers.train_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
@@ -211,7 +227,8 @@ class _Gan:
 
     def logits(self, params: Weights, pictures: Array) -> tuple[Array, Weights]:
         """(logits [B, h, w], statistics after this pass)."""
-        model = layers.merge(self.plan.discriminator.graph, {**params, **self.state.stats})
+        weights = {**use(self.plan, params), **self.state.stats}
+        model = layers.merge(self.plan.discriminator.graph, weights)
         layers.train_norms(model, lambda name: True)
         if self.config.loss.gan_diff_augment:
             pictures = losses.diff_augment(self.key, pictures)
