@@ -207,6 +207,11 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'loss.l1_weight': 1.0, ...}, of JSON values."""
+    return _flatten(to_json(config))
+
+
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{key: (before, now)} of the identity keys that differ between two `to_json` results."""
     flat_before, flat_now = _flatten(before), _flatten(now)

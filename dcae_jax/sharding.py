@@ -6,6 +6,7 @@ itself, XLA may as well gather the activations of the whole batch, or compute wi
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -39,8 +40,18 @@ def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh ({text}) does not fit {len(devices)} devices; its sizes must multiply to "
             f"{len(devices)}, or use -1 for one of them"
         )
-    grid = mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else None
-    return Mesh(np.array(devices).reshape(shape) if grid is None else grid, AXES)
+    return Mesh(_grid(shape, devices), AXES)
+
+
+def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
+    """The devices in the order that suits their network: between TPU slices, only data is split."""
+    if len(devices) == 1:
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or shape[0] % slices:
+        return mesh_utils.create_device_mesh(shape, devices)
+    within = [shape[0] // slices, *shape[1:]]
+    return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -68,6 +79,15 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
         raise UserError(f"{key}={size} is not divisible by {what}; try {nearest}")
 
 
+def check_height(size: int, mesh: Mesh, *, key: str) -> None:
+    """Raises UserError, naming the nearest sizes that fit, unless mesh.spatial divides `size`."""
+    parts = mesh.shape["spatial"]
+    if size % parts:
+        down, up = size // parts * parts, -(-size // parts) * parts
+        nearest = f"{down} or {up}" if down else f"{up}"
+        raise UserError(f"{key}={size} is not divisible by mesh.spatial={parts}; try {nearest}")
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of an array whose first axis is the batch; images [B, H, W, C] are split in height too."""
     spec = P(BATCH_AXES, "spatial") if ndim == 4 else P(BATCH_AXES)
@@ -78,12 +98,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def image_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of images or latents [B, H, W, C] of any size: what does not divide stays whole."""
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch = None if shape[0] % rows else BATCH_AXES
+    return NamedSharding(mesh, P(batch, None if shape[1] % mesh.shape["spatial"] else "spatial"))
+
+
+@functools.lru_cache(maxsize=16)
+def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """{process: the places along BATCH_AXES where it has devices}."""
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    found: dict[int, set[int]] = {}
+    for place, devices in enumerate(rows):
+        for device in devices:
+            found.setdefault(device.process_index, set()).add(place)
+    return {process: tuple(sorted(places)) for process, places in found.items()}
+
+
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(this process's share of each global batch, number of shares).
+
+    Processes among which tensor or spatial is split have the same share. Raises UserError where
+    shares overlap in part.
+    """
+    shares = sorted(set(_places(mesh).values()))
+    covered = sum(map(len, shares))
+    if covered > len(set().union(*shares)) or len(set(map(len, shares))) > 1:
+        raise UserError(
+            f"mesh ({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) gives processes a part "
+            "of each other's images; let tensor * spatial divide the devices of a process, or be "
+            "a multiple of them"
+        )
+    return shares.index(_places(mesh)[jax.process_index()]), len(shares)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, as global arrays."""
-    return {
-        key: jax.make_array_from_process_local_data(batch_sharding(mesh, value.ndim), value)
-        for key, value in batch.items()
-    }
+    """This process's `share` of a global batch, as global arrays."""
+    return {key: _put_rows(np.asarray(value), mesh) for key, value in batch.items()}
+
+
+def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    places, shares = _places(mesh)[jax.process_index()], share(mesh)[1]
+    rows = len(value) // len(places)  # at one place
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        first = places.index((index[0].start or 0) // rows) * rows
+        return value[(slice(first, first + rows), *index[1:])]
+
+    shape = (len(value) * shares, *value.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
 
 
 def put(value: Any, place: NamedSharding) -> jax.Array:
@@ -122,6 +186,20 @@ def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh, stacked: bool = F
 def _rule(path: str, rules: Sequence[Sequence[str]]) -> str:
     """The first of the (pattern, rule) pairs that matches the path; 'replicate' if none does."""
     return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), "replicate")
+
+
+def check_tensor(weights: dict[str, Any], rules: Sequence[Sequence[str]], mesh: Mesh) -> None:
+    """Raises UserError where devices along mesh.tensor would all do the same."""
+    specs = [weight_spec(w.shape, _rule(k, rules), mesh, "*" in k) for k, w in weights.items()]
+    if mesh.shape["tensor"] > 1 and all(map(_without_tensor, specs)):
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']} splits nothing of this model, which is no "
+            "transformer or does not divide; use mesh.data, mesh.fsdp or mesh.spatial"
+        )
+
+
+def _without_tensor(spec: P) -> bool:
+    return not any(names == "tensor" or "tensor" in (names or ()) for names in spec)
 
 
 def check_rules(rules: Sequence[Sequence[str]]) -> None:
@@ -192,14 +270,31 @@ class Layout:
         used = P(*(_without_fsdp(names) for names in stored))
         return _moved(value, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
 
-    def tokens(self, x: jax.Array) -> jax.Array:
-        """x [B, ...], split in its batch alone."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES)))
+    def by_head(self, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A kernel [inputs, 3 C] in 'rows' -> `shape` [inputs, 3, heads, D], split in its heads.
 
-    def heads(self, x: jax.Array, axis: int) -> jax.Array:
-        """A weight, split in `axis`, its heads, over tensor, and put together in all others."""
-        spec = P(*[None] * axis, "tensor")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        A part of the 3 C channels in a row would hold, say, all heads of q and none of k.
+        """
+        kernel = _pin(kernel, self.mesh, P("tensor"))  # its gradient passes here on its way back
+        return _pin(kernel.reshape(shape), self.mesh, P(None, None, "tensor"))
+
+
+def whole(weights: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """`weights` of a model that is not split, put together for use, as in `Layout.use`."""
+    if mesh.size == 1:
+        return weights
+    return {name: _pin(value, mesh, P()) for name, value in weights.items()}
+
+
+def tokens(layout: Layout | None, x: jax.Array, axis: int = 0) -> jax.Array:
+    """x [B, ...], split in its batch, and in `axis` > 0 over tensor: heads or hidden channels."""
+    if layout is None:
+        return x
+    return _pin(x, layout.mesh, P(BATCH_AXES, *[None] * (axis - 1), *["tensor"] * (axis > 0)))
+
+
+def _pin(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def layout(config: Any, mesh: Mesh) -> Layout | None:

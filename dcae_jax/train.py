@@ -25,7 +25,7 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, data, evaluate, losses, report, sharding, steps
+from dcae_jax import checkpoint, data, evaluate, hosts, losses, report, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -61,7 +61,9 @@ def run(config: Any, workdir: str) -> int:
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
+    sharding.check_tensor(plan.params, config.sharding, mesh)
     source, held_out = data.training_source(config.data), data.held_out_source(config.data)
+    hosts.agree({"step": start or 0})
     judges, scorers = load_judges(config, mesh), evaluate.load_judges(config, mesh)
     abstract = state_lib.abstract_state(config, mesh, plan)
     step_fn = steps.jit_step(config, plan, abstract)
@@ -92,7 +94,7 @@ def run(config: Any, workdir: str) -> int:
                 "mesh": dict(mesh.shape),
             },
         )
-        logging.info("%s", parameter_table(plan))
+        logging.info("%s\n%s", parameter_table(plan), memory_table(abstract, mesh))
 
     compiled = {}
     for size, trace in traced.items():
@@ -158,7 +160,7 @@ def _loop(
     position: tuple[TrainState, Totals, int, int],
 ) -> int:
     state, totals, start, index = position
-    batches = data.training_batches(config, source, index, jax.process_index(), jax.process_count())
+    batches = data.training_batches(config, source, index, *sharding.share(mesh))
     accumulate = jax.jit(add_metrics, donate_argnums=0)
     in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
     clock = _Clock(config.batch_size, start)
@@ -225,14 +227,17 @@ def _evaluate(
 def check(config: Any, mesh: Mesh) -> None:
     """Raises UserError where the configuration does not fit itself, the model or the devices."""
     config_lib.check(config)
+    sharding.check_rules(config.sharding)
     if config.phase == 3 and not config.loss.gan_weight:
         raise UserError("loss.gan_weight=0 in phase 3, which is the GAN's; set it above 0")
     arch = state_lib.model_module(config.model).architecture(config.model)
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
+        sharding.check_height(size, mesh, key=key)
     for size in config.evaluate.resolutions:
         evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
+        sharding.check_height(size, mesh, key="evaluate.resolutions")
     if config.loss.gan_weight:
         least = patchgan.smallest_input(config.loss.gan_layers)
         if min(config_lib.training_resolutions(config)) < least:
@@ -355,6 +360,26 @@ def parameter_table(plan: Blueprint) -> str:
     rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
     total = [sum(row[i] for row in rows) for i in (1, 2)]
     return report.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])
+
+
+def memory_table(abstract: TrainState, mesh: Mesh) -> str:
+    """Megabytes of the state's parts on one device, and what a single device would hold."""
+    parts = {
+        "parameters": abstract.params,
+        "moments": abstract.opt_state,
+        "EMA": abstract.ema,
+        "discriminator": abstract.discriminator,
+        "other": (abstract.stats, abstract.step, abstract.skipped, abstract.skipped_in_row),
+    }
+    rows = []
+    for name, part in parts.items():
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        if whole:
+            rows.append([name, sharding.chip_bytes(part) / 1e6, whole / 1e6])
+    total = ["total", *(sum(row[i] for row in rows) for i in (1, 2))]
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    head = [f"MB, mesh {shape}", "a chip", "whole"]
+    return report.table([head, *rows, total])
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -493,6 +518,8 @@ class _PreemptionFlag:
 
     def __enter__(self) -> threading.Event:
         self.event, self.old = threading.Event(), None
+        if jax.process_count() > 1:
+            return hosts.Notice()
         if threading.current_thread() is threading.main_thread():
             self.old = signal.signal(signal.SIGTERM, lambda *_: self.event.set())
         return self.event

@@ -27,7 +27,7 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "optim", "metrics", "report", "tiling"],
+    ["data", "sharding", "hosts", "optim", "metrics", "report", "tiling"],
     ["config"],
 ]
 

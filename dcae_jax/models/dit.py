@@ -27,7 +27,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names, transformer
 from dcae_jax.models.layers import Array, Weights
-from dcae_jax.sharding import Layout
+from dcae_jax.sharding import Layout, tokens
 
 FREQUENCIES = 256  # features of the time
 EPS = 1e-6  # of every LayerNorm; none has parameters
@@ -159,14 +159,23 @@ class Block(nnx.Module):
         )
         fill = xavier(width, hidden)  # the same bound in both directions
         self.mlp = transformer.MLP(
-            width, approximate=True, fill_in=fill, fill_out=fill, dtype=dtype, init=init
+            width,
+            approximate=True,
+            fill_in=fill,
+            fill_out=fill,
+            dtype=dtype,
+            init=init,
+            layout=layout,
         )
         self.adaLN_modulation = Modulation(width, 6, init=init)
+        self.layout = layout
 
     def __call__(self, x: Array, c: Array) -> Array:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         x = x + (gate1 * self.attn(modulate(x, shift1, scale1))).astype(x.dtype)
-        return x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
+        x = tokens(self.layout, x)
+        x = x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
+        return tokens(self.layout, x)
 
 
 class FinalLayer(nnx.Module):
@@ -239,12 +248,10 @@ def create(
     float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
     are 0 .. num_classes - 1, and num_classes means "none".
     remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
-    layout: of a mesh over which weights lie split. Raises UserError where it cannot split the heads.
+    layout: where weights lie split. Raises UserError if it cannot split the heads.
     """
     transformer.check_layout(layout, arch.heads)
-    return DiT(
-        arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout
-    )
+    return DiT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
 
 
 def _shapes(arch: Architecture) -> names.Shapes:

@@ -19,7 +19,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names
 from dcae_jax.models.layers import Array, Fill, Init
-from dcae_jax.sharding import Layout
+from dcae_jax.sharding import Layout, tokens
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
 MLP_RATIO = 4  # hidden channels of an MLP over its input's
@@ -106,34 +106,34 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * (width // self.heads) ** -0.5, axis=-1)
         mixed = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
-        return self.proj(mixed.reshape(b, n, width))
+        return tokens(self.layout, self.proj(mixed.reshape(b, n, width)))
 
     def _by_head(self, x: Array) -> Array:
-        """self.qkv(x) as [B, N, 3, heads, D], whose heads can be split where 3 C cannot.
-
-        A part of the 3 C channels in a row would hold, say, all heads of q and none of k. The
-        stored kernel is split in its inputs, and changes hands to be split in its heads.
-        """
-        width = x.shape[-1]
+        """self.qkv(x) as [B, N, 3, heads, D], whose heads can be split where 3 C cannot."""
+        x, width, dtype = tokens(self.layout, x), x.shape[-1], self.qkv.dtype
         shape = (3, self.heads, width // self.heads)
-        kernel = self.layout.heads(self.qkv.kernel[...].reshape(width, *shape), 2)
-        dtype = self.qkv.dtype
+        kernel = self.layout.by_head(self.qkv.kernel[...], (width, *shape))
         y = jnp.einsum("bnc,ckhd->bnkhd", x.astype(dtype), kernel.astype(dtype))
         if self.qkv.bias is not None:
-            y += self.layout.heads(self.qkv.bias[...].reshape(shape), 1).astype(dtype)
-        return y
+            y += self.qkv.bias[...].reshape(shape).astype(dtype)
+        return tokens(self.layout, y, 3)
 
 
 class MLP(nnx.Module):
-    """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C."""
+    """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C.
 
-    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init):
+    With a `layout`, each device of its tensor axis has some of the 4 C.
+    """
+
+    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init, layout=None):
         self.fc1 = Linear(width, MLP_RATIO * width, fill=fill_in, dtype=dtype, init=init)
         self.fc2 = Linear(MLP_RATIO * width, width, fill=fill_out, dtype=dtype, init=init)
-        self.approximate = approximate
+        self.approximate, self.layout = approximate, layout
 
     def __call__(self, x: Array) -> Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        hidden = tokens(self.layout, self.fc1(tokens(self.layout, x)), 2)
+        hidden = jax.nn.gelu(hidden, approximate=self.approximate)
+        return tokens(self.layout, self.fc2(hidden))
 
 
 class PatchEmbed(nnx.Module):
@@ -211,7 +211,7 @@ def run_blocks(
     def one(x, inputs):
         layer, part = inputs
         if layout:
-            x, layer = layout.tokens(x), layout.use(layer, prefix)
+            x, layer = tokens(layout, x), layout.use(layer, prefix)
         return call(layers.merge(graph, layer), x, part)
 
     if remat:

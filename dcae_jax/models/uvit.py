@@ -27,7 +27,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names, transformer
 from dcae_jax.models.layers import Array, Weights
-from dcae_jax.sharding import Layout
+from dcae_jax.sharding import Layout, tokens
 
 EXTRAS = 2  # tokens before the patches: the label and the time
 FILL = transformer.normal(0.02)
@@ -110,14 +110,21 @@ class Block(nnx.Module):
         )
         self.norm2 = transformer.LayerNorm(width, dtype=dtype, init=init)
         self.mlp = transformer.MLP(
-            width, approximate=False, fill_in=FILL, fill_out=FILL, dtype=dtype, init=init
+            width,
+            approximate=False,
+            fill_in=FILL,
+            fill_out=FILL,
+            dtype=dtype,
+            init=init,
+            layout=layout,
         )
+        self.layout = layout
 
     def __call__(self, x: Array, skip: Array | None = None) -> Array:
         if skip is not None:
-            x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+            x = tokens(self.layout, self.skip_linear(jnp.concatenate([x, skip], axis=-1)))
+        x = tokens(self.layout, x + self.attn(self.norm1(x)))
+        return tokens(self.layout, x + self.mlp(self.norm2(x)))
 
 
 class UViT(nnx.Module):
@@ -204,12 +211,10 @@ def create(
     float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
     are 0 .. num_classes - 1, and num_classes means "none".
     remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
-    layout: of a mesh over which weights lie split. Raises UserError where it cannot split the heads.
+    layout: where weights lie split. Raises UserError if it cannot split the heads.
     """
     transformer.check_layout(layout, arch.heads)
-    return UViT(
-        arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout
-    )
+    return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
 
 
 def _shapes(arch: Architecture) -> names.Shapes:
