@@ -214,8 +214,10 @@ def run_blocks(
             x, layer = tokens(layout, x), layout.use(layer, prefix)
         return call(layers.merge(graph, layer), x, part)
 
-    if remat:
-        one = jax.checkpoint(one, prevent_cse=unroll)  # a loop's body needs no such barrier
+    if remat or layout:
+        # A loop's body needs no barrier against the merging of what is computed twice.
+        keep = None if remat else _of_tokens(x.shape[0])
+        one = jax.checkpoint(one, prevent_cse=unroll, policy=keep)
     if not unroll:
         return jax.lax.scan(one, x, (weights, each))
     results = []
@@ -223,6 +225,20 @@ def run_blocks(
         x, result = one(x, jax.tree.map(lambda a, i=i: a[i], (weights, each)))
         results.append(result)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+
+def _of_tokens(batch: int) -> Callable[..., bool]:
+    """What the backward pass keeps of a block: all but weights, which are put together again.
+
+    Kept, the weights of all layers would be whole at once. A result is told by its inputs: of the
+    activations, [batch, N, ...], some are of such a shape.
+    """
+
+    def keep(primitive: Any, *inputs: Any, **settings: Any) -> bool:
+        del primitive, settings
+        return any(value.ndim >= 3 and value.shape[0] == batch for value in inputs)
+
+    return keep
 
 
 def run_block(block: nnx.Module, x: Array, *, remat: bool) -> Array:
