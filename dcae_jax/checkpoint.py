@@ -9,6 +9,7 @@ the next example). Weights stand apart so that readers need not know the optimiz
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dcae_jax import published, report
@@ -196,6 +198,26 @@ def _load_export(folder: str) -> tuple[Weights, dict[str, Any]]:
     weights = _read_numpy(params, "raw")
     logging.info("read the export %s", folder)
     return weights, {"model": meta["model"]}
+
+
+def checksum(weights: Weights, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 of the names, shapes and float32 values of weights, in the order of their names.
+
+    parts: only weights whose names begin with one of these. The arrays are ones that this process
+    has whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name.startswith(parts):
+            value = np.asarray(weights[name], np.float32, order="C")
+            digest.update(f"{name} {value.shape}\n".encode())
+            digest.update(value.data)
+    return digest.hexdigest()
+
+
+def encoder_checksum(weights: Weights) -> str:
+    """The checksum of what latents depend on; training of a decoder alone leaves it as it was."""
+    return checksum(weights, ("encoder.", "quant_conv."))
 
 
 def saved_steps(workdir: str) -> list[int]:
