@@ -33,6 +33,12 @@ from dcae_jax.models.layers import Array, Weights
 
 DONE = 0
 FLOAT16_MAX = 65504
+SOURCE_KEYS = {  # of config.data, for each source
+    "photos": (),
+    "folder": ("path",),
+    "tfds": ("name", "split", "data_dir"),
+    "mixture": ("parts", "data_dir"),
+}
 RMS_RANGE = (0.5, 2.0)  # of scaled latents; outside, the scaling factor is of another model
 
 
@@ -123,10 +129,9 @@ def identify(config: Any, model: api.Autoencoder, source: Any) -> dict[str, Any]
     }
     for key in ("flip", "crops", "count", "dtype", "shard_size"):
         values[f"encode.{key}"] = config.encode[key]
-    for key in ("source", "path", "name", "split", "data_dir", "parts"):
-        values[f"data.{key}"] = config.data[key]
-    if config.data.path:
-        values["data.path"] = os.path.abspath(config.data.path)
+    for key in ("source", *SOURCE_KEYS[config.data.source]):
+        value = config.data[key]
+        values[f"data.{key}"] = os.path.abspath(value) if key == "path" else value
     for key, value in model.model.items():
         values[f"model.{key}"] = value
     return json.loads(json.dumps(values))
@@ -385,7 +390,7 @@ def finish(
             **{
                 key.removeprefix("data."): value
                 for key, value in identity.items()
-                if key.startswith("data.") and value
+                if key.startswith("data.")
             },
         },
         **stats,
@@ -396,7 +401,8 @@ def finish(
         ],
     }
     for name in os.listdir(workdir):
-        if name.endswith(".tmp"):  # of a run that was killed
+        ours = name.startswith(("latents-", latents.MANIFEST, latents.IDENTITY))
+        if ours and name.endswith(".tmp"):  # of a run that was killed
             os.remove(os.path.join(workdir, name))
     report.write_json(os.path.join(workdir, latents.MANIFEST), manifest)
     logging.info(

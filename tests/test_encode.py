@@ -142,9 +142,7 @@ def test_the_manifest_holds_the_statistics_of_what_is_stored(whole, model, pictu
     wanted |= {"num_classes": 3, "class_names": ["class0", "class1", "class2"], "unreadable": []}
     wanted |= {"autoencoder": model, "weights": "ema"}
     assert {key: manifest[key] for key in wanted} == wanted
-    assert manifest["source"] == {"images": COUNT, "source": "folder", "path": pictures} | {
-        "split": "train"
-    }
+    assert manifest["source"] == {"images": COUNT, "source": "folder", "path": pictures}
     assert manifest["checksum"] == checkpoint.checksum(checkpoint.load_weights(model)[0])
 
 

@@ -196,3 +196,12 @@ def test_latents_are_for_training_alone(tmp_path):
     for source in (data.evaluation_source, data.encoding_source):
         with pytest.raises(UserError, match="has no images"):
             source(settings)
+
+
+def test_an_autoencoder_is_not_trained_on_latents(tmp_path):
+    """Catches an autoencoder's run that fails at its first batch, long after it was started."""
+    config = _config(str(tmp_path))
+    with pytest.raises(UserError, match="data.source='latents' is for diffusion"):
+        config_lib.check(config)
+    config.objective = "epsilon"
+    config_lib.check(config)
