@@ -9,6 +9,7 @@ the next example). Weights stand apart so that readers need not know the optimiz
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dcae_jax import published, report
@@ -207,6 +209,26 @@ def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
         inner = os.path.join(folder, AUTOENCODER)
         return weights, {k: meta[k] for k in GENERATOR_KEYS} | {"autoencoder": inner}
     return weights, {"model": meta["model"]}
+
+
+def checksum(weights: Weights, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 of the names, shapes and float32 values of weights, in the order of their names.
+
+    parts: only weights whose names begin with one of these. The arrays are ones that this process
+    has whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name.startswith(parts):
+            value = np.asarray(weights[name], np.float32, order="C")
+            digest.update(f"{name} {value.shape}\n".encode())
+            digest.update(value.data)
+    return digest.hexdigest()
+
+
+def encoder_checksum(weights: Weights) -> str:
+    """The checksum of what latents depend on; training of a decoder alone leaves it as it was."""
+    return checksum(weights, ("encoder.", "quant_conv."))
 
 
 def saved_steps(workdir: str) -> list[int]:

@@ -12,7 +12,6 @@ import importlib.metadata
 import logging
 import os
 import platform as host
-import signal
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from dcae_jax import (
     evaluate,
     losses,
     matching,
+    preemption,
     report,
     sample,
     sharding,
@@ -45,7 +45,7 @@ from dcae_jax.state import Blueprint, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
 
-DONE, PREEMPTED = 0, 75
+DONE = 0
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
@@ -123,7 +123,7 @@ def run(config: Any, workdir: str) -> int:
     if judges:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
-    with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
+    with preemption.flag() as preempted, _Writer(workdir, start or 0) as writer:
         evaluate_now = functools.partial(look, writer)
         if start is None and config.evaluate_first:
             evaluate_now(0, state)
@@ -219,7 +219,7 @@ def _loop(
             if stops and not last:
                 manager.wait_until_finished()
                 logging.info("saved at step %d after a signal; the same command resumes", step)
-                return PREEMPTED
+                return preemption.STATUS
     return DONE
 
 
@@ -581,20 +581,6 @@ class _Clock:
 
     def leave_out(self, seconds: float) -> None:
         self.last += seconds
-
-
-class _PreemptionFlag:
-    """An event that SIGTERM sets: the loop then saves and stops after the step at hand."""
-
-    def __enter__(self) -> threading.Event:
-        self.event, self.old = threading.Event(), None
-        if threading.current_thread() is threading.main_thread():
-            self.old = signal.signal(signal.SIGTERM, lambda *_: self.event.set())
-        return self.event
-
-    def __exit__(self, *error) -> None:
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
 
 
 def _progress(total: int, start: int) -> Any:

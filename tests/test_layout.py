@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 FLOORS = [
     ["demo"],
     ["main"],
-    ["train"],
+    ["train", "encode"],
     ["evaluate", "sample", "export"],
     ["judge_samples"],
     ["judging"],
@@ -27,7 +27,9 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "optim", "metrics", "report", "tiling"],
+    ["data", "sharding", "optim", "metrics", "tiling"],
+    ["latents"],
+    ["report", "preemption"],
     ["config"],
 ]
 
