@@ -377,5 +377,5 @@ class Notice:
     """
 
     def is_set(self) -> bool:
-        """To be asked by all processes equally often: once a step."""
+        """To be asked by all processes equally often: once a step or batch."""
         return multihost_utils.reached_preemption_sync_point(next(_looks))

@@ -24,6 +24,8 @@ from dcae_jax.config import UserError
 JOBS = {
     "train": ("train", "run"),
     "phases": ("train", "run_phases"),
+    "encode": ("encode", "run"),
+    "sample": ("sample", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
 }
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
         use_compile_cache()
-        hosts.start(given, preemptible=config.job in ("train", "phases"))
+        hosts.start(given, preemptible=config.job in ("train", "phases", "sample"))
         hosts.agree(config_lib.flatten(config) | {"workdir": workdir})
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)

@@ -10,8 +10,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 FLOORS = [
     ["demo"],
     ["main"],
-    ["train"],
-    ["evaluate", "export"],
+    ["train", "encode"],
+    ["evaluate", "sample", "export"],
     ["judge_samples"],
     ["judging"],
     ["api"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["published"],
     ["torch_io"],
     ["steps"],
-    ["state"],
+    ["state", "matching"],
     ["sampling"],
     ["losses", "diffusion"],
     ["models.dcae_names"],
@@ -27,7 +27,10 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "hosts", "optim", "metrics", "report", "tiling"],
+    ["data", "sharding", "optim", "metrics", "tiling"],
+    ["latents"],
+    ["preemption"],
+    ["hosts", "report"],
     ["config"],
 ]
 
