@@ -25,6 +25,7 @@ from dcae_jax.config import UserError
 
 ARRIVE_S = 300  # for all processes to start: a pod's hosts do not come up at once
 AGREE_S = 60  # for all that have started to say what they run
+LEAVE_S = 60  # that one which ends, maybe by an error, waits for the others
 FLAGS = ("coordinator", "num_processes", "process_id")
 
 _rounds = itertools.count()  # of `agree`, the same on all processes
@@ -204,6 +205,7 @@ def start(given: Mapping[str, str], *, preemptible: bool) -> None:
         cluster.local_devices,
         cluster_detection_method="deactivate",
         initialization_timeout=ARRIVE_S,
+        shutdown_timeout_seconds=LEAVE_S,
     )
     logging.info(
         "process %d of %d on %s: %d of %d devices (%s)",
