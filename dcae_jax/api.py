@@ -85,10 +85,10 @@ class Autoencoder:
                 what = "tiles" if tile else "a deterministic encoder"
                 raise ValueError(f"sample=True does not go with {what}; leave it out")
             _check_input("x", x, 3, (f, f), check, limit=1.0)
-            return self._sample(self.weights, self._place(x), jax.random.key(seed))
+            return self._sample(self.weights, self._place(x, f), jax.random.key(seed))
         if not tile:
             _check_input("x", x, 3, (f, f), check, limit=1.0)
-            return self._encode(self.weights, self._place(x))
+            return self._encode(self.weights, self._place(x, f))
         _check_shape("x", x, 3, (f, f))
         run = functools.partial(self.encode, check=check)
         tiles = tiling.plan(tile, overlap, self.reach[0])
@@ -124,13 +124,15 @@ class Autoencoder:
             if self.mesh.shape["spatial"] == 1:
                 return images
             # Also where the latents are too few to be split: the images are what takes memory.
-            place = sharding.image_sharding(self.mesh, images.shape)
+            place = sharding.image_sharding(self.mesh, images.shape, z.shape[1])
             return jax.lax.with_sharding_constraint(images, place)
 
         return jax.jit(decode)
 
-    def _place(self, x: Any) -> Array:
-        return jax.device_put(jnp.asarray(x), sharding.image_sharding(self.mesh, x.shape))
+    def _place(self, x: Any, f: int = 1) -> Array:
+        """x, of which f rows belong to one row of latents, on the devices."""
+        place = sharding.image_sharding(self.mesh, x.shape, x.shape[1] // f)
+        return jax.device_put(jnp.asarray(x), place)
 
 
 def _check_shape(name, x, channels, multiples):

@@ -319,6 +319,7 @@ def run(config: Any, workdir: str) -> int:
         return _run_one(config, model, judges, workdir)
     for size in config.evaluate.resolutions:
         check_resolution(size, model.compression, "evaluate.resolutions")
+        sharding.check_height(size, mesh, key="evaluate.resolutions", compression=model.compression)
         if "lpips" in judges and size < lpips.MIN_SIZE["alex"]:
             raise UserError(
                 f"evaluate.resolutions={size} is too small for LPIPS, which needs "

@@ -22,6 +22,9 @@ from dcae_jax.config import UserError
 
 AXES = ("data", "fsdp", "tensor", "spatial")
 BATCH_AXES = ("data", "fsdp")
+# Rows of latents on each device of the axis spatial. XLA (jaxlib 0.10.2) computes wrong gradients
+# of this model where there is one row, or less, in some meshes (tests/test_sharding.py).
+MIN_ROWS = 2
 SMALL = 2**16  # parameters of fewer elements are replicated: splitting them only costs messages
 
 
@@ -79,13 +82,20 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
         raise UserError(f"{key}={size} is not divisible by {what}; try {nearest}")
 
 
-def check_height(size: int, mesh: Mesh, *, key: str) -> None:
-    """Raises UserError, naming the nearest sizes that fit, unless mesh.spatial divides `size`."""
+def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> None:
+    """Raises UserError, naming sizes that fit, unless mesh.spatial can split pictures of `size`.
+
+    compression: the model's f. Each part gets as many rows of latents, and MIN_ROWS at least.
+    """
     parts = mesh.shape["spatial"]
-    if size % parts:
-        down, up = size // parts * parts, -(-size // parts) * parts
-        nearest = f"{down} or {up}" if down else f"{up}"
-        raise UserError(f"{key}={size} is not divisible by mesh.spatial={parts}; try {nearest}")
+    step = parts * compression
+    least = step * MIN_ROWS
+    if parts > 1 and (size % step or size < least):
+        near = sorted({max(size // step * step, least), max(-(-size // step) * step, least)})
+        raise UserError(
+            f"{key}={size} cannot be split over mesh.spatial={parts}: it must be a multiple of "
+            f"{step}, at least {least}; try {' or '.join(map(str, near))}"
+        )
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
@@ -98,11 +108,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def image_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of images or latents [B, H, W, C] of any size: what does not divide stays whole."""
+def image_sharding(mesh: Mesh, shape: tuple[int, ...], latent_rows: int) -> NamedSharding:
+    """Of images or latents [B, H, W, C] of any size: what cannot be split stays whole.
+
+    latent_rows: how many there are of the latents that these are or belong to.
+    """
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    batch = None if shape[0] % rows else BATCH_AXES
-    return NamedSharding(mesh, P(batch, None if shape[1] % mesh.shape["spatial"] else "spatial"))
+    parts = mesh.shape["spatial"]
+    whole = shape[1] % parts or latent_rows < MIN_ROWS * parts
+    return NamedSharding(
+        mesh, P(None if shape[0] % rows else BATCH_AXES, None if whole else "spatial")
+    )
 
 
 @functools.lru_cache(maxsize=16)

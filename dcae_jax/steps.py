@@ -269,8 +269,10 @@ class _Gan:
 
         def loss_fn(params):
             # One batch of both: BatchNorm must not tell them apart by its statistics.
-            both, stats = self.logits(params, jnp.concatenate([real, fake]))
-            on_real, on_fake = jnp.split(both, 2)
+            # In pairs, so that each device keeps the images it has.
+            pairs = jnp.stack([real, fake], axis=1)
+            both, stats = self.logits(params, pairs.reshape(-1, *real.shape[1:]))
+            on_real, on_fake = jnp.moveaxis(both.reshape(*pairs.shape[:2], *both.shape[1:]), 1, 0)
             total = losses.hinge(on_real, on_fake)
             metrics = {
                 "gan_d_loss": total,

@@ -290,10 +290,10 @@ def check(config: Any, mesh: Mesh) -> None:
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
-        sharding.check_height(size, mesh, key=key)
+        sharding.check_height(size, mesh, key=key, compression=arch.compression)
     for size in config.evaluate.resolutions:
         evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
-        sharding.check_height(size, mesh, key="evaluate.resolutions")
+        sharding.check_height(size, mesh, key="evaluate.resolutions", compression=arch.compression)
     if config.loss.gan_weight:
         least = patchgan.smallest_input(config.loss.gan_layers)
         if min(config_lib.training_resolutions(config)) < least:
