@@ -19,10 +19,9 @@ from PIL import Image
 from small_judges import two_processes
 
 import dcae_jax
-from dcae_jax import checkpoint, data, encode, latents, main, preemption, report, sharding, state
+from dcae_jax import checkpoint, data, encode, latents, main, preemption, report, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import layers
 
 COUNT, SIZE = 23, 32  # pictures of the fixture, and pixels that they are cut to
 
