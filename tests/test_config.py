@@ -49,7 +49,11 @@ def _reads():
         for node in nodes:
             for target in node.targets if isinstance(node, ast.Assign) else ():
                 tuples = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-                pairs = zip(target.elts, node.value.elts) if tuples else [(target, node.value)]
+                pairs = (
+                    zip(target.elts, node.value.elts, strict=False)
+                    if tuples
+                    else [(target, node.value)]
+                )
                 for name, value in pairs:
                     if isinstance(name, ast.Name) and getattr(value, "attr", "") in SECTIONS:
                         section_of[name.id] = value.attr
