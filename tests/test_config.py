@@ -15,7 +15,7 @@ from conftest import CONFIGS
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae
+from dcae_jax.models import dcae, sdvae
 
 PACKAGE = pathlib.Path(config_lib.__file__).parent
 
@@ -82,7 +82,7 @@ def test_every_key_is_read_outside_config_py(key):
 
 def _training_configs():
     for path in sorted(glob.glob(os.path.join(CONFIGS, "*.py"))):
-        for variant in dcae.VARIANTS:
+        for variant in (*dcae.VARIANTS, *sdvae.VARIANTS):
             try:
                 config = config_lib.load_file(path, variant)
             except TypeError:  # takes no variant

@@ -13,7 +13,7 @@ from conftest import CONFIGS
 from dcae_jax import checkpoint, data, losses, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan
+from dcae_jax.models import dcae, layers, patchgan, sdvae
 
 
 def _phase(number, small, variant="tiny"):
@@ -81,7 +81,7 @@ def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
         np.testing.assert_array_equal(old_latents, encode(averaged))
 
 
-@pytest.mark.parametrize("variant", dcae.VARIANTS)
+@pytest.mark.parametrize("variant", [*dcae.VARIANTS, *sdvae.VARIANTS])
 def test_the_default_patterns_fit_every_variant(variant, one_device):
     """Catches 'last stage' patterns that name an empty stage, or another model's."""
     for number, shares in ((2, (0.02, 0.75)), (3, (1e-6, 0.1))):
