@@ -253,3 +253,32 @@ def test_the_discriminator_learns_to_tell_blurred_from_sharp(small, one_device):
         np.any(np.asarray(before.discriminator.params[k]) != np.asarray(leaf))
         for k, leaf in after.discriminator.params.items()
     )
+
+
+def test_r1_is_the_mean_squared_slope_on_real_pictures(small, one_device):
+    """Catches R1 on the fakes, over the batch instead of each picture, or without its half."""
+    config = _phase(3, small)
+    config.loss.gan_channels = 4
+    plan = state.blueprint(config, one_device)
+    other = state.init_state(config, one_device, plan).discriminator
+    rng = np.random.default_rng(0)
+    real, fake = (jnp.asarray(rng.uniform(-1, 1, (2, 32, 32, 3)), jnp.float32) for _ in range(2))
+
+    def gradients(r1):
+        config.loss.gan_r1 = r1
+        gan = steps._Gan(config, plan, other, jax.random.key(0))
+        return jax.jit(gan.discriminator_gradients)(real, fake)[0]
+
+    def penalty(params):
+        def squared_slope(picture):
+            model = layers.merge(plan.discriminator.graph, {**params, **other.stats})
+            return jnp.sum(jax.grad(lambda x: model(x[None]).mean())(picture) ** 2)
+
+        return 0.5 * (squared_slope(real[0]) + squared_slope(real[1])) / 2
+
+    want = jax.jit(jax.grad(penalty))(other.params)
+    without, with_r1 = gradients(0.0), gradients(10.0)
+    for name, value in want.items():
+        scale = 1e-3 * float(jnp.abs(value).max()) + 1e-6
+        np.testing.assert_allclose((with_r1[name] - without[name]) / 10, value, atol=scale)
+    assert max(float(jnp.abs(value).max()) for value in want.values()) > 1e-3
