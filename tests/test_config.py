@@ -108,7 +108,7 @@ def test_every_training_config_builds_its_abstract_state(config, one_device):
     [
         ("dtype", "float16", "dtype='float16'"),
         ("batch_size", 0, "batch_size=0"),
-        ("accumulate", 3, "not divisible by accumulate=3"),
+        ("accumulate", 3, "not divisible by accumulate=3; try 255 or 258"),
         ("ema_decay", 1.0, "ema_decay"),
         ("data.crop", "squash", "data.crop='squash'"),
         ("data.crop_area", (0.5, 0.2), "data.crop_area"),
