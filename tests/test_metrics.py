@@ -271,7 +271,7 @@ def test_golden_numbers_are_those_of_torch_fidelity():
     pytest.importorskip("tqdm")
     numbers = judges.fidelity_numbers(*synthetic(), subsets=10)
     for name, value in golden("features, 10 subsets").items():
-        np.testing.assert_allclose(numbers[name], value, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_scores_refuse_too_few_rows():
