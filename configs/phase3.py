@@ -17,6 +17,8 @@ def get_config(variant="f32c32"):
     config.model.variant = variant
     config.phase = 3
     config.trainable = (r"decoder\.stages\.{outermost}\..*", r"decoder\.project_out\..*")
+    if variant == "sd-vae-f8":
+        config.trainable = (r"decoder\.(stages\.{outermost}|norm_out|conv_out)\..*",)
     config.batch_size = 96
     config.steps = 20_000
     config.loss.gan_weight = 0.5

@@ -322,8 +322,11 @@ def check(config: ConfigDict) -> None:
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
     if config.batch_size % config.accumulate:
+        down = config.batch_size // config.accumulate * config.accumulate
+        nearest = f"{down} or {down + config.accumulate}" if down else f"{config.accumulate}"
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
+            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
+            f"try {nearest}"
         )
     if config.profile_steps and len(config.profile_steps) != 2:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")

@@ -53,13 +53,18 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
     rows = [(name, pca_scores(config, source, f, channels))]
-    columns: dict[int, list[np.ndarray]] = {}
+    shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
         results = evaluate.evaluate(config, model.graph, model.weights, mesh, source)
         rows.append((phase.replace("phase", "after phase "), evaluate.flat_scores(results)))
         for size, result in results.items():
-            columns.setdefault(size, [result.images]).append(result.outputs)
-    return rows, {size: report.image_grid(c, tile=256) for size, c in columns.items()}
+            shown.setdefault(size, [result.images]).append(result.outputs)
+    return rows, {size: report.image_grid(columns(c), tile=256) for size, c in shown.items()}
+
+
+def columns(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """[photographs, and what each phase makes of them] with four times what the last changed."""
+    return [*pictures, report.difference(*pictures[-2:])]
 
 
 def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, float]:
@@ -119,7 +124,8 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
     }
     curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
     images = "".join(
-        f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)}</p>"
+        f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
+        "what phase 3 changed, on grey: the texture that it learned</p>"
         f"<img src='data:image/png;base64,{_base64(grid)}' alt='reconstructions'>"
         for size, grid in pictures.items()
     )
@@ -136,7 +142,7 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dcae_jax demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }}
 td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
 td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}

@@ -520,7 +520,7 @@ class _Writer:
 
     def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
         """Takes an evaluation into the row of `step`, and writes its pictures."""
-        self.scores = evaluate.flat_scores(results)
+        self.scores = evaluate.row_values(results)
         self.pending = self.pending or (step, {}, {})
         if self.events is None:
             return
@@ -549,12 +549,16 @@ class _Writer:
 
 
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
-    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts."""
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
+
+    A score that did not move stands on neither side.
+    """
     sides = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
         text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
         loss = (before - after) * (-1 if name.startswith(LOWER_IS_BETTER) else 1)
-        sides["worse" if loss > 0 else "better"].append(text)
+        if loss:
+            sides["worse" if loss > 0 else "better"].append(text)
     return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
 
 

@@ -25,6 +25,15 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
 
 
+def test_the_grid_shows_what_phase_3_changed():
+    """Catches the difference to the photograph, or of the other phases, under that heading."""
+    photo, one, two, three = (np.full((1, 2, 2, 3), v, np.uint8) for v in (9, 50, 100, 100))
+    three[0, 0, 0] += 5
+    *first, change = demo.columns([photo, one, two, three])
+    assert [c[0, 0, 0, 0] for c in first] == [9, 50, 100, 105]
+    assert (change[0, 0, 0] == 128 + 4 * 5).all() and (change[0, 1] == 128).all()
+
+
 def test_pca_is_the_best_linear_code_of_its_size():
     """Catches a baseline that is too weak: with as many numbers as pixels it is exact, with
     fewer it is worse, and no better than the phases' own score on other crops."""
