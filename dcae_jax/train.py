@@ -46,6 +46,7 @@ from dcae_jax.state import Blueprint, TrainState
 Totals = dict[str, clu_metrics.Metric]
 
 DONE = 0
+PHASES = ("phase1", "phase2", "phase3")  # folders of the job `phases`, in order
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
@@ -153,7 +154,7 @@ def run_phases(config: Any, workdir: str) -> int:
     A phase that is done is not run again, so that the same command resumes the chain.
     """
     before = ""
-    for phase in ("phase1", "phase2", "phase3"):
+    for phase in PHASES:
         folder = os.path.join(workdir, phase)
         one = config[phase].copy_and_resolve_references()
         one.init_from = before
