@@ -7,6 +7,7 @@ anywhere, the same command continues to the same numbers.
 """
 
 import collections
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -144,6 +145,7 @@ def run(config: Any, workdir: str) -> int:
                 (state, totals, start or 0, index),
             )
         finally:
+            _end_profile(config)
             manager.wait_until_finished()
             manager.close()
 
@@ -603,4 +605,11 @@ def _profile(config: Any, step: int, workdir: str) -> None:
     if step == first:
         jax.profiler.start_trace(os.path.join(workdir, "profile"))
     elif step == last + 1:
-        jax.profiler.stop_trace()
+        _end_profile(config)
+
+
+def _end_profile(config: Any) -> None:
+    """Writes the trace, also where the run ends before the last step of its window."""
+    if config.profile_steps:
+        with contextlib.suppress(RuntimeError):  # there is none
+            jax.profiler.stop_trace()
