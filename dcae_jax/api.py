@@ -119,14 +119,18 @@ class Autoencoder:
 
     @functools.cached_property
     def _decode(self):
-        return jax.jit(lambda weights, z: layers.merge(self.graph, weights).decode(z))
+        def decode(weights, z):
+            images = layers.merge(self.graph, weights).decode(z)
+            if self.mesh.shape["spatial"] == 1:
+                return images
+            # Also where the latents are too few to be split: the images are what takes memory.
+            place = sharding.image_sharding(self.mesh, images.shape)
+            return jax.lax.with_sharding_constraint(images, place)
+
+        return jax.jit(decode)
 
     def _place(self, x: Any) -> Array:
-        x = jnp.asarray(x)
-        divides = x.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        divides = divides and x.shape[1] % self.mesh.shape["spatial"] == 0
-        shard = sharding.batch_sharding(self.mesh, 4) if divides else sharding.replicated(self.mesh)
-        return jax.device_put(x, shard)
+        return jax.device_put(jnp.asarray(x), sharding.image_sharding(self.mesh, x.shape))
 
 
 def _check_shape(name, x, channels, multiples):

@@ -182,7 +182,13 @@ def default() -> ConfigDict:
     m.fsdp = 1  # the batch, and the weights and moments
     m.tensor = 1  # heads and MLPs of transformers
     m.spatial = 1  # the height of images
-    c.sharding = ((".*", "fsdp"),)  # (path pattern, rule), first match: fsdp or replicate
+    # (path pattern, rule), first match: fsdp, rows, columns or replicate (docs/scaling_mesh.md)
+    c.sharding = (
+        (r"\w*blocks?\b.*\.(qkv|proj|fc2|skip_linear)\.kernel", "rows"),
+        (r"(\w*blocks?|final_layer)\b.*\.adaLN_modulation\.linear\.kernel", "rows"),
+        (r"\w*blocks?\b.*\.fc1\.(kernel|bias)", "columns"),
+        (r".*", "fsdp"),
+    )
     return c
 
 
@@ -199,6 +205,11 @@ def load_file(path: str, variant: str | None = None) -> ConfigDict:
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The configuration as JSON values (tuples become lists)."""
     return json.loads(json.dumps(config.to_dict()))
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'loss.l1_weight': 1.0, ...}, of JSON values."""
+    return _flatten(to_json(config))
 
 
 def identity_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -89,7 +89,8 @@ def batches(
     """(the numbers of the rows among all images, this process's batch), every image once."""
     settings = config.evaluate
     sharding.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
-    process, processes = jax.process_index(), jax.process_count()
+    sharding.check_height(size, mesh, key="evaluate.resolutions")
+    process, processes = sharding.share(mesh)
     found = data.evaluation_batches(
         source,
         size=size,

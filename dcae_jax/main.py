@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m dcae_jax.main --config=configs/phase1.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
 
+Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere start each with
+--coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
+
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, told
 in one line; 75 saved after SIGTERM, and the same command resumes.
 """
@@ -38,15 +41,20 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
         return 0
     try:
+        from dcae_jax import hosts
+
+        given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
         use_compile_cache()
+        hosts.start(given, preemptible=config.job in ("train", "phases", "sample"))
+        hosts.agree(config_lib.flatten(config) | {"workdir": workdir})
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except Exception as error:
-        if type(error).__name__ != "Diverged":
+        if type(error).__name__ not in ("Diverged", "Absent"):
             raise
         sys.stderr.write(f"error: {error}\n")
         return FAILED

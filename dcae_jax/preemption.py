@@ -6,12 +6,22 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import jax
+
+from dcae_jax import hosts
+
 STATUS = 75  # exit status of a job that stopped early and resumes with the same command
 
 
 @contextlib.contextmanager
-def flag() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets meanwhile, so that a job can stop where it is safe."""
+def flag(together: bool = False) -> Iterator[threading.Event | hosts.Notice]:
+    """An event that SIGTERM sets meanwhile, so that a job can stop where it is safe.
+
+    together: all processes of the run ask `is_set` equally often, and are told alike.
+    """
+    if together and jax.process_count() > 1:
+        yield hosts.Notice()
+        return
     event, old = threading.Event(), None
     if threading.current_thread() is threading.main_thread():
         old = signal.signal(signal.SIGTERM, lambda *_: event.set())

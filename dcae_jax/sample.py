@@ -52,7 +52,7 @@ def run(config: Any, workdir: str) -> int:
         logging.info("%s is there already: %d samples", done, config.sample.count)
         return 0
     count, size = config.sample.count, config.sample.batch_size
-    with preemption.flag() as stopped, _progress(count) as bar:
+    with preemption.flag(together=True) as stopped, _progress(count) as bar:
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
             bar.update(len(numbers))

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of devices, and where each array of a run lies on it."""
+"""The mesh of devices, where each array of a run lies on it, and how a program uses it there.
 
+Weights lie split (`state_shardings`) and are put together where they are used (`Layout`). Left to
+itself, XLA may as well gather the activations of the whole batch, or compute with replicas.
+"""
+
+import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -34,8 +40,18 @@ def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh ({text}) does not fit {len(devices)} devices; its sizes must multiply to "
             f"{len(devices)}, or use -1 for one of them"
         )
-    grid = mesh_utils.create_device_mesh(shape, devices) if len(devices) > 1 else None
-    return Mesh(np.array(devices).reshape(shape) if grid is None else grid, AXES)
+    return Mesh(_grid(shape, devices), AXES)
+
+
+def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
+    """The devices in the order that suits their network: between TPU slices, only data is split."""
+    if len(devices) == 1:
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or shape[0] % slices:
+        return mesh_utils.create_device_mesh(shape, devices)
+    within = [shape[0] // slices, *shape[1:]]
+    return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -63,6 +79,15 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
         raise UserError(f"{key}={size} is not divisible by {what}; try {nearest}")
 
 
+def check_height(size: int, mesh: Mesh, *, key: str) -> None:
+    """Raises UserError, naming the nearest sizes that fit, unless mesh.spatial divides `size`."""
+    parts = mesh.shape["spatial"]
+    if size % parts:
+        down, up = size // parts * parts, -(-size // parts) * parts
+        nearest = f"{down} or {up}" if down else f"{up}"
+        raise UserError(f"{key}={size} is not divisible by mesh.spatial={parts}; try {nearest}")
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of an array whose first axis is the batch; images [B, H, W, C] are split in height too."""
     spec = P(BATCH_AXES, "spatial") if ndim == 4 else P(BATCH_AXES)
@@ -73,12 +98,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def image_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Of images or latents [B, H, W, C] of any size: what does not divide stays whole."""
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batch = None if shape[0] % rows else BATCH_AXES
+    return NamedSharding(mesh, P(batch, None if shape[1] % mesh.shape["spatial"] else "spatial"))
+
+
+@functools.lru_cache(maxsize=16)
+def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """{process: the places along BATCH_AXES where it has devices}."""
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    found: dict[int, set[int]] = {}
+    for place, devices in enumerate(rows):
+        for device in devices:
+            found.setdefault(device.process_index, set()).add(place)
+    return {process: tuple(sorted(places)) for process, places in found.items()}
+
+
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(this process's share of each global batch, number of shares).
+
+    Processes among which tensor or spatial is split have the same share. Raises UserError where
+    shares overlap in part.
+    """
+    shares = sorted(set(_places(mesh).values()))
+    covered = sum(map(len, shares))
+    if covered > len(set().union(*shares)) or len(set(map(len, shares))) > 1:
+        raise UserError(
+            f"mesh ({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) gives processes a part "
+            "of each other's images; let tensor * spatial divide the devices of a process, or be "
+            "a multiple of them"
+        )
+    return shares.index(_places(mesh)[jax.process_index()]), len(shares)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, as global arrays."""
-    return {
-        key: jax.make_array_from_process_local_data(batch_sharding(mesh, value.ndim), value)
-        for key, value in batch.items()
-    }
+    """This process's `share` of a global batch, as global arrays."""
+    return {key: _put_rows(np.asarray(value), mesh) for key, value in batch.items()}
+
+
+def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    places, shares = _places(mesh)[jax.process_index()], share(mesh)[1]
+    rows = len(value) // len(places)  # at one place
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        first = places.index((index[0].start or 0) // rows) * rows
+        return value[(slice(first, first + rows), *index[1:])]
+
+    shape = (len(value) * shares, *value.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
 
 
 def put(value: Any, place: NamedSharding) -> jax.Array:
@@ -87,16 +156,64 @@ def put(value: Any, place: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
-def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh) -> P:
-    """Where a weight of `shape` lies: 'fsdp' splits its largest axis that divides."""
-    if rule not in ("fsdp", "replicate"):
-        raise UserError(f"sharding rule {rule!r} is not known; choose fsdp or replicate")
-    parts = mesh.shape["fsdp"]
-    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if rule == "replicate" or parts == 1 or math.prod(shape) < SMALL or not fitting:
-        return P()
-    axis = max(fitting, key=lambda a: shape[a])
-    return P(*(["fsdp" if a == axis else None for a in range(axis + 1)]))
+RULES = ("fsdp", "rows", "columns", "replicate")
+
+
+def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh, stacked: bool = False) -> P:
+    """Where a weight of `shape` lies.
+
+    'fsdp' splits its largest axis that divides over that mesh axis. 'rows' splits a kernel's
+    inputs over the mesh axis tensor and 'columns' its outputs, after which fsdp splits as before.
+    With `stacked`, the first axis is the layer, which is never split: a loop takes one at a time.
+    """
+    if rule not in RULES:
+        raise UserError(f"sharding rule {rule!r} is not known; choose one of {', '.join(RULES)}")
+    first = 1 if stacked else 0
+    left, names = list(shape), [() for _ in shape]
+    axis = len(shape) - {"rows": 2, "columns": 1}.get(rule, len(shape) + 1)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    if axis >= first and tensor > 1 and left[axis] % tensor == 0:
+        left[axis] //= tensor
+        names[axis] += ("tensor",)
+    fitting = [a for a in range(first, len(shape)) if left[a] % fsdp == 0]
+    if rule != "replicate" and fsdp > 1 and math.prod(shape[first:]) >= SMALL and fitting:
+        names[max(fitting, key=lambda a: left[a])] += ("fsdp",)
+    while names and not names[-1]:
+        names.pop()
+    return P(*(name[0] if len(name) == 1 else name or None for name in names))
+
+
+def _rule(path: str, rules: Sequence[Sequence[str]]) -> str:
+    """The first of the (pattern, rule) pairs that matches the path; 'replicate' if none does."""
+    return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), "replicate")
+
+
+def check_tensor(weights: dict[str, Any], rules: Sequence[Sequence[str]], mesh: Mesh) -> None:
+    """Raises UserError where devices along mesh.tensor would all do the same."""
+    specs = [weight_spec(w.shape, _rule(k, rules), mesh, "*" in k) for k, w in weights.items()]
+    if mesh.shape["tensor"] > 1 and all(map(_without_tensor, specs)):
+        raise UserError(
+            f"mesh.tensor={mesh.shape['tensor']} splits nothing of this model, which is no "
+            "transformer or does not divide; use mesh.data, mesh.fsdp or mesh.spatial"
+        )
+
+
+def _without_tensor(spec: P) -> bool:
+    return not any(names == "tensor" or "tensor" in (names or ()) for names in spec)
+
+
+def check_rules(rules: Sequence[Sequence[str]]) -> None:
+    """Raises UserError unless each of config.sharding is (regular expression, known rule)."""
+    for pair in rules:
+        if len(pair) != 2 or pair[1] not in RULES:
+            raise UserError(
+                f"sharding has {tuple(pair)!r}; give (path pattern, rule) with a rule of "
+                f"{', '.join(RULES)}"
+            )
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            raise UserError(f"sharding has the pattern {pair[0]!r}: {error}; mend it") from error
 
 
 def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> Any:
@@ -110,7 +227,92 @@ def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> A
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not names or not leaf.shape:
             return replicated(mesh)
-        rule = next((rule for pattern, rule in rules if re.fullmatch(pattern, names[-1])), None)
-        return NamedSharding(mesh, weight_spec(leaf.shape, rule or "replicate", mesh))
+        spec = weight_spec(leaf.shape, _rule(names[-1], rules), mesh, "*" in names[-1])
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes of the arrays (or shapes with a sharding) of `tree` on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+# --- in a program ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh and the rules of a run, as a value that models and steps take along."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str], ...]
+
+    def use(self, weights: dict[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
+        """`weights` put together over fsdp for use, still split over tensor.
+
+        Their gradients are brought back to where the weights lie, so that neither stays whole.
+        Stacked ones are left for the loop over layers, which passes one layer's weights and the
+        `prefix` of their paths ('blocks.*.').
+        """
+        return {
+            name: value if "*" in name else self._use(value, prefix + name)
+            for name, value in weights.items()
+        }
+
+    def _use(self, value: jax.Array, path: str) -> jax.Array:
+        stored = weight_spec(value.shape, _rule(path, self.rules), self.mesh)
+        if not any(stored):
+            return value
+        used = P(*(_without_fsdp(names) for names in stored))
+        return _moved(value, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
+
+    def by_head(self, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A kernel [inputs, 3 C] in 'rows' -> `shape` [inputs, 3, heads, D], split in its heads.
+
+        A part of the 3 C channels in a row would hold, say, all heads of q and none of k.
+        """
+        kernel = _pin(kernel, self.mesh, P("tensor"))  # its gradient passes here on its way back
+        return _pin(kernel.reshape(shape), self.mesh, P(None, None, "tensor"))
+
+
+def whole(weights: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """`weights` of a model that is not split, put together for use, as in `Layout.use`."""
+    if mesh.size == 1:
+        return weights
+    return {name: _pin(value, mesh, P()) for name, value in weights.items()}
+
+
+def tokens(layout: Layout | None, x: jax.Array, axis: int = 0) -> jax.Array:
+    """x [B, ...], split in its batch, and in `axis` > 0 over tensor: heads or hidden channels."""
+    if layout is None:
+        return x
+    return _pin(x, layout.mesh, P(BATCH_AXES, *[None] * (axis - 1), *["tensor"] * (axis > 0)))
+
+
+def _pin(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def layout(config: Any, mesh: Mesh) -> Layout | None:
+    """The Layout of a run; None where every device has all weights whole."""
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return None
+    return Layout(mesh, tuple((pattern, rule) for pattern, rule in config.sharding))
+
+
+def _without_fsdp(names: str | tuple[str, ...] | None) -> str | None:
+    """One entry of a PartitionSpec with fsdp left out."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return "tensor" if "tensor" in names else None
+
+
+def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+    """x, laid out as `there`; its gradient, laid out as `back`."""
+    move = jax.lax.with_sharding_constraint
+    moved = jax.custom_vjp(lambda x: move(x, there))
+    moved.defvjp(lambda x: (move(x, there), None), lambda _, gradient: (move(gradient, back),))
+    return moved(x)

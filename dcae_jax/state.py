@@ -68,6 +68,7 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
+    layout: sharding.Layout | None = None  # where weights lie split
 
 
 def model_module(model_config: Any) -> Any:
@@ -92,6 +93,7 @@ def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
             init=init,
             remat=config.remat == "blocks",
             unroll=config.unroll,
+            layout=sharding.layout(config, mesh),
         )
     return model_module(config.model).create(
         config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
@@ -127,8 +129,9 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
+    layout = sharding.layout(config, mesh)
     if config.objective:
-        return Blueprint(graph, params, stats, trained | moving, optimizer, None, "")
+        return Blueprint(graph, params, stats, trained | moving, optimizer, None, "", layout)
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -136,7 +139,7 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer)
+    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer, layout)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:

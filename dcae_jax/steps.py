@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import diffusion, losses, optim
+from dcae_jax import diffusion, losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Blueprint, Discriminator, TrainState
@@ -74,6 +74,22 @@ def make_step(config: Any, plan: Blueprint) -> Step:
         return new, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
     return step
+
+
+def jit_step(config: Any, plan: Blueprint, abstract: TrainState) -> Any:
+    """The step, jitted; the state that it is given is given up, and stays where it lies.
+
+    abstract: the state as `state.abstract_state` gives it.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = sharding.replicated(places.step.mesh)
+    step = make_step(config, plan)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
+def use(plan: Blueprint, weights: Weights) -> Weights:
+    """Weights that lie split, as a program computes with them."""
+    return plan.layout.use(weights) if plan.layout else weights
 
 
 def to_float(images: Array) -> Array:
@@ -153,7 +169,7 @@ def _denoising(config: Any, plan: Blueprint, state: TrainState, batch: Batch, ke
     labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
 
     def loss_fn(params):
-        model = layers.merge(plan.graph, _constant_where_frozen(plan, params))
+        model = layers.merge(plan.graph, use(plan, _constant_where_frozen(plan, params)))
         return diffusion.loss(config.objective, lambda x, t: model(x, t, labels), x0, key)
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -184,7 +200,8 @@ def _reconstruction(
     """
 
     def forward(params):
-        model = layers.merge(plan.graph, {**_constant_where_frozen(plan, params), **state.stats})
+        weights = use(plan, _constant_where_frozen(plan, params))
+        model = layers.merge(plan.graph, {**weights, **state.stats})
         layers.train_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
@@ -236,7 +253,8 @@ class _Gan:
 
     def logits(self, params: Weights, pictures: Array) -> tuple[Array, Weights]:
         """(logits [B, h, w], statistics after this pass)."""
-        model = layers.merge(self.plan.discriminator.graph, {**params, **self.state.stats})
+        weights = {**use(self.plan, params), **self.state.stats}
+        model = layers.merge(self.plan.discriminator.graph, weights)
         layers.train_norms(model, lambda name: True)
         if self.config.loss.gan_diff_augment:
             pictures = losses.diff_augment(self.key, pictures)

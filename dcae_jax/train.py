@@ -30,6 +30,7 @@ from dcae_jax import (
     checkpoint,
     data,
     evaluate,
+    hosts,
     losses,
     matching,
     preemption,
@@ -77,15 +78,17 @@ def run(config: Any, workdir: str) -> int:
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
+    sharding.check_tensor(plan.params, config.sharding, mesh)
     source = source or data.training_source(config.data)
+    hosts.agree({"step": start or 0})
     judges = load_judges(config, mesh)
     look = (
         _opened_previews(config, mesh, plan, manifest)
         if manifest
         else _opened_judges(config, mesh, plan)
     )
-    step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, plan)
+    step_fn = steps.jit_step(config, plan, abstract)
     traced = {
         size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
         for size in batch_sizes(config)
@@ -114,7 +117,7 @@ def run(config: Any, workdir: str) -> int:
                 "mesh": dict(mesh.shape),
             },
         )
-        logging.info("%s", parameter_table(plan))
+        logging.info("%s\n%s", parameter_table(plan), memory_table(abstract, mesh))
 
     compiled = {}
     for size, trace in traced.items():
@@ -125,7 +128,7 @@ def run(config: Any, workdir: str) -> int:
     if judges:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
-    with preemption.flag() as preempted, _Writer(workdir, start or 0) as writer:
+    with preemption.flag(together=True) as preempted, _Writer(workdir, start or 0) as writer:
         evaluate_now = functools.partial(look, writer)
         if start is None and config.evaluate_first:
             evaluate_now(0, state)
@@ -182,7 +185,7 @@ def _loop(
     position: tuple[TrainState, Totals, int, int],
 ) -> int:
     state, totals, start, index = position
-    batches = data.training_batches(config, source, index, jax.process_index(), jax.process_count())
+    batches = data.training_batches(config, source, index, *sharding.share(mesh))
     accumulate = jax.jit(add_metrics, donate_argnums=0)
     in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
     clock = _Clock(config.batch_size, start)
@@ -275,6 +278,7 @@ def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[st
 def check(config: Any, mesh: Mesh) -> None:
     """Raises UserError where the configuration does not fit itself, the model or the devices."""
     config_lib.check(config)
+    sharding.check_rules(config.sharding)
     sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
     if config.objective:
         if config.mesh.spatial > 1:
@@ -289,8 +293,10 @@ def check(config: Any, mesh: Mesh) -> None:
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
+        sharding.check_height(size, mesh, key=key)
     for size in config.evaluate.resolutions:
         evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
+        sharding.check_height(size, mesh, key="evaluate.resolutions")
     if config.loss.gan_weight:
         least = patchgan.smallest_input(config.loss.gan_layers)
         if min(config_lib.training_resolutions(config)) < least:
@@ -443,6 +449,26 @@ def parameter_table(plan: Blueprint) -> str:
     rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
     total = [sum(row[i] for row in rows) for i in (1, 2)]
     return report.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])
+
+
+def memory_table(abstract: TrainState, mesh: Mesh) -> str:
+    """Megabytes of the state's parts on one device, and what a single device would hold."""
+    parts = {
+        "parameters": abstract.params,
+        "moments": abstract.opt_state,
+        "EMA": abstract.ema,
+        "discriminator": abstract.discriminator,
+        "other": (abstract.stats, abstract.step, abstract.skipped, abstract.skipped_in_row),
+    }
+    rows = []
+    for name, part in parts.items():
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+        if whole:
+            rows.append([name, sharding.chip_bytes(part) / 1e6, whole / 1e6])
+    total = ["total", *(sum(row[i] for row in rows) for i in (1, 2))]
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    head = [f"MB, mesh {shape}", "a chip", "whole"]
+    return report.table([head, *rows, total])
 
 
 # --- metrics --------------------------------------------------------------------------------------

@@ -38,8 +38,11 @@ def write_pictures(root, pictures):
         Image.fromarray(picture).save(root / f"{i:04d}.png")
 
 
-def two_processes(script, settings):
-    """Runs `script` in two processes of two devices; -> what the last line of each says, if any."""
+def two_processes(script, settings, start=None):
+    """Runs `script` in two processes of two devices; -> what the last line of each says, if any.
+
+    start: what comes before it, instead of START, which joins them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         settings = settings | {"address": f"127.0.0.1:{free.getsockname()[1]}"}
@@ -51,7 +54,12 @@ def two_processes(script, settings):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", START + script, json.dumps(settings | {"process": i})],
+            [
+                sys.executable,
+                "-c",
+                (start or START) + script,
+                json.dumps(settings | {"process": i}),
+            ],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -29,7 +29,8 @@ FLOORS = [
     ["models.layers", "models.names"],
     ["data", "sharding", "optim", "metrics", "tiling"],
     ["latents"],
-    ["report", "preemption"],
+    ["preemption"],
+    ["hosts", "report"],
     ["config"],
 ]
 

@@ -27,6 +27,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names, transformer
 from dcae_jax.models.layers import Array, Weights
+from dcae_jax.sharding import Layout, tokens
 
 FREQUENCIES = 256  # features of the time
 EPS = 1e-6  # of every LayerNorm; none has parameters
@@ -143,7 +144,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 class Block(nnx.Module):
     """Attention, then MLP, each on the modulated input, gated, and added to it."""
 
-    def __init__(self, arch: Architecture, *, dtype, init):
+    def __init__(self, arch: Architecture, *, dtype, init, layout):
         width, hidden = arch.width, transformer.MLP_RATIO * arch.width
         xavier = transformer.xavier
         self.attn = transformer.Attention(
@@ -154,17 +155,27 @@ class Block(nnx.Module):
             fill_proj=xavier(width, width),
             dtype=dtype,
             init=init,
+            layout=layout,
         )
         fill = xavier(width, hidden)  # the same bound in both directions
         self.mlp = transformer.MLP(
-            width, approximate=True, fill_in=fill, fill_out=fill, dtype=dtype, init=init
+            width,
+            approximate=True,
+            fill_in=fill,
+            fill_out=fill,
+            dtype=dtype,
+            init=init,
+            layout=layout,
         )
         self.adaLN_modulation = Modulation(width, 6, init=init)
+        self.layout = layout
 
     def __call__(self, x: Array, c: Array) -> Array:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         x = x + (gate1 * self.attn(modulate(x, shift1, scale1))).astype(x.dtype)
-        return x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
+        x = tokens(self.layout, x)
+        x = x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
+        return tokens(self.layout, x)
 
 
 class FinalLayer(nnx.Module):
@@ -182,7 +193,9 @@ class FinalLayer(nnx.Module):
 class DiT(nnx.Module):
     """The network: (noisy latents, time, labels) -> prediction. See `create`."""
 
-    def __init__(self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool):
+    def __init__(
+        self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool, layout: Layout | None
+    ):
         width, patch = arch.width, arch.patch_size
         self.x_embedder = transformer.PatchEmbed(
             arch.latent_channels,
@@ -198,9 +211,10 @@ class DiT(nnx.Module):
             arch.num_classes + 1, width, fill=transformer.normal(0.02), init=init
         )
         several = transformer.stacked(init, arch.depth)
-        self.blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several)})
+        self.blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several, layout=layout)})
         self.final_layer = FinalLayer(arch, init=init)
         self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
+        self.layout = layout
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
         side = self.arch.latent_size // self.arch.patch_size
@@ -213,19 +227,31 @@ class DiT(nnx.Module):
             lambda block, x, _: (block(x, c), None),
             remat=self.remat,
             unroll=self.unroll,
+            layout=self.layout,
+            prefix="blocks.*.",
         )
         return transformer.from_patches(self.final_layer(x, c), self.arch.patch_size, side)
 
 
-def create(arch: Architecture, *, dtype: Any, init: layers.Init, remat: bool, unroll: bool) -> DiT:
+def create(
+    arch: Architecture,
+    *,
+    dtype: Any,
+    init: layers.Init,
+    remat: bool,
+    unroll: bool,
+    layout: Layout | None = None,
+) -> DiT:
     """The network of `arch`, computing in `dtype`.
 
     It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
     float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
     are 0 .. num_classes - 1, and num_classes means "none".
     remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
+    layout: where weights lie split. Raises UserError if it cannot split the heads.
     """
-    return DiT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll)
+    transformer.check_layout(layout, arch.heads)
+    return DiT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
 
 
 def _shapes(arch: Architecture) -> names.Shapes:

@@ -19,6 +19,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names
 from dcae_jax.models.layers import Array, Fill, Init
+from dcae_jax.sharding import Layout, tokens
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
 MLP_RATIO = 4  # hidden channels of an MLP over its input's
@@ -87,36 +88,52 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head softmax attention. The qkv channels are (q, k, v), each of them (head, channel).
 
-    [B, N, C] -> [B, N, C].
+    [B, N, C] -> [B, N, C]. With a `layout`, each device of its tensor axis has some of the heads.
     """
 
-    def __init__(self, width, heads, *, qkv_bias, fill_qkv, fill_proj, dtype, init):
+    def __init__(self, width, heads, *, qkv_bias, fill_qkv, fill_proj, dtype, init, layout=None):
         self.qkv = Linear(
             width, 3 * width, fill=fill_qkv, use_bias=qkv_bias, dtype=dtype, init=init
         )
         self.proj = Linear(width, width, fill=fill_proj, dtype=dtype, init=init)
-        self.heads = heads
+        self.heads, self.layout = heads, layout
 
     def __call__(self, x: Array) -> Array:
         b, n, width = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, width // self.heads)
+        qkv = self._by_head(x) if self.layout else self.qkv(x)
+        qkv = qkv.reshape(b, n, 3, self.heads, width // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D]
         scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * (width // self.heads) ** -0.5, axis=-1)
         mixed = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
-        return self.proj(mixed.reshape(b, n, width))
+        return tokens(self.layout, self.proj(mixed.reshape(b, n, width)))
+
+    def _by_head(self, x: Array) -> Array:
+        """self.qkv(x) as [B, N, 3, heads, D], whose heads can be split where 3 C cannot."""
+        x, width, dtype = tokens(self.layout, x), x.shape[-1], self.qkv.dtype
+        shape = (3, self.heads, width // self.heads)
+        kernel = self.layout.by_head(self.qkv.kernel[...], (width, *shape))
+        y = jnp.einsum("bnc,ckhd->bnkhd", x.astype(dtype), kernel.astype(dtype))
+        if self.qkv.bias is not None:
+            y += self.qkv.bias[...].reshape(shape).astype(dtype)
+        return tokens(self.layout, y, 3)
 
 
 class MLP(nnx.Module):
-    """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C."""
+    """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C.
 
-    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init):
+    With a `layout`, each device of its tensor axis has some of the 4 C.
+    """
+
+    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init, layout=None):
         self.fc1 = Linear(width, MLP_RATIO * width, fill=fill_in, dtype=dtype, init=init)
         self.fc2 = Linear(MLP_RATIO * width, width, fill=fill_out, dtype=dtype, init=init)
-        self.approximate = approximate
+        self.approximate, self.layout = approximate, layout
 
     def __call__(self, x: Array) -> Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        hidden = tokens(self.layout, self.fc1(tokens(self.layout, x)), 2)
+        hidden = jax.nn.gelu(hidden, approximate=self.approximate)
+        return tokens(self.layout, self.fc2(hidden))
 
 
 class PatchEmbed(nnx.Module):
@@ -177,6 +194,8 @@ def run_blocks(
     *,
     remat: bool,
     unroll: bool,
+    layout: Layout | None = None,
+    prefix: str = "",
 ) -> tuple[Array, Any]:
     """Runs stacked blocks one after the other: (x after the last, their second results stacked).
 
@@ -184,15 +203,21 @@ def run_blocks(
     call(block, x, one layer's part of `each`) -> (x, second result).
     remat: the backward pass computes a block again instead of keeping what is inside it.
     unroll: one copy of the block's program a layer instead of one loop over the layers.
+    layout: where the weights lie split, with the `prefix` of their paths ('blocks.*.'). A layer's
+    are put together when its turn comes.
     """
     graph, weights, _ = layers.split(blocks)
 
     def one(x, inputs):
         layer, part = inputs
+        if layout:
+            x, layer = tokens(layout, x), layout.use(layer, prefix)
         return call(layers.merge(graph, layer), x, part)
 
-    if remat:
-        one = jax.checkpoint(one, prevent_cse=unroll)  # a loop's body needs no such barrier
+    if remat or layout:
+        # A loop's body needs no barrier against the merging of what is computed twice.
+        keep = None if remat else _of_tokens(x.shape[0])
+        one = jax.checkpoint(one, prevent_cse=unroll, policy=keep)
     if not unroll:
         return jax.lax.scan(one, x, (weights, each))
     results = []
@@ -200,6 +225,20 @@ def run_blocks(
         x, result = one(x, jax.tree.map(lambda a, i=i: a[i], (weights, each)))
         results.append(result)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+
+def _of_tokens(batch: int) -> Callable[..., bool]:
+    """What the backward pass keeps of a block: all but weights, which are put together again.
+
+    Kept, the weights of all layers would be whole at once. A result is told by its inputs: of the
+    activations, [batch, N, ...], some are of such a shape.
+    """
+
+    def keep(primitive: Any, *inputs: Any, **settings: Any) -> bool:
+        del primitive, settings
+        return any(value.ndim >= 3 and value.shape[0] == batch for value in inputs)
+
+    return keep
 
 
 def run_block(block: nnx.Module, x: Array, *, remat: bool) -> Array:
@@ -210,6 +249,15 @@ def run_block(block: nnx.Module, x: Array, *, remat: bool) -> Array:
         return layers.merge(graph, layer)(x)
 
     return (jax.checkpoint(run) if remat else run)(weights, x)
+
+
+def check_layout(layout: Layout | None, heads: int) -> None:
+    """Raises UserError unless the heads can be split over mesh.tensor."""
+    if layout and heads % layout.mesh.shape["tensor"]:
+        raise UserError(
+            f"mesh.tensor={layout.mesh.shape['tensor']} does not divide the {heads} heads; take "
+            f"{math.gcd(heads, layout.mesh.shape['tensor'])} or another divisor"
+        )
 
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from flax import nnx
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, names, transformer
 from dcae_jax.models.layers import Array, Weights
+from dcae_jax.sharding import Layout, tokens
 
 EXTRAS = 2  # tokens before the patches: the label and the time
 FILL = transformer.normal(0.02)
@@ -90,7 +91,7 @@ class Block(nnx.Module):
     With `skip`, first a Linear brings x and a kept output, side by side, back to the width.
     """
 
-    def __init__(self, arch: Architecture, *, skip=False, dtype, init):
+    def __init__(self, arch: Architecture, *, skip=False, dtype, init, layout):
         width = arch.width
         if skip:
             self.skip_linear = transformer.Linear(
@@ -105,23 +106,33 @@ class Block(nnx.Module):
             fill_proj=FILL,
             dtype=dtype,
             init=init,
+            layout=layout,
         )
         self.norm2 = transformer.LayerNorm(width, dtype=dtype, init=init)
         self.mlp = transformer.MLP(
-            width, approximate=False, fill_in=FILL, fill_out=FILL, dtype=dtype, init=init
+            width,
+            approximate=False,
+            fill_in=FILL,
+            fill_out=FILL,
+            dtype=dtype,
+            init=init,
+            layout=layout,
         )
+        self.layout = layout
 
     def __call__(self, x: Array, skip: Array | None = None) -> Array:
         if skip is not None:
-            x = self.skip_linear(jnp.concatenate([x, skip], axis=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+            x = tokens(self.layout, self.skip_linear(jnp.concatenate([x, skip], axis=-1)))
+        x = tokens(self.layout, x + self.attn(self.norm1(x)))
+        return tokens(self.layout, x + self.mlp(self.norm2(x)))
 
 
 class UViT(nnx.Module):
     """The network: (noisy latents, time, labels) -> prediction. See `create`."""
 
-    def __init__(self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool):
+    def __init__(
+        self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool, layout: Layout | None
+    ):
         half, width = arch.depth // 2, arch.width
         fan_in = arch.latent_channels * arch.patch_size**2
         patch_fill = layers.uniform(fan_in)
@@ -140,9 +151,10 @@ class UViT(nnx.Module):
         )
         self.pos_embed = nnx.Param(init((arch.tokens, width), FILL))
         several = transformer.stacked(init, half)
-        self.in_blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several)})
-        self.mid_block = Block(arch, dtype=dtype, init=init)
-        self.out_blocks = nnx.Dict({"*": Block(arch, skip=True, dtype=dtype, init=several)})
+        form = dict(dtype=dtype, layout=layout)
+        self.in_blocks = nnx.Dict({"*": Block(arch, init=several, **form)})
+        self.mid_block = Block(arch, init=init, **form)
+        self.out_blocks = nnx.Dict({"*": Block(arch, skip=True, init=several, **form)})
         self.norm = transformer.LayerNorm(width, dtype=jnp.float32, init=init)
         # In float32: it costs nothing beside a block, and the prediction is not rounded.
         self.decoder_pred = transformer.Linear(
@@ -153,16 +165,21 @@ class UViT(nnx.Module):
             init=init,
         )
         self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
+        self.layout = layout
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
-        form = dict(remat=self.remat, unroll=self.unroll)
+        form = dict(remat=self.remat, unroll=self.unroll, layout=self.layout)
         time = transformer.time_features(t, self.arch.width)
         extras = jnp.stack([self.label_emb(labels), time], axis=1)  # [B, 2, C] float32
         x = jnp.concatenate([extras, self.patch_embed(x).astype(jnp.float32)], axis=1)
         x = (x + self.pos_embed[...]).astype(self.dtype)  # [B, 2 + N, C]
 
         x, kept = transformer.run_blocks(
-            self.in_blocks["*"], x, lambda block, x, _: (block(x),) * 2, **form
+            self.in_blocks["*"],
+            x,
+            lambda block, x, _: (block(x),) * 2,
+            prefix="in_blocks.*.",
+            **form,
         )
         x = transformer.run_block(self.mid_block, x, remat=self.remat)
         x, _ = transformer.run_blocks(
@@ -170,6 +187,7 @@ class UViT(nnx.Module):
             x,
             lambda block, x, skip: (block(x, skip), None),
             kept[::-1],  # [depth / 2, B, 2 + N, C], the last kept is the first taken
+            prefix="out_blocks.*.",
             **form,
         )
         x = self.decoder_pred(self.norm(x)[:, EXTRAS:])
@@ -178,15 +196,25 @@ class UViT(nnx.Module):
         )
 
 
-def create(arch: Architecture, *, dtype: Any, init: layers.Init, remat: bool, unroll: bool) -> UViT:
+def create(
+    arch: Architecture,
+    *,
+    dtype: Any,
+    init: layers.Init,
+    remat: bool,
+    unroll: bool,
+    layout: Layout | None = None,
+) -> UViT:
     """The network of `arch`, computing in `dtype`.
 
     It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
     float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
     are 0 .. num_classes - 1, and num_classes means "none".
     remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
+    layout: where weights lie split. Raises UserError if it cannot split the heads.
     """
-    return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll)
+    transformer.check_layout(layout, arch.heads)
+    return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
 
 
 def _shapes(arch: Architecture) -> names.Shapes:

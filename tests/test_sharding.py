@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any mesh trains as one device does, and nothing is put together that could stay split."""
+
+import dataclasses
+import functools
+import os
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+import dcae_jax
+from dcae_jax import checkpoint, sharding, state, steps, train
+from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
+
+STEPS = 5
+SPLIT = 64  # weights of so many numbers are split: those of the tests are all small
+FSDP = (("data", 2), ("fsdp", 4))
+slow = pytest.mark.slow
+
+
+def _mesh(axes):
+    sizes = config_lib.default().mesh
+    sizes.update({"data": 1, **dict(axes)})
+    count = int(np.prod([sizes[axis] for axis in sharding.AXES]))
+    return sharding.make_mesh(sizes, jax.devices()[:count])
+
+
+def _config(kind):
+    """The shipped config of a phase (1, 2, 3) or of 'uvit' or 'dit', narrow and small."""
+    diffusion = isinstance(kind, str)
+    name = kind if diffusion else f"phase{kind}"
+    config = config_lib.load_file(os.path.join(CONFIGS, f"{name}.py"), "tiny")
+    config.batch_size = 8
+    config.optimizer.warmup_steps = 0
+    # Where a gradient is zero but for rounding, Adam would make a step of its sign.
+    config.optimizer.eps = 1e-4
+    if diffusion:
+        config.model.width, config.model.heads, config.model.depth = 32, 4, 4
+        config.model.latent_size, config.model.latent_channels = 4, 8
+        config.model.num_classes, config.model.scaling_factor = 10, 1.0
+        return config
+    config.model.widths, config.model.latent_channels = (8, 8, 16, 32, 32), 8
+    config.resolution, config.resolutions = 32, ()
+    config.loss.gan_channels, config.loss.gan_warmup_steps = 8, 1
+    return config
+
+
+def _batch(config, seed):
+    rng = np.random.default_rng(seed)
+    if config.objective:
+        shape = (config.batch_size, *[config.model.latent_size] * 2, config.model.latent_channels)
+        latent = rng.standard_normal(shape, np.float32).astype(jnp.dtype(config.encode.dtype))
+        return {"latent": latent, "label": rng.integers(0, 10, config.batch_size, np.int32)}
+    shape = (config.batch_size, config.resolution, config.resolution, 3)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    return {"image": pixels, "label": np.zeros(config.batch_size, np.int32)}
+
+
+@functools.cache
+def _program(kind, axes):
+    """(config, mesh, plan, state as shapes, compiled step)."""
+    config, mesh = _config(kind), _mesh(axes)
+    with mock.patch.object(sharding, "SMALL", SPLIT):
+        plan = state.blueprint(config, mesh)
+        abstract = state.abstract_state(config, mesh, plan)
+        (size,) = train.batch_sizes(config)
+        step = steps.jit_step(config, plan, abstract)
+        traced = step.trace(abstract, train.abstract_batch(config, size, mesh), {})
+        return config, mesh, plan, abstract, traced.lower().compile()
+
+
+def _start(kind, axes):
+    config, mesh, plan, _, _ = _program(kind, axes)
+    with mock.patch.object(sharding, "SMALL", SPLIT):
+        return state.init_state(config, mesh, plan)
+
+
+def _steps(kind, axes, now, first, last):
+    """(the state after the steps first .. last - 1, their metrics)."""
+    config, mesh, _, _, step = _program(kind, axes)
+    rows = []
+    for seed in range(first, last):
+        now, metrics = step(now, sharding.put_batch(_batch(config, seed), mesh), {})
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return now, rows
+
+
+@functools.cache
+def _run(kind, axes):
+    """(running statistics, metrics of each step) of five steps."""
+    now, rows = _steps(kind, axes, _start(kind, axes), 0, STEPS)
+    return {name: np.asarray(value) for name, value in now.stats.items()}, rows
+
+
+def _assert_alike(rows, wanted):
+    for row, want in zip(rows, wanted, strict=True):
+        for name in want:
+            np.testing.assert_allclose(row[name], want[name], rtol=2e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(row["loss"], want["loss"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, axes",
+    [
+        (1, FSDP),
+        (3, (("spatial", 4),)),
+        ("uvit", (("tensor", 4),)),
+        ("uvit", FSDP),
+        *[
+            pytest.param(kind, axes, marks=slow)
+            for kind in (1, 2, 3)
+            for axes in ((("data", 8),), (("fsdp", 8),), FSDP, (("spatial", 4),))
+            if (kind, axes) not in ((1, FSDP), (3, (("spatial", 4),)))
+        ],
+        pytest.param("uvit", (("data", 8),), marks=slow),
+        pytest.param("uvit", (("fsdp", 8),), marks=slow),
+        pytest.param("uvit", (("fsdp", 2), ("tensor", 4)), marks=slow),
+        pytest.param("dit", (("fsdp", 2), ("tensor", 4)), marks=slow),
+    ],
+)
+def test_a_mesh_trains_as_one_device_does(kind, axes):
+    """Catches statistics of one device's share of the batch or of the height, a gradient summed
+    twice, heads of q beside those of another k, and a halo that is not exchanged."""
+    stats, rows = _run(kind, axes)
+    one_stats, one_rows = _run(kind, ())
+    _assert_alike(rows, one_rows)
+    for name, want in one_stats.items():
+        np.testing.assert_allclose(stats[name], want, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def _collectives(text, kind):
+    """Bytes of the results of each collective of this kind, all of them float32."""
+    found = re.findall(rf"= \(?(.*?)\)? {kind}(?:-start)?\(", text)
+    shapes = [re.findall(r"f32\[([\d,]*)\]", result) for result in found]
+    return [
+        sum(4 * int(np.prod([int(n) for n in shape.split(",") if n])) for shape in result)
+        for result in shapes
+    ]
+
+
+@pytest.mark.parametrize("kind", [1, "uvit", pytest.param(3, marks=slow)])
+def test_fsdp_puts_one_layer_together_at_a_time(kind):
+    """Catches a stack of layers, or the batch's activations, gathered on every device: both are
+    what XLA does where it is not told how weights are used."""
+    _, _, plan, _, step = _program(kind, FSDP)
+    text = step.as_text()
+    layers = [
+        4 * leaf.size // (leaf.shape[0] if "*" in k else 1) for k, leaf in plan.params.items()
+    ]
+    total = sum(4 * leaf.size for leaf in plan.params.values())
+    gathered = _collectives(text, "all-gather")
+    assert gathered and max(gathered) <= max(total // 4, max(layers))
+    other = sum(4 * w.size for w in plan.discriminator.params.values()) if plan.discriminator else 0
+    assert sum(gathered) <= 1.1 * (total + 2 * other)
+    assert sum(_collectives(text, "all-to-all")) <= 0.01 * total
+
+
+def test_tensor_adds_up_twice_a_block_and_direction():
+    """Catches activations that are gathered between a block's halves, and heads split so that
+    the products of q and k need another device."""
+    config, mesh, plan, _, step = _program("uvit", (("tensor", 4),))
+    tokens = 4 * config.batch_size * (2 + config.model.latent_size**2) * config.model.width
+    sums = [size for size in _collectives(step.as_text(), "all-reduce") if size == tokens]
+    # Forward: in_blocks, mid_block, out_blocks, the last with its skip; then backward.
+    assert len(sums) <= 2 + 2 + 3 + 3 * 2
+    wide = [size for size in _collectives(step.as_text(), "all-gather") if size >= tokens]
+    assert len(wide) <= 2  # the gradient of the skip, back to both of its halves
+
+
+def test_moments_averages_and_discriminator_lie_as_the_weights_do():
+    """Catches moments on every device beside split weights, and a layer axis that is split."""
+    phase = _config(3)
+    phase.trainable = (".*",)
+    cases = (phase, FSDP), (_config("uvit"), (("fsdp", 2), ("tensor", 4)))
+    with mock.patch.object(sharding, "SMALL", SPLIT):
+        for config, axes in cases:
+            mesh = _mesh(axes)
+            plan = state.blueprint(config, mesh)
+            abstract = state.abstract_state(config, mesh, plan)
+            for part in filter(None, (abstract, abstract.discriminator)):
+                whole = 4 * sum(leaf.size for leaf in part.params.values())
+                assert sharding.chip_bytes(part.params) < 0.4 * whole
+                assert (
+                    sharding.chip_bytes(part.opt_state) <= 2 * sharding.chip_bytes(part.params) + 8
+                )
+            for name, leaf in abstract.ema.items():
+                kept = {**abstract.params, **abstract.stats}[name]
+                assert leaf.sharding == kept.sharding
+            for name, leaf in abstract.params.items():
+                assert "*" not in name or leaf.sharding.spec[:1] in ((), (None,)), name
+    table = train.memory_table(abstract, mesh)
+    assert "fsdp=2, tensor=4" in table and "moments" in table
+    chip, whole = map(float, table.splitlines()[-1].split()[1:])
+    assert 0.1 < chip / whole < 0.4
+
+
+def test_rules_split_kernels_by_their_inputs_or_outputs():
+    """Catches a rule that splits the wrong axis, the layers, or what does not divide."""
+    mesh = _mesh((("fsdp", 2), ("tensor", 4)))
+    with mock.patch.object(sharding, "SMALL", SPLIT):
+        spec = functools.partial(sharding.weight_spec, mesh=mesh, stacked=True)
+        assert tuple(spec((28, 64, 256), "columns")) == (None, "fsdp", "tensor")
+        assert tuple(spec((28, 256, 64), "rows")) == (None, ("tensor", "fsdp"))
+        assert tuple(spec((28, 256), "columns")) == (None, ("tensor", "fsdp"))
+        assert tuple(spec((28, 66, 6), "rows")) == (None, "fsdp")
+        assert tuple(spec((28, 64, 64), "replicate")) == ()
+    with pytest.raises(UserError, match="'row'.*rows"):
+        sharding.check_rules(((".*", "row"),))
+    with pytest.raises(UserError, match=r"\(blocks"):
+        sharding.check_rules((("(blocks", "fsdp"),))
+
+
+def test_a_mesh_that_does_not_suit_the_model_is_refused():
+    """Catches devices that all do the same, and errors of XLA's about an odd axis."""
+    mesh = _mesh((("tensor", 4),))
+    config = _config(1)
+    with pytest.raises(UserError, match="mesh.tensor=4 splits nothing"):
+        sharding.check_tensor(state.blueprint(config, mesh).params, config.sharding, mesh)
+    config = _config("uvit")
+    sharding.check_tensor(state.blueprint(config, mesh).params, config.sharding, mesh)
+    config.model.heads, config.model.width = 2, 32
+    with pytest.raises(UserError, match="does not divide the 2 heads"):
+        state.blueprint(config, mesh)
+    config = _config(1)
+    config.resolution = 80
+    mesh = _mesh((("spatial", 3),))
+    config.evaluate.resolutions, config.loss.lpips_weight = (48,), 0.0
+    with pytest.raises(UserError, match="resolution=80 .* mesh.spatial=3; try 78 or 81"):
+        train.check(config, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    process_index: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hosts:
+    """A mesh over devices of other processes."""
+
+    devices: np.ndarray
+
+    @property
+    def shape(self):
+        return dict(zip(sharding.AXES, self.devices.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape, share, places",
+    [
+        ((8, 1, 1, 1), (1, 4), (2, 3)),  # each its own images
+        ((1, 2, 1, 4), (0, 2), (0,)),  # processes 0 and 1 have the halves of the same images
+        ((2, 1, 4, 1), (0, 2), (0,)),
+        ((1, 1, 8, 1), (0, 1), (0,)),  # all have all
+    ],
+)
+def test_processes_read_the_images_that_their_devices_have(shape, share, places, monkeypatch):
+    """Catches halves of different pictures put together where height is split over processes."""
+    devices = np.array([_Device(i // 2) for i in range(8)], object).reshape(shape)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    mesh = _Hosts(devices)
+    assert sharding.share(mesh) == share
+    assert sharding._places(mesh)[1] == places
+
+
+def test_shares_that_overlap_in_part_are_refused():
+    """Catches batches of different sizes on different processes, which would hang."""
+    devices = np.array([_Device(i // 2) for i in range(6)], object).reshape(2, 1, 3, 1)
+    with pytest.raises(UserError, match="part of each other's images"):
+        sharding.share(_Hosts(devices))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The same autoencoder on one device and with the height over four."""
+    return [dcae_jax.create_autoencoder("tiny", 3, mesh=_mesh(a)) for a in ((), (("spatial", 4),))]
+
+
+def test_several_devices_encode_and_decode_one_image(pair):
+    """Catches attention over a part of the height, a missing halo, and heights that do not divide:
+    80 rows are 5 rows of latents, which stay whole while their image is split."""
+    one, four = pair
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 80, 32, 3)).astype(np.float32)
+    z = four.encode(x)
+    np.testing.assert_allclose(z, one.encode(x), atol=2e-4, rtol=1e-4)
+    y = four.decode(np.asarray(z))
+    assert y.sharding.shard_shape(y.shape) == (1, 20, 32, 3)
+    np.testing.assert_allclose(y, one.decode(np.asarray(z)), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_several_devices_need_less_memory_for_one_image(pair):
+    """Catches an image that is put together on each device before it is decoded."""
+    z = np.zeros((1, 32, 32, 32), np.float32)
+    bytes_ = [
+        ae._decode.lower(ae.weights, ae._place(z)).compile().memory_analysis().temp_size_in_bytes
+        for ae in pair
+    ]
+    assert bytes_[1] < 0.4 * bytes_[0]
+
+
+@pytest.mark.parametrize(
+    "there", [(), pytest.param((("data", 2), ("fsdp", 2)), marks=slow)], ids=["one", "four"]
+)
+def test_eight_devices_save_and_fewer_go_on(there, tmp_path):
+    """Catches a checkpoint that goes on from anything but where it stood: moments in the order of
+    the devices, averages or counters left out."""
+    now, _ = _steps(1, FSDP, _start(1, FSDP), 0, 2)
+    manager = checkpoint.open_manager(str(tmp_path), 1)
+    checkpoint.save(manager, now, {}, 2, 16)
+    manager.wait_until_finished()
+    back, _, index = checkpoint.restore(manager, 2, _program(1, there)[3], {})
+    manager.close()
+    assert index == 16 and int(back.step) == 2
+    _, rows = _steps(1, there, back, 2, STEPS)
+    _assert_alike(rows, _run(1, ())[1][2:])
