@@ -14,6 +14,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message is one line: the value and the remedy."""
 
 
+class MachineError(RuntimeError):
+    """The machine failed, or training did; the message is one line: what, and the remedy."""
+
+
 # Keys that a resumed run must share with the run it continues.
 IDENTITY = (
     "model",

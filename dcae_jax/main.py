@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
+from dcae_jax import failures
 from dcae_jax.config import UserError
 
 # Job -> module and function (config, workdir) -> exit status.
@@ -44,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except Exception as error:
-        if type(error).__name__ != "Diverged":
+        line = failures.explain(error)
+        if line is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line}\n")
         return FAILED
 
 

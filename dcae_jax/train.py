@@ -25,10 +25,11 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, data, evaluate, losses, report, sharding, steps
+from dcae_jax import checkpoint, data, evaluate, lock, losses, published, report, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
+from dcae_jax.divergence import Watch
 from dcae_jax.models import lpips, patchgan
 from dcae_jax.state import Blueprint, TrainState
 
@@ -43,20 +44,21 @@ LOWER_IS_BETTER = ("lpips", "rfid")
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
 
 
-class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
-
-
 def run(config: Any, workdir: str) -> int:
     """The job `train`. Returns 0 when done, 75 when stopped by SIGTERM after saving."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    start = max(checkpoint.saved_steps(workdir), default=None)
-    changed = ""
+    with lock.hold(workdir, jax.process_index()), _PreemptionFlag() as preempted:
+        return _run(config, workdir, mesh, preempted)
+
+
+def _run(config: Any, workdir: str, mesh: Mesh, preempted: threading.Event) -> int:
+    start = checkpoint.resume_step(workdir)
+    changes, saved_config = [], {}
     if start is not None:
-        saved_config = report.read_json(os.path.join(workdir, checkpoint.CONFIG))
-        changed = check_identity(saved_config, config, workdir)
-        if start >= config.steps:
+        saved_config = published.read_object(os.path.join(workdir, checkpoint.CONFIG))
+        changes = check_identity(saved_config, config, workdir, start)
+        if start >= config.steps and not evaluation_owed(config, workdir, start):
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
@@ -79,7 +81,10 @@ def run(config: Any, workdir: str) -> int:
         state, totals, index = checkpoint.restore(manager, start, abstract, jax.eval_shape(empty))
         totals = jax.device_put(totals, sharding.replicated(mesh))
         provenance = saved_config["weights"]
-        logging.info("resuming %s at step %d%s", workdir, start, changed)
+        changed = ", ".join(change["key"] for change in changes)
+        logging.info(
+            "resuming %s at step %d%s", workdir, start, changed and f", changed: {changed}"
+        )
     if jax.process_index() == 0:
         # Row 0 is the evaluation before the first step.
         report.drop_rows_after(workdir, -1 if start is None else start)
@@ -88,6 +93,8 @@ def run(config: Any, workdir: str) -> int:
             {
                 "config": config_lib.to_json(config),
                 "weights": provenance,
+                # Identity keys that allow_change let differ, with the step where they did.
+                "changes": [*saved_config.get("changes", []), *changes],
                 "versions": versions(mesh),
                 "mesh": dict(mesh.shape),
             },
@@ -96,18 +103,26 @@ def run(config: Any, workdir: str) -> int:
 
     compiled = {}
     for size, trace in traced.items():
+        if preempted.is_set():
+            logging.info("stopped by a signal before step %d; the same command goes on", start or 0)
+            return PREEMPTED
         began = time.perf_counter()
         compiled[size] = trace.lower().compile()
         logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
     if judges:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
-    with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
-        evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, scorers, writer)
-        if start is None and config.evaluate_first:
-            evaluate_now(0, state)
-            writer.flush()
+    with _Writer(workdir, start or 0) as writer:
+        evaluate_now = functools.partial(
+            _evaluate, config, mesh, plan, held_out, scorers, writer, preempted.is_set
+        )
         try:
+            if start is None and config.evaluate_first:
+                evaluate_now(0, state)
+                writer.flush()
+            elif start is not None and evaluation_owed(config, workdir, start):
+                evaluate_now(start, state)
+                writer.complete()
             return _loop(
                 config,
                 mesh,
@@ -160,7 +175,9 @@ def _loop(
     state, totals, start, index = position
     batches = data.training_batches(config, source, index, jax.process_index(), jax.process_count())
     accumulate = jax.jit(add_metrics, donate_argnums=0)
-    in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
+    # Of (step, a number still on the device, the batch on the host).
+    in_flight: collections.deque = collections.deque()
+    watch = Watch(writer.workdir, config.max_skipped)
     clock = _Clock(config.batch_size, start)
     with _progress(config.steps, start) as bar:
         writer.bar = bar
@@ -171,7 +188,7 @@ def _loop(
             state, metrics = compiled[batch["image"].shape[1]](state, placed, judges)
             totals = accumulate(totals, metrics)
             index += config.batch_size
-            in_flight.append((step, metrics["skipped_in_row"]))
+            in_flight.append((step, metrics["skipped_in_row"], batch))
             # A row is read one step late, when the device has the next step to work on.
             writer.flush()
 
@@ -180,21 +197,23 @@ def _loop(
             saves = last or stops or step % config.save_every == 0
             evaluates = last or bool(config.evaluate_every and step % config.evaluate_every == 0)
             while len(in_flight) > (0 if saves or evaluates else LAG):
-                check_finite(*in_flight.popleft(), config.max_skipped)
+                watch.look(*in_flight.popleft())
             if evaluates or step % config.log_every == 0:
                 writer.pending = (step, totals, clock.lap(step))
                 totals = empty()
             began = time.perf_counter()
             if evaluates:
                 evaluate_now(step, state)
-            if saves:
+                # Stopped by a signal meanwhile, it is owed: the run that resumes makes it first.
+                stops = preempted.is_set()
+            if saves or stops:
                 # On disk before the checkpoint, after which it would not be written again.
                 writer.flush()
                 checkpoint.save(manager, state, totals, step, index)
             clock.leave_out(time.perf_counter() - began)
             manager.check_for_errors()
             bar.update(1)
-            if stops and not last:
+            if stops and not (last and writer.evaluated == step):
                 manager.wait_until_finished()
                 logging.info("saved at step %d after a signal; the same command resumes", step)
                 return PREEMPTED
@@ -208,12 +227,20 @@ def _evaluate(
     held_out: Any,
     scorers: evaluate.Judges,
     writer: "_Writer",
+    stopped: Callable[[], bool],
     step: int,
     state: TrainState,
 ) -> None:
-    """Scores the averaged weights on the held-out images, into the row of `step`."""
+    """Scores the averaged weights on the held-out images, into the row of `step`.
+
+    Gives up where `stopped` says so; processes that compute together hear of it at a step's end.
+    """
     weights = state_lib.averaged(state)
-    results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers)
+    stopped = stopped if jax.process_count() == 1 else lambda: False
+    try:
+        results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers, stopped)
+    except evaluate.Stopped:
+        return
     writer.evaluation(step, results)
     if step and step == config.steps:
         writer.compare_with_start(evaluate.flat_scores(results))
@@ -311,13 +338,17 @@ def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, 
     return state, f"{config.weights} weights of {origin}"
 
 
-def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> str:
+def check_identity(
+    saved: dict[str, Any] | None, config: Any, workdir: str, step: int
+) -> list[dict[str, Any]]:
     """Raises UserError if `config` is not that of the run in `workdir`, allow_change aside.
 
-    Returns what was allowed to change, as text for the log.
+    Returns what was allowed to change at `step`, for config.json.
     """
-    if saved is None:
-        raise UserError(f"{workdir} has checkpoints but no config.json; use another --workdir")
+    if saved is None or not isinstance(saved.get("config"), dict):
+        raise UserError(
+            f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
+        )
     changes = config_lib.identity_changes(saved["config"], config_lib.to_json(config))
     allowed = {key for key in changes if _allows(config.allow_change, key)}
     refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
@@ -326,7 +357,17 @@ def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> s
             f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
             "the keys in --config.allow_change"
         )
-    return f", changed: {', '.join(sorted(allowed))}" if allowed else ""
+    return [
+        {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
+        for key in sorted(allowed)
+    ]
+
+
+def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
+    """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
+    due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
+    row = next((row for row in report.read_rows(workdir) if row["step"] == step), {})
+    return bool(due) and not all(f"psnr_{size}" in row for size in config.evaluate.resolutions)
 
 
 def _allows(allow_change: tuple[str, ...], key: str) -> bool:
@@ -382,15 +423,6 @@ def _metric(name: str) -> type[clu_metrics.Metric]:
     return clu_metrics.LastValue if name in LAST_VALUES else clu_metrics.Average
 
 
-def check_finite(step: int, skipped_in_row: jax.Array, limit: int) -> None:
-    """Raises Diverged after `limit` skipped steps in a row."""
-    if int(skipped_in_row) >= limit:
-        raise Diverged(
-            f"stopped at step {step}: loss or gradients were not finite {limit} times in a row; "
-            "the last checkpoint is good: lower optimizer.learning_rate, or look at the data"
-        )
-
-
 # --- around the loop ------------------------------------------------------------------------------
 
 
@@ -401,6 +433,7 @@ class _Writer:
         self.workdir, self.start = workdir, start
         self.pending: tuple[int, Totals, dict[str, float]] | None = None
         self.scores: dict[str, float] = {}
+        self.evaluated = -1  # the last step that was
         self.events = None
         self.bar = None
 
@@ -435,7 +468,7 @@ class _Writer:
 
     def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
         """Takes an evaluation into the row of `step`, and writes its pictures."""
-        self.scores = evaluate.flat_scores(results)
+        self.scores, self.evaluated = evaluate.flat_scores(results), step
         self.pending = self.pending or (step, {}, {})
         if self.events is None:
             return
@@ -443,6 +476,18 @@ class _Writer:
         evaluate.write_grids(results, self.workdir, f"step{step:07d}")
         for size, result in results.items():
             self.events.add_image(f"reconstruction_{size}", result.grid(), step, dataformats="HWC")
+
+    def complete(self) -> None:
+        """Writes an evaluation that was owed into the row of its step, which is there already."""
+        if self.pending is None:
+            return
+        step, values = self.pending[0], self.scores
+        self.pending, self.scores = None, {}
+        if self.events is None:
+            return
+        report.merge_row(self.workdir, step, values)
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
 
     def compare_with_start(self, scores: dict[str, float]) -> None:
         """Says which figures rose and which fell since the evaluation before the first step."""

@@ -27,7 +27,8 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "optim", "metrics", "report", "tiling"],
+    ["integrity", "divergence"],
+    ["data", "sharding", "optim", "metrics", "report", "tiling", "lock", "failures"],
     ["config"],
 ]
 
