@@ -56,6 +56,8 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
+            # What a killed process left; the workdir's lock keeps out any other writer.
+            cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=finish),
         ),
         item_names=("weights", "optimizer", "data"),

@@ -8,6 +8,7 @@ in one line; 75 saved after SIGTERM, and the same command resumes.
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -26,7 +27,7 @@ JOBS = {
     "export": ("export", "run"),
 }
 
-FAILED, MISTAKE = 1, 2
+FAILED, MISTAKE, PREEMPTED = 1, 2, 75
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 def set_up_logging() -> None:
     """Plain lines on stderr. Whatever a library installed at its import is replaced."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and Grain log through absl, each step of their own work and a page for each thread
+    # that fails; what fails still raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def parse(argv: list[str]) -> tuple[Any, str]:
@@ -105,4 +107,8 @@ def use_compile_cache() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == PREEMPTED:
+        # All is saved. A second signal while Python winds up must not change what is told.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(status)
