@@ -18,7 +18,9 @@ import dataclasses
 import functools
 import glob
 import logging
+import math
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -30,6 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dcae_jax import config as config_lib
 from dcae_jax import integrity, published, report
 from dcae_jax.config import MachineError, UserError
 from dcae_jax.models.layers import Weights
@@ -39,6 +42,7 @@ CONFIG = "config.json"
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where a run that resumes moves checkpoints that are not whole
 EXPORT = "model.json"  # of an export
+MOST_EXPANSION = 1000  # what zstd makes of weights that are all equal
 _WEIGHTS = ("params", "stats", "ema")
 
 # Of glibc's mallopt, <malloc.h>.
@@ -129,31 +133,32 @@ def load_weights(
         return _load_export(path)
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
     workdir, step = (match[1], int(match[2])) if match else (path, None)
-    config = published.read_object(os.path.join(workdir, CONFIG))
+    config = published.read_object(published.inside(workdir, CONFIG))
     if config is None or "config" not in config:
         if match:
             raise UserError(f"init_from={path!r} is of no workdir: {workdir} has no {CONFIG}")
         weights, model = published.read(path if os.path.exists(path) else given, variant)
         return weights, {"model": model}
+    model = _model_in(os.path.join(workdir, CONFIG), config["config"])
     steps = saved_steps(workdir)
     if step is None and not steps:
         raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
     if step is not None and step not in steps:
         raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
     step = _whole_step(workdir, steps) if step is None else step
-    wrong = _weights_damage(workdir, step)
+    wrong = _damage(os.path.join(workdir, FOLDER, str(step)), "weights")
     if wrong:
         raise UserError(f"init_from={path!r} is damaged: {wrong}; name another checkpoint")
     weights = _read_numpy(os.path.join(workdir, FOLDER, str(step), "weights"), which)
     logging.info("read %s weights of step %d from %s", which, step, workdir)
-    return weights, config["config"]
+    return weights, {**config["config"], "model": model}
 
 
 def _whole_step(workdir: str, steps: list[int]) -> int:
     """The newest of `steps` whose weights are whole. Raises UserError if none is."""
     wrong = {}
     for step in reversed(steps):
-        wrong[step] = _weights_damage(workdir, step)
+        wrong[step] = _damage(os.path.join(workdir, FOLDER, str(step)), "weights")
         if not wrong[step]:
             return step
         logging.warning("checkpoint %d of %s is damaged: %s", step, workdir, wrong[step])
@@ -161,32 +166,47 @@ def _whole_step(workdir: str, steps: list[int]) -> int:
     raise UserError(f"init_from={workdir!r} has no whole checkpoint ({what}); use a copy of it")
 
 
-def _weights_damage(workdir: str, step: int) -> str:
-    folder = os.path.join(workdir, FOLDER, str(step))
+def _damage(folder: str, part: str = "") -> str:
+    """As integrity.damage, of weights; those that older versions wrote are let pass."""
     if not os.path.exists(os.path.join(folder, integrity.FILE)):
         logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
         return ""
-    return integrity.damage(folder, "weights")
+    return integrity.damage(folder, part)
 
 
 def _read_numpy(path: str, which: str) -> Weights:
     """Weights of an Orbax tree as NumPy arrays, whatever devices it was saved from.
 
-    Of a weight and its average only the one that is wanted is read.
+    Of a weight and its average only the one that is wanted is read. Raises UserError.
     """
-    with _little_memory(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        tree = {name: tree.get(name) or {} for name in _WEIGHTS}
-        if which != "ema":
-            tree["ema"] = {}
-        wanted = {
-            part: {name: 0 for name in tree[part] if part == "ema" or name not in tree["ema"]}
-            for part in _WEIGHTS
-        }
-        wanted = {part: names for part, names in wanted.items() if names}
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), wanted)
-        request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
-        restored = reader.restore(path, args=request)
+    try:
+        with _little_memory(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
+            return _read_tree(reader, path, which)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is no readable checkpoint ({reason}); use a copy of it") from error
+
+
+def _read_tree(reader: ocp.PyTreeCheckpointer, path: str, which: str) -> Weights:
+    tree = reader.metadata(path).item_metadata.tree
+    tree = {name: tree.get(name) or {} for name in _WEIGHTS}
+    # A few bytes of JSON can claim any shape, which would be filled with zeros.
+    claimed = sum(math.prod(leaf.shape) for part in tree.values() for leaf in part.values()) * 4
+    stored = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
+    if claimed > MOST_EXPANSION * stored + 2**30:
+        raise UserError(f"{path} has {stored} bytes and claims arrays of {claimed}; do not use it")
+    if which != "ema":
+        tree["ema"] = {}
+    wanted = {
+        part: {name: 0 for name in tree[part] if part == "ema" or name not in tree["ema"]}
+        for part in _WEIGHTS
+    }
+    wanted = {part: names for part, names in wanted.items() if names}
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), wanted)
+    request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+    restored = reader.restore(path, args=request)
     return {name: value for part in restored.values() for name, value in part.items()}
 
 
@@ -237,19 +257,30 @@ def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
 
 def _load_export(folder: str) -> tuple[Weights, dict[str, Any]]:
     """(weights by path, configuration) of an export of ours."""
-    meta = published.read_object(os.path.join(folder, EXPORT)) or {}
+    meta = published.read_object(published.inside(folder, EXPORT)) or {}
     kind = meta.get("kind")
     if kind != "autoencoder":
         raise UserError(f"init_from={folder!r} is no autoencoder: {EXPORT} has kind={kind!r}")
     params = os.path.join(folder, "params")
     if not os.path.isdir(params):
         raise UserError(f"init_from={folder!r} is an incomplete export: it has no params/")
-    wrong = integrity.damage(params)
+    wrong = _damage(params)
     if wrong:
         raise UserError(f"init_from={folder!r} is a damaged export: {wrong}; export it again")
+    model = _model_in(os.path.join(folder, EXPORT), meta)
     weights = _read_numpy(params, "raw")
     logging.info("read the export %s", folder)
-    return weights, {"model": meta["model"]}
+    return weights, {"model": model}
+
+
+def _model_in(path: str, config: Any) -> dict[str, Any]:
+    """config.model of the JSON file `path`, which has `config`. Raises UserError."""
+    if not isinstance(config, dict) or "model" not in config:
+        raise UserError(f"{path} names no model; it is of no run or export")
+    try:
+        return config_lib.saved_model(config["model"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def saved_steps(workdir: str) -> list[int]:

@@ -457,8 +457,7 @@ def step_of(path: str) -> int:
 
 def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) -> int:
     """One picture at its own size: padded to a multiple of f by reflection, then cropped back."""
-    image, _ = data.folder(config.data.path)[0]
-    pixels = np.asarray(image)
+    pixels = read_picture(config.data.path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]
     padded = np.pad(pixels, (*pad, (0, 0)), mode="symmetric").astype(np.float32) / 127.5 - 1
@@ -489,6 +488,17 @@ def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) 
         workdir,
     )
     return 0
+
+
+def read_picture(path: str) -> np.ndarray:
+    """The image file `path` as [H, W, 3] uint8. Raises UserError."""
+    try:
+        return np.asarray(data.folder(path)[0][0])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"data.path={path!r} cannot be read ({reason}); name a picture") from error
 
 
 def check_resolution(size: int, compression: int, key: str) -> None:

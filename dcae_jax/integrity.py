@@ -44,6 +44,9 @@ def damage(folder: str, part: str = "") -> str:
         if part and not name.startswith(f"{part}/"):
             continue
         path = os.path.join(folder, *name.split("/"))
+        inside = os.path.realpath(folder)
+        if os.path.commonpath((inside, os.path.realpath(path))) != inside:
+            return f"{name[:80]} is outside of it"
         if not os.path.isfile(path):
             return f"{name} is missing"
         if os.path.getsize(path) != size:

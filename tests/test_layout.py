@@ -30,6 +30,7 @@ FLOORS = [
     ["integrity", "divergence"],
     ["data", "sharding", "optim", "metrics", "report", "tiling", "lock", "failures"],
     ["config"],
+    ["values"],
 ]
 
 

@@ -75,7 +75,7 @@ def test_every_damaged_file_is_noticed(workdir, kind):
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_newest_is_named_and_the_one_before_used(workdir, kind, caplog):
     """Catches a run that dies of its newest checkpoint, or goes on from wrong numbers."""
-    victim = _files(workdir / "checkpoints" / "6")[0]
+    victim = _files(workdir / "checkpoints" / "6" / "weights")[0]
     _damage(victim, kind)
     raw, _ = checkpoint.load_weights(str(workdir), "raw")
     np.testing.assert_array_equal(raw["a"], np.arange(5000.0))
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(workdir):
 def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
     """Catches the worst: a fresh run that writes over what could still be rescued."""
     for step in (2, 4, 6):
-        _damage(_files(workdir / "checkpoints" / str(step))[0], "zeroed")
+        _damage(_files(workdir / "checkpoints" / str(step) / "weights")[0], "zeroed")
     before = sorted(str(p) for p in workdir.rglob("*"))
     with pytest.raises(MachineError, match="no checkpoint .* is whole .6: .*; 4: .*; 2: "):
         train.run(small, str(workdir))

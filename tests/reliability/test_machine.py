@@ -98,6 +98,7 @@ def test_a_disk_that_is_full_from_the_start(forks, data, small_disk, tmp_path):
 def test_a_read_only_workdir(forks, data, started, small_disk, tmp_path):
     """Catches a traceback from whichever file happens to be written first."""
     workdir = small_disk / "run"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     shutil.copytree(started, workdir)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     status, _, said = forks(killing.arguments(workdir, data), stderr=tmp_path / "log")
