@@ -59,13 +59,14 @@ def set_up_logging() -> None:
     # Orbax and Grain log through absl, each step of their own work and a page for each thread
     # that fails; what fails still raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.excepthook = _without_echo
+    sys.unraisablehook = _without_echo
 
 
-def _without_echo(kind: type, error: BaseException, trace: Any) -> None:
+def _without_echo(failure: Any) -> None:
     """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    value = failure.exc_value
+    if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
+        sys.__unraisablehook__(failure)
 
 
 def parse(argv: list[str]) -> tuple[Any, str]:
