@@ -16,18 +16,20 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
-from dcae_jax import failures
+from dcae_jax import failures, preemption
 from dcae_jax.config import UserError
 
 # Job -> module and function (config, workdir) -> exit status.
 JOBS = {
     "train": ("train", "run"),
     "phases": ("train", "run_phases"),
+    "encode": ("encode", "run"),
+    "sample": ("sample", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
 }
 
-FAILED, MISTAKE, PREEMPTED = 1, 2, 75
+FAILED, MISTAKE = 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +118,7 @@ def use_compile_cache() -> None:
 
 if __name__ == "__main__":
     status = main()
-    if status == PREEMPTED:
+    if status == preemption.STATUS:
         # All is saved. A second signal while Python winds up must not change what is told.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)

@@ -7,7 +7,7 @@ import signal
 import killing
 import pytest
 
-from dcae_jax import checkpoint, train
+from dcae_jax import checkpoint, preemption
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
     argv = killing.arguments(workdir, data)
     signals = [(place, count, delay, signal.SIGTERM) for delay in (0.0, 0.02, 0.05, 0.2)]
     status, begun, said = forks(argv, signals, stderr=f"{workdir}.log")
-    assert status == train.PREEMPTED, said[-3000:]
+    assert status == preemption.STATUS, said[-3000:]
     assert "the same command resumes" in said
     (*_, saved) = checkpoint.saved_steps(str(workdir))
     assert begun <= saved <= begun + 1
@@ -71,5 +71,5 @@ def test_sigterm_before_the_first_step_is_resumable(forks, data, tmp_path):
     more = [("dcae_jax.train", "parameter_table", "table")]
     signals = [("table", 1, 0.0, signal.SIGTERM)]
     status, _, said = forks(argv, signals, stderr=f"{workdir}.log", more=more)
-    assert status == train.PREEMPTED and "the same command" in said, said[-2000:]
+    assert status == preemption.STATUS and "the same command" in said, said[-2000:]
     assert checkpoint.saved_steps(str(workdir)) == []
