@@ -240,7 +240,8 @@ def _loop(
                 evaluate_now(step, state)
                 # Stopped by a signal meanwhile, it is owed: the run that resumes makes it first.
                 stops = preempted.is_set()
-            if saves or stops:
+            # While steps are skipped nothing is learned, and saves would push out good checkpoints.
+            if stops or (saves and (last or watch.first is None)):
                 # On disk before the checkpoint, after which it would not be written again.
                 writer.flush()
                 checkpoint.save(manager, state, totals, step, index)
