@@ -171,6 +171,8 @@ def _mutate(content, rng):
     """A damaged copy: bytes changed, cut out, doubled, or the end cut off."""
     content = bytearray(content)
     for _ in range(int(rng.integers(1, 6))):
+        if len(content) < 30:
+            break
         at = int(rng.integers(len(content)))
         kind = rng.integers(5)
         if kind == 0:
