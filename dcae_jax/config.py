@@ -9,9 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dcae_jax import values
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; the message is one line: the value and the remedy."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed, or training did; the message is one line: what, and the remedy."""
 
 
 # Keys that a resumed run must share with the run it continues.
@@ -258,6 +264,9 @@ def check(config: ConfigDict) -> None:
         "data.crop": ("random", "random_resized", "center"),
     }
     flat = _flatten(config.to_dict())
+    wrong = _mistyped(flat, _flatten(default().to_dict())) or values.problem(flat)
+    if wrong:
+        raise UserError(wrong)
     for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise UserError(f"{key}={flat[key]!r} is not known; choose one of {', '.join(allowed)}")
@@ -305,19 +314,10 @@ def check(config: ConfigDict) -> None:
     for key, low in at_least.items():
         if not flat[key] >= low:
             raise UserError(f"{key}={flat[key]} is too small; it must be at least {low}")
-    if not config.optimizer.learning_rate > 0:
-        rate = config.optimizer.learning_rate
-        raise UserError(f"optimizer.learning_rate={rate} must be above 0")
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
-    if not 0 <= config.label_dropout <= 1:
-        raise UserError(f"label_dropout={config.label_dropout} must be in [0, 1]")
     low, high = config.sample.guidance_interval
     if not 0 <= low <= high <= 1:
         interval = config.sample.guidance_interval
         raise UserError(f"sample.guidance_interval={interval} must be 0 <= low <= high <= 1")
-    if not 0 <= config.data.held_out < 1:
-        raise UserError(f"data.held_out={config.data.held_out} must be in [0, 1)")
     for key in ("protocol", "samples", "reference"):
         if config.job != "evaluate" and config.evaluate[key]:
             raise UserError(
@@ -339,8 +339,50 @@ def check(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
             f"try {nearest}"
         )
-    if config.profile_steps and len(config.profile_steps) != 2:
+    if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def _mistyped(flat: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Names a key of `flat` whose type is not the default's; '' if there is none."""
+    for key, value in wanted.items():
+        given = flat.get(key)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(type(value), (type(value),))
+        flag = isinstance(given, bool) and not isinstance(value, bool)
+        if flag or not isinstance(given, kinds):
+            return f"{key}={given!r} must be of the kind of {value!r} ({type(value).__name__})"
+    return ""
+
+
+def saved_model(saved: Any) -> dict[str, Any]:
+    """All of config.model, from what a stranger's JSON file has as `model`.
+
+    Raises UserError for keys that there are none, types and sizes that cannot be.
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"model is {str(saved)[:40]!r}, not an object of keys")
+    model = default().model
+    known = model.to_dict()
+    for key, value in saved.items():
+        if key not in known:
+            raise UserError(f"model.{str(key)[:40]} is no key of this version")
+        model[key] = _as_kind(f"model.{key}", value, known[key])
+    flat = {f"model.{key}": value for key, value in model.to_dict().items()}
+    wrong = values.problem(flat)
+    if wrong:
+        raise UserError(wrong)
+    return model.to_dict()
+
+
+def _as_kind(key: str, value: Any, like: Any) -> Any:
+    """A JSON value as a value of the kind of `like`. Raises UserError."""
+    if isinstance(like, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(like, float) and type(value) in (int, float):
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{key}={str(value)[:40]!r} must be of the kind of {like!r}")
+    return value
 
 
 def training_resolutions(config: ConfigDict) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ in one line; 75 saved after SIGTERM, and the same command resumes.
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
+from dcae_jax import failures, preemption
 from dcae_jax.config import UserError
 
 # Job -> module and function (config, workdir) -> exit status.
@@ -54,17 +56,27 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except Exception as error:
-        if type(error).__name__ not in ("Diverged", "Absent"):
+        line = failures.explain(error)
+        if line is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line}\n")
         return FAILED
 
 
 def set_up_logging() -> None:
     """Plain lines on stderr. Whatever a library installed at its import is replaced."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and Grain log through absl, each step of their own work and a page for each thread
+    # that fails; what fails still raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_echo
+
+
+def _without_echo(failure: Any) -> None:
+    """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
+    value = failure.exc_value
+    if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
+        sys.__unraisablehook__(failure)
 
 
 def parse(argv: list[str]) -> tuple[Any, str]:
@@ -124,4 +136,8 @@ def use_compile_cache() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == preemption.STATUS:
+        # All is saved. A second signal while Python winds up must not change what is told.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(status)

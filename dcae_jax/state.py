@@ -75,12 +75,15 @@ def model_module(model_config: Any) -> Any:
     """The file of dcae_jax/models that config.model.name names, or that has its variant."""
     if model_config.name == "auto":
         return sdvae if model_config.variant in sdvae.VARIANTS else dcae
+    name = model_config.name
     try:
-        return importlib.import_module(f"dcae_jax.models.{model_config.name}")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"model.name={model_config.name!r} is no file of dcae_jax/models"
-        ) from error
+        # A plain name: it may come from a stranger's file.
+        module = importlib.import_module(f"dcae_jax.models.{name}") if name.isidentifier() else None
+    except ModuleNotFoundError:
+        module = None
+    if not hasattr(module, "architecture"):
+        raise UserError(f"model.name={name!r} is no file of dcae_jax/models with a model")
+    return module
 
 
 def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:

@@ -27,11 +27,13 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
+    ["integrity", "divergence"],
     ["data", "sharding", "optim", "metrics", "tiling"],
     ["latents"],
     ["preemption"],
-    ["hosts", "report"],
+    ["hosts", "report", "lock", "failures"],
     ["config"],
+    ["values"],
 ]
 
 
