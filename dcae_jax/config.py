@@ -55,7 +55,7 @@ def default() -> ConfigDict:
     c.steps = 100_000  # optimizer steps in all, also after a resume
     c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
     c.accumulate = 1  # microbatches a step whose gradients are averaged
-    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup))
+    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup)); 0: no averages
     c.ema_warmup = 2000
     c.log_every = 100  # steps between rows of metrics.jsonl
     c.save_every = 1000  # steps between checkpoints
@@ -64,7 +64,7 @@ def default() -> ConfigDict:
     c.evaluate_first = False  # before step 1 too, and compare at the end
     c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
     c.remat = "none"  # what the backward pass computes again instead of keeping: none or blocks
-    c.unroll = False  # a transformer's blocks one by one instead of one compiled loop
+    c.unroll = False  # blocks of a transformer, and microbatches, in a row, not as one loop
     c.allow_change = ()  # identity keys that may differ from the run being resumed
     c.max_skipped = 10  # stop after so many non-finite steps in a row
 
@@ -223,6 +223,16 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def explain(error: BaseException) -> str:
+    """The reason of an error of the flags library, on one line.
+
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
+
+
 def suggest(key: str, config: ConfigDict) -> str:
     """A sentence with the keys of `config` nearest to an unknown `key`."""
     near = difflib.get_close_matches(key, _flatten(config.to_dict()), n=3, cutoff=0.5)
@@ -320,6 +330,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
         )
+    if not config.plan.watts >= 0:
+        raise UserError(f"plan.watts={config.plan.watts} is negative; 0 takes the table's")
     if config.profile_steps and len(config.profile_steps) != 2:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
 

@@ -23,6 +23,7 @@ JOBS = {
     "phases": ("train", "run_phases"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
+    "plan": ("plan", "run"),
 }
 
 FAILED, MISTAKE = 1, 2
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(config_lib.explain(error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
     if not workdir.value and not (job == "export" and config.export.out):
@@ -81,16 +82,6 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     if job not in JOBS:
         raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
-
-
-def explain(error: BaseException) -> str:
-    """The reason of an error of the flags library, on one line.
-
-    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
 
 
 def use_compile_cache() -> None:

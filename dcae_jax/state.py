@@ -42,7 +42,7 @@ class TrainState:
     step: jax.Array  # steps done, int32
     params: Weights  # float32
     stats: Weights  # running statistics of BatchNorm
-    ema: Weights  # moving averages of the trained parameters and statistics only
+    ema: Weights  # moving averages of the trained parameters and statistics; {} without averages
     opt_state: optax.OptState
     discriminator: Discriminator | None  # where loss.gan_weight > 0
     skipped: jax.Array  # steps without effect since something was not finite, int32
@@ -65,6 +65,7 @@ class Blueprint:
     params: dict[str, jax.ShapeDtypeStruct]
     stats: dict[str, jax.ShapeDtypeStruct]
     trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
+    averaged: frozenset[str]  # those of which a moving average is kept
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel that makes the picture, whose gradients weigh the GAN loss
@@ -109,7 +110,9 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer)
+    moved = trained | moving
+    averaged = moved if config.ema_decay else frozenset()
+    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
@@ -158,7 +161,7 @@ def fresh(plan: Blueprint, weights: Weights, other: Weights) -> TrainState:
         params=params,
         stats={name: weights[name] for name in plan.stats},
         # Copies, since a donated buffer must not stand twice in the state.
-        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.trained},
+        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.averaged},
         opt_state=plan.optimizer.init(params),
         discriminator=discriminator,
         skipped=zero,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import losses, optim
+from dcae_jax import losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Blueprint, Discriminator, TrainState
@@ -76,6 +76,17 @@ def make_step(config: Any, plan: Blueprint) -> Step:
     return step
 
 
+def jit_step(config: Any, plan: Blueprint, abstract: TrainState) -> Any:
+    """The step, jitted; the state that it is given is given up, and stays where it lies.
+
+    abstract: the state as `state.abstract_state` gives it.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = sharding.replicated(places.step.mesh)
+    step = make_step(config, plan)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+
 def to_float(images: Array) -> Array:
     """uint8 levels -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
@@ -140,7 +151,8 @@ def _gradients(
         (shapes.grads, shapes.discriminator_grads, shapes.metrics),
     )
     inputs = (split, jax.random.split(key, count))
-    (stats, d_stats, total), _ = jax.lax.scan(body, (stats, d_stats, zeros), inputs)
+    start = (stats, d_stats, zeros)
+    (stats, d_stats, total), _ = jax.lax.scan(body, start, inputs, unroll=config.unroll)
     return _Output(*jax.tree.map(lambda value: value / count, total), stats, d_stats)
 
 

@@ -63,8 +63,8 @@ def run(config: Any, workdir: str) -> int:
     plan = state_lib.blueprint(config, mesh)
     source, held_out = data.training_source(config.data), data.held_out_source(config.data)
     judges, scorers = load_judges(config, mesh), evaluate.load_judges(config, mesh)
-    step_fn = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, plan)
+    step_fn = steps.jit_step(config, plan, abstract)
     traced = {
         size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
         for size in sorted(set(config_lib.training_resolutions(config)))

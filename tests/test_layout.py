@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 FLOORS = [
     ["demo"],
     ["main"],
+    ["plan"],
     ["train"],
     ["evaluate", "export"],
     ["judge_samples"],
@@ -27,7 +28,7 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "optim", "metrics", "report", "tiling"],
+    ["data", "sharding", "optim", "metrics", "report", "tiling", "chips", "hlo"],
     ["config"],
 ]
 
