@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep compression autoencoders (DC-AE) in JAX: training, evaluation, weights in and out.
+"""Deep compression autoencoders (DC-AE) in JAX, and latent diffusion on top of them.
 
 ae = dcae_jax.load_autoencoder(path)
 z = ae.encode(x)     # x [B, H, W, 3] float32 in [-1, 1]
 y = ae.decode(z)
+images = dcae_jax.load_generator(path).sample(labels, guidance=1.5)  # [B, H, W, 3] uint8
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Autoencoder", "create_autoencoder", "load_autoencoder", "__version__"]
+__all__ = [
+    "Autoencoder",
+    "Generator",
+    "create_autoencoder",
+    "load_autoencoder",
+    "load_generator",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

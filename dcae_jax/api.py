@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python interface: an autoencoder to encode and decode with."""
+"""The Python interface: an autoencoder to encode and decode with, a generator to sample from."""
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, sharding, state, tiling
+from dcae_jax import checkpoint, diffusion, matching, sampling, sharding, state, tiling
 from dcae_jax import config as config_lib
+from dcae_jax.config import UserError
 from dcae_jax.models import layers, sdvae
 from dcae_jax.models.layers import Array, Weights
 
@@ -205,10 +208,232 @@ def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
     """
     graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
     state.check_weights(weights, {**params, **stats})
+    placed = _placed(weights, mesh)
+    arch = state.model_module(config.model).architecture(config.model)
+    return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
+
+
+def _placed(weights: Weights, mesh: Mesh) -> Weights:
+    """`weights` on every device of the mesh; empties the dict, so that they never lie twice."""
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
         value = np.array(weights.pop(name), np.float32, order="C")
         placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
-    arch = state.model_module(config.model).architecture(config.model)
-    return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
+    return placed
+
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A diffusion model with the autoencoder whose latents it makes, on the devices of a mesh."""
+
+    graph: nnx.GraphDef
+    weights: Weights  # parameters by path, float32
+    architecture: Any  # an Architecture of the model's file
+    model: dict[str, Any]  # config.model; its scaling_factor multiplies latents
+    objective: str  # epsilon, learned_sigma or flow
+    autoencoder: Autoencoder
+    mesh: Mesh
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 .. num_classes - 1; num_classes itself asks for no class."""
+        return self.architecture.num_classes
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of a sample."""
+        return self.architecture.latent_size * self.autoencoder.compression
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before the model sees them."""
+        return self.model["scaling_factor"]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in self.weights.values())
+
+    def sample(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        guidance: float = 1.0,
+        steps: int = 30,
+        seed: int = 0,
+        *,
+        sampler: str = "",
+        interval: tuple[float, float] = (0.0, 1.0),
+        first: int = 0,
+    ) -> np.ndarray:
+        """Images [B, H, W, 3] uint8 of the classes `labels` [B].
+
+        guidance: scale of classifier-free guidance, 1 being none, within `interval` of the noise
+        level (1: pure noise). steps: evaluations of the model. sampler: one of
+        `sampling.SAMPLERS`, '' being the objective's own. Image i is that of (seed, first + i),
+        whatever the batch. An image that is not finite is black, and a warning names it.
+        Raises ValueError, naming the argument.
+        """
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
+        if labels.min() < 0 or labels.max() > self.num_classes:
+            wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
+            raise UserError(
+                f"labels={wrong} is no class; there are 0 to {self.num_classes - 1}, and "
+                f"{self.num_classes} for none"
+            )
+        if not (np.isfinite(guidance) and guidance >= 0):
+            raise UserError(f"guidance={guidance} must be a number of at least 0; 1 is none")
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise UserError(f"interval={interval} must be 0 <= low <= high <= 1")
+        if not (0 <= seed and 0 <= first):
+            raise UserError(f"seed={seed} and first={first} must be at least 0")
+        arch = self.architecture
+        run = _sample_fn(
+            self.graph,
+            self.autoencoder.graph,
+            self.mesh,
+            _Settings(
+                objective=self.objective,
+                sampler=sampler,
+                steps=int(steps),
+                guided=guidance != 1,
+                interval=tuple(interval),
+                shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
+                none=arch.num_classes,
+                scaling_factor=self.scaling_factor,
+            ),
+        )
+        # Filled up to what the mesh divides by: the number of a sample fixes it, not its row.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
+        keys = jax.random.key_data(sampling.sample_keys(seed, jnp.asarray(first + rows)))
+        place = sharding.batch_sharding(self.mesh, 2)
+        images, finite = run(
+            self.weights,
+            self.autoencoder.weights,
+            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
+            sharding.put(keys, place),
+            sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
+        )
+        bad = np.flatnonzero(~np.asarray(finite)[: len(labels)])
+        if bad.size:
+            logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
+        return np.asarray(images)[: len(labels)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What a compiled sampler is made for."""
+
+    objective: str
+    sampler: str
+    steps: int
+    guided: bool
+    interval: tuple[float, float]
+    shape: tuple[int, int, int]  # of the latents
+    none: int  # the label that stands for no class
+    scaling_factor: float
+
+
+@functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
+def _sample_fn(
+    graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, settings: _Settings
+) -> Callable:
+    """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (images, finite).
+
+    images [B, H, W, 3] uint8, finite [B] bool, on every process whole.
+    """
+    s = settings
+
+    def run(weights, decoder_weights, labels, keys, guidance):
+        keys = jax.random.wrap_key_data(keys)
+        noise = sampling.initial_noise(keys, s.shape)
+        model = sampling.guided(
+            layers.merge(graph, weights),
+            labels,
+            s.none,
+            guidance if s.guided else 1,
+            objective=s.objective,
+            interval=s.interval,
+        )
+        z = sampling.sample(
+            model, noise, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
+        )
+        images = layers.merge(decoder, decoder_weights).decode(
+            diffusion.unscaled(z, s.scaling_factor)
+        )
+        # As the authors cut to 8 bits: 127.5 x + 128, truncated.
+        levels = jnp.clip(127.5 * images.astype(jnp.float32) + 128, 0, 255)
+        finite = jnp.isfinite(levels).all((1, 2, 3))
+        levels = jnp.where(finite[:, None, None, None], levels, 0)
+        return levels.astype(jnp.uint8), finite
+
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def load_generator(
+    path: str,
+    *,
+    autoencoder: str = "",
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    weights: str = "ema",
+    variant: str = "",
+    resolution: int = 0,
+) -> Generator:
+    """The diffusion model in `path` with its autoencoder: ours, or published UViT, USiT or DiT.
+
+    path: a workdir or one of its checkpoints/<step>, an export, or published weights. autoencoder:
+    its autoencoder, for `load_autoencoder`; '' takes the one that the model was trained on, or
+    that its published name says. resolution: pixels a side, where published weights do not tell
+    (a DiT without its table of positions). The rest as in `load_autoencoder`. Raises UserError, a
+    ValueError; so too if the autoencoder is not the one whose latents the model learned.
+    """
+    values, saved = checkpoint.load_weights(path, weights, variant, kind="generator")
+    where = autoencoder or saved["autoencoder"]
+    if not where:
+        raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
+    config = _config(dtype)
+    mesh = mesh or sharding.make_mesh(config.mesh)
+    inner = load_autoencoder(where, dtype=dtype, mesh=mesh)
+    if manifest := saved.get("latents"):
+        matching.check_autoencoder(manifest, where, checkpoint.encoder_checksum(inner.weights))
+    config.model.update(saved["model"])
+    config.objective, config.patch_size = saved["objective"], saved["patch_size"]
+    if not config.model.latent_size:
+        if not resolution:
+            raise UserError(f"{path!r} does not say for which size it is; give resolution=")
+        config.model.latent_size = resolution // inner.compression
+    config.model.scaling_factor = config.model.scaling_factor or inner.scaling_factor or 0.0
+    if not config.model.scaling_factor:
+        raise UserError(
+            f"{path!r} and its autoencoder {where!r} name no scaling factor; give the published "
+            "name of the autoencoder, which has one"
+        )
+    return build_generator(config, values, inner, mesh)
+
+
+def build_generator(
+    config: Any, weights: Weights, autoencoder: Autoencoder, mesh: Mesh
+) -> Generator:
+    """The diffusion model of config.model with `weights`, checked and placed on the mesh.
+
+    Empties `weights` if they are host arrays, as `build_autoencoder` does. Raises UserError where
+    the model's latents are not those of the autoencoder.
+    """
+    arch = state.architecture(config)
+    if arch.latent_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
+            f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
+        )
+    graph, params, _ = layers.split(state.create_model(config, mesh, layers.shapes))
+    state.check_weights(weights, params)
+    placed = _placed(weights, mesh)
+    return Generator(
+        graph, placed, arch, config.model.to_dict(), config.objective, autoencoder, mesh
+    )

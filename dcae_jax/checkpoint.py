@@ -9,6 +9,7 @@ the next example). Weights stand apart so that readers need not know the optimiz
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dcae_jax import published, report
@@ -27,6 +29,8 @@ from dcae_jax.state import TrainState
 CONFIG = "config.json"
 FOLDER = "checkpoints"
 EXPORT = "model.json"  # of an export
+AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its autoencoder
+GENERATOR_KEYS = ("model", "objective", "patch_size")  # that fix a diffusion model
 _WEIGHTS = ("params", "stats", "ema")
 
 # Of glibc's mallopt, <malloc.h>.
@@ -87,27 +91,33 @@ def _divide(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_weights(
-    path: str, which: str = "ema", variant: str = ""
+    path: str, which: str = "ema", variant: str = "", kind: str = "autoencoder"
 ) -> tuple[Weights, dict[str, Any]]:
     """(weights by path, configuration) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
-    PyTorch weights, or their name on the hub. The configuration has at least the key `model`.
-    which: 'ema', a run's averages where something was trained, or 'raw'. variant: what published
-    weights are of, where they do not say. Arrays are NumPy, float32, parameters and statistics
-    together. Raises UserError when there is nothing to load.
+    PyTorch weights, or their name on the hub. kind: 'autoencoder', or 'generator', a diffusion
+    model. The configuration has at least the key `model`, a generator's also `objective`,
+    `patch_size` and `autoencoder`. which: 'ema', a run's averages where something was trained, or
+    'raw'. variant: what published weights are of, where they do not say. Arrays are NumPy, float32,
+    parameters and statistics together. Raises UserError when there is nothing to load.
     """
     given, path = path, os.path.abspath(os.path.expanduser(path))
     if os.path.exists(os.path.join(path, EXPORT)):
-        return _load_export(path)
+        return _load_export(path, kind)
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
     workdir, step = (match[1], int(match[2])) if match else (path, None)
     config = published.read_object(os.path.join(workdir, CONFIG))
     if config is None or "config" not in config:
         if match:
             raise UserError(f"init_from={path!r} is of no workdir: {workdir} has no {CONFIG}")
-        weights, model = published.read(path if os.path.exists(path) else given, variant)
+        there = path if os.path.exists(path) else given
+        if kind == "generator":
+            return published.read_generator(there, variant)
+        weights, model = published.read(there, variant)
         return weights, {"model": model}
+    if kind != (saved := "generator" if config["config"]["objective"] else "autoencoder"):
+        raise UserError(f"init_from={path!r} holds a run of the kind {saved}; name one of {kind}s")
     steps = saved_steps(workdir)
     if step is None and not steps:
         raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
@@ -184,18 +194,41 @@ def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
     report.write_json(os.path.join(folder, EXPORT), meta)
 
 
-def _load_export(folder: str) -> tuple[Weights, dict[str, Any]]:
+def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
     """(weights by path, configuration) of an export of ours."""
     meta = published.read_object(os.path.join(folder, EXPORT)) or {}
-    kind = meta.get("kind")
-    if kind != "autoencoder":
-        raise UserError(f"init_from={folder!r} is no autoencoder: {EXPORT} has kind={kind!r}")
+    if meta.get("kind") != kind:
+        found = meta.get("kind")
+        raise UserError(f"init_from={folder!r} is no {kind}: {EXPORT} has kind={found!r}")
     params = os.path.join(folder, "params")
     if not os.path.isdir(params):
         raise UserError(f"init_from={folder!r} is an incomplete export: it has no params/")
     weights = _read_numpy(params, "raw")
     logging.info("read the export %s", folder)
+    if kind == "generator":
+        inner = os.path.join(folder, AUTOENCODER)
+        return weights, {k: meta[k] for k in GENERATOR_KEYS} | {"autoencoder": inner}
     return weights, {"model": meta["model"]}
+
+
+def checksum(weights: Weights, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 of the names, shapes and float32 values of weights, in the order of their names.
+
+    parts: only weights whose names begin with one of these. The arrays are ones that this process
+    has whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if name.startswith(parts):
+            value = np.asarray(weights[name], np.float32, order="C")
+            digest.update(f"{name} {value.shape}\n".encode())
+            digest.update(value.data)
+    return digest.hexdigest()
+
+
+def encoder_checksum(weights: Weights) -> str:
+    """The checksum of what latents depend on; training of a decoder alone leaves it as it was."""
+    return checksum(weights, ("encoder.", "quant_conv."))
 
 
 def saved_steps(workdir: str) -> list[int]:

@@ -323,6 +323,11 @@ def check(config: ConfigDict) -> None:
                 f"evaluate.{key}={config.evaluate[key]!r} is of the job evaluate; leave it empty "
                 f"in the job {config.job}, and use configs/evaluate.py"
             )
+    if config.job == "train" and config.data.source == "latents" and not config.objective:
+        raise UserError(
+            "data.source='latents' is for diffusion models; set objective, as configs/uvit.py and "
+            "dit.py do, or give images"
+        )
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")

@@ -22,6 +22,7 @@ from absl import flags
 from PIL import Image, ImageEnhance, ImageOps
 
 from dcae_jax.config import UserError, training_resolutions
+from dcae_jax.latents import Latents, latents
 
 Batch = dict[str, np.ndarray]
 
@@ -234,6 +235,8 @@ def training_source(data: Any) -> Any:
         return photos(PHOTOS)
     if data.source == "tfds":
         return tfds(data.name, data.split, data.data_dir)
+    if data.source == "latents":
+        return latents(data.path)
     source = folder(data.path)
     if data.held_out_path or not data.held_out:
         return source
@@ -241,7 +244,12 @@ def training_source(data: Any) -> Any:
 
 
 def held_out_source(data: Any) -> Any:
-    """The images that training does not see, for evaluation during and after it."""
+    """The images that training does not see, for evaluation during and after it.
+
+    None for latents: diffusion is judged by its samples.
+    """
+    if data.source == "latents":
+        return None
     if data.source == "mixture":
         return _mixture(data, held_out_source)
     if data.source == "photos":
@@ -256,11 +264,40 @@ def held_out_source(data: Any) -> Any:
 
 def evaluation_source(data: Any) -> Any:
     """What the job `evaluate` judges on: the whole folder or split that config.data names."""
+    if data.source == "latents":
+        raise UserError(
+            f"data.source='latents' ({data.path!r}) has no images; name those with "
+            "data.source=folder, tfds, photos or mixture"
+        )
     if data.source == "folder":
         return folder(data.path)
     if data.source == "tfds":
         return tfds(data.name, data.split, data.data_dir)
     return held_out_source(data)
+
+
+def encoding_source(data: Any) -> Any:
+    """What the job `encode` reads: all that config.data names, of the photographs those to train
+    on. Raises UserError."""
+    if data.source == "mixture":
+        return _mixture(data, encoding_source)
+    if data.source == "photos":
+        return photos(PHOTOS)
+    return evaluation_source(data)
+
+
+def class_names(source: Any) -> tuple[str, ...]:
+    """The names of the labels 0, 1, ...; () where the source does not know them."""
+    if isinstance(source, Subset):
+        return class_names(source.source)
+    if isinstance(source, Photos):
+        return source.names
+    if isinstance(source, Folder):
+        return source.classes
+    if isinstance(source, Tfds):
+        feature = source.records.dataset_info.features.get("label")
+        return tuple(getattr(feature, "names", ()))
+    return ()
 
 
 def _hold_out(source: Folder, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -378,22 +415,39 @@ class _Load(grain.transforms.MapWithIndex):
     sizes: tuple[int, ...]
 
     def map_with_index(self, index: int, record: int) -> dict[str, np.ndarray]:
-        size = resolution_at(self.seed, self.sizes, index // self.batch_size)
+        read = self._latent if isinstance(self.source, Latents) else self._image
         unreadable = np.full(TRIES, -1, np.int64)
         for attempt in range(TRIES):
             try:
-                image, label = self.source[record]
-                rng = np.random.default_rng((self.seed, 2, index))
-                pixels = augment(image, size, self.data, rng)
-                break
+                return read(index, record) | {"unreadable": unreadable}
             except Exception:  # whatever a decoder raises, the record is of no use
                 unreadable[attempt] = record
                 # The index counts through the epochs, so this is hash(seed, epoch, index, try).
                 rng = np.random.default_rng((self.seed, 3, index, attempt))
                 record = int(rng.integers(len(self.source)))
-        else:
-            pixels, label = np.zeros((size, size, 3), np.uint8), 0
-        return {"image": pixels, "label": np.int32(label), "unreadable": unreadable}
+        # Nothing could be read. This example only carries the news, and is then thrown away.
+        return {"label": np.int32(0), "unreadable": unreadable} | (
+            {"latent": self.source.blank()}
+            if isinstance(self.source, Latents)
+            else {"image": np.zeros((self._size(index),) * 2 + (3,), np.uint8)}
+        )
+
+    def _size(self, index: int) -> int:
+        return resolution_at(self.seed, self.sizes, index // self.batch_size)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, 2, index))
+
+    def _image(self, index: int, record: int) -> dict[str, np.ndarray]:
+        image, label = self.source[record]
+        pixels = augment(image, self._size(index), self.data, self._rng(index))
+        return {"image": pixels, "label": np.int32(label)}
+
+    def _latent(self, index: int, record: int) -> dict[str, np.ndarray]:
+        """One of the stored variants: the crop, or its mirror image where both are there."""
+        values, label = self.source[record]
+        variant = self._rng(index).integers(len(values)) if self.data.flip else 0
+        return {"latent": values[variant], "label": np.int32(label)}
 
 
 @dataclasses.dataclass
@@ -408,21 +462,29 @@ class Unreadable:
     def take(self, batch: Batch) -> Batch:
         """The batch without its report, which is counted. Raises UserError."""
         report = batch.pop("unreadable")
-        bad = report[report >= 0]
-        self.read += len(report) + len(bad)
-        self.failed += len(bad)
-        for record in sorted(set(bad.tolist()) - self.seen):
-            self.seen.add(record)
-            logging.warning("unreadable, replaced: %s", self.source.name(record))
+        bad = report[report >= 0].tolist()
         none_left = bool((report >= 0).all(-1).any())
+        self.count(len(report) + len(bad), bad, "replaced", none_left)
+        return batch
+
+    def count(self, read: int, bad: list[int], fate: str, none_left: bool = False) -> None:
+        """Counts so many attempts, and the records that failed, named once. Raises UserError.
+
+        fate: what became of them, for the log. none_left: for an example no record was found.
+        """
+        self.read += read
+        self.failed += len(bad)
+        for record in sorted(set(bad) - self.seen):
+            self.seen.add(record)
+            logging.warning("unreadable, %s: %s", fate, self.source.name(record))
         too_many = self.read >= BAD_AFTER and self.failed > BAD_SHARE * self.read
         if none_left or too_many:
-            example = self.source.name(int(bad[0])) if len(bad) else "see the log"
+            known = bad or sorted(self.seen)
+            example = self.source.name(known[0]) if known else "see the log"
             raise UserError(
                 f"{self.failed} of {self.read} records read are unreadable ({example}); "
                 "repair or remove them"
             )
-        return batch
 
 
 def _record_order(source: Any, seed: int) -> grain.MapDataset:
@@ -444,7 +506,8 @@ def training_batches(
 
     source: what `training_source` opened.
 
-    A batch: image [B / processes, size, size, 3] uint8, label [B / processes] int32. Process p
+    A batch: image [B / processes, size, size, 3] uint8, label [B / processes] int32. Of latents,
+    instead of image: latent [B / processes, h, w, c] in the stored dtype, unscaled. Process p
     gets rows p * B / processes onwards of each global batch of B = config.batch_size.
     Raises UserError when too many records cannot be read.
     """
@@ -454,40 +517,41 @@ def training_batches(
         _record_order(source, config.seed)
         .map_with_index(load)[start:]
         .batch(local)[process::processes]
-        .to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=min(config.data.threads, config.data.prefetch),
-                # Counted in batches, since it comes after .batch().
-                prefetch_buffer_size=config.data.prefetch,
-            )
-        )
     )
-    if config.data.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also in a notebook
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+    settings = config.data
+    stream = _read_ahead(dataset, settings.threads, settings.prefetch, settings.workers)
     counter = Unreadable(source)
-    for batch in dataset:
+    for batch in stream:
         yield counter.take(batch)
 
 
-# --- evaluation: each image once ------------------------------------------------------------------
+def _read_ahead(batches: grain.MapDataset, threads: int, ahead: int, workers: int) -> Any:
+    """Iterates over `batches`, `ahead` of them read in advance (by each of the processes)."""
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+    stream = batches.to_iter_dataset(options)
+    if not workers:
+        return stream
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also in a notebook
+    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+# --- evaluation and encoding: each image once -----------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadOnce(grain.transforms.Map):
-    """Example number -> fixed crop. Numbers past the end, and unreadable records, have mask 0."""
+    """Number of a crop -> the crop. Numbers below 0, and unreadable records, have mask 0."""
 
     source: Any
     size: int
     crops: int
-    count: int
 
     def map(self, number: int) -> dict[str, np.ndarray]:
         pixels, label, mask = np.zeros((self.size, self.size, 3), np.uint8), 0, 0.0
         unreadable = -1
-        if number < self.count:
-            record = number % len(self.source)
+        if number >= 0:
+            record = int(number) % len(self.source)
             try:
                 image, label = self.source[record]
                 if self.crops == 1:
@@ -504,6 +568,26 @@ class _LoadOnce(grain.transforms.Map):
             "mask": np.float32(mask),
             "unreadable": np.int64(unreadable),
         }
+
+
+def fixed_crops(
+    source: Any,
+    numbers: np.ndarray,
+    *,
+    size: int,
+    batch_size: int,
+    crops: int = 1,
+    threads: int = 4,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The crops of these numbers, in order; a number below 0 fills up, with mask 0.
+
+    numbers: a multiple of batch_size of them. Crop n is of image n % len(source): ADM's centre crop
+    with crops = 1, else one at a place that is fixed by n. A batch: image [B, size, size, 3] uint8,
+    label [B] int32, mask [B] float32, unreadable [B] (the image's number, or -1).
+    """
+    batches = grain.MapDataset.source(numbers).map(_LoadOnce(source, size, crops)).batch(batch_size)
+    yield from _read_ahead(batches, threads, threads, workers)
 
 
 def evaluation_batches(
@@ -525,15 +609,19 @@ def evaluation_batches(
     """
     total = len(source) * crops
     total = min(total, count) if count else total
-    padded = math.ceil(total / batch_size) * batch_size
-    dataset = (
-        grain.MapDataset.range(padded)
-        .map(_LoadOnce(source, size, crops, total))
-        .batch(batch_size // processes)[process::processes]
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    )
-    for batch in dataset:
-        for record in batch.pop("unreadable"):
-            if record >= 0:
-                logging.warning("unreadable, left out: %s", source.name(int(record)))
+    local = batch_size // processes
+    mine = padded(np.arange(total), batch_size).reshape(-1, processes, local)[:, process].ravel()
+    named = set()
+    for batch in fixed_crops(
+        source, mine, size=size, batch_size=local, crops=crops, threads=threads
+    ):
+        for record in batch.pop("unreadable").tolist():
+            if record >= 0 and record not in named:
+                named.add(record)
+                logging.warning("unreadable, left out: %s", source.name(record))
         yield batch
+
+
+def padded(numbers: np.ndarray, multiple: int) -> np.ndarray:
+    """`numbers` with -1 behind them, to a multiple."""
+    return np.pad(numbers, (0, -len(numbers) % multiple), constant_values=-1)

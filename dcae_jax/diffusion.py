@@ -26,6 +26,19 @@ Model = Callable[[Array, Array], Array]
 OBJECTIVES = ("epsilon", "learned_sigma", "flow")
 
 
+def scaled(latents: Array, scaling_factor: float) -> Array:
+    """What a diffusion model sees: latents as the autoencoder gives them, brought to an rms of 1.
+
+    The one place, with `unscaled`, where the factor is applied.
+    """
+    return latents.astype(jnp.float32) * scaling_factor
+
+
+def unscaled(latents: Array, scaling_factor: float) -> Array:
+    """What the autoencoder decodes: the inverse of `scaled`."""
+    return latents.astype(jnp.float32) / scaling_factor
+
+
 def scaled_linear_betas(n: int = 1000) -> np.ndarray:
     """Betas [n] whose roots are evenly spaced: those of UViT (and of Stable Diffusion)."""
     return np.linspace(np.sqrt(0.00085), np.sqrt(0.0120), n) ** 2

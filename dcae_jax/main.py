@@ -21,6 +21,8 @@ from dcae_jax.config import UserError
 JOBS = {
     "train": ("train", "run"),
     "phases": ("train", "run_phases"),
+    "encode": ("encode", "run"),
+    "sample": ("sample", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
     "plan": ("plan", "run"),

@@ -38,11 +38,22 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
         except re.error as error:
             raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
         if not hits:
+            if any(re.fullmatch(pattern, one) for name in names for one in _single(name)):
+                raise UserError(
+                    f"{key}: pattern {pattern!r} names one of several blocks, which are one array; "
+                    "name all of them: their paths look like "
+                    f"{next(name for name in names if '*' in name)!r}"
+                )
             raise UserError(
                 f"{key}: pattern {pattern!r} matches no parameter; paths look like {names[0]!r}"
             )
         found |= hits
     return frozenset(found)
+
+
+def _single(name: str) -> list[str]:
+    """The paths that the blocks of a stack would have one by one."""
+    return [name.replace("*", str(i)) for i in range(100)] if "*" in name else []
 
 
 def optimizer(

@@ -27,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from dcae_jax import chips, hlo, report, sharding, steps, train
+from dcae_jax import chips, hlo, matching, report, sharding, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -87,6 +87,10 @@ def overridden(file: str, overrides: tuple[str, ...]) -> Any:
         raise UserError(f"plan.config={file!r}: {config_lib.explain(error)}") from error
     if job != "train":
         raise UserError(f"plan.config={file!r} is of the job {job}, which has no step to plan")
+    if config.objective:
+        # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
+        on_disk = bool(config.data.path)
+        config = train.on_latents(config)[0] if on_disk else matching.complete(config, None)
     return config
 
 
@@ -107,7 +111,9 @@ def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
 
 
 def shares(job: Any) -> dict[int, float]:
-    """{size a side: share of the steps that has it}."""
+    """{size a side, in pixels or latents: share of the steps that has it}."""
+    if job.objective:
+        return dict.fromkeys(train.batch_sizes(job), 1.0)
     drawn = config_lib.training_resolutions(job)
     return {size: count / len(drawn) for size, count in collections.Counter(drawn).items()}
 
@@ -173,14 +179,14 @@ def measure(config: Any, text: str, size: int) -> Row:
     except jax.errors.JaxRuntimeError as error:
         return facts | _NOT_COMPILED | {"peak_bytes": needed_bytes(error)}
     facts["compile_s"] = time.perf_counter() - began
-    memory = program.memory_analysis()
+    memory, said = program.memory_analysis(), program.as_text()
     facts |= {
         "arguments_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "bytes_accessed": program.cost_analysis()["bytes accessed"],
-        "collectives": hlo.collective_bytes(program.as_text()),
+        "bytes_accessed": program.cost_analysis()["bytes accessed"] + hlo.repeated_bytes(said),
+        "collectives": hlo.collective_bytes(said),
     }
     facts["peak_bytes"] = (
         facts["arguments_bytes"]
@@ -241,7 +247,7 @@ def flops(config: Any, mesh: Mesh, size: int) -> float:
 
 def abstract_judges(config: Any, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of what `train.load_judges` loads."""
-    if not config.loss.lpips_weight:
+    if not config.loss.lpips_weight or config.objective:
         return {}
     place = sharding.replicated(mesh)
     return {
@@ -333,7 +339,7 @@ def _find_batch(
     file: str, overrides: tuple[str, ...], job: Any, text: str
 ) -> tuple[int, dict[tuple[int, int], Row]]:
     """(the largest global batch that fits, {(batch, size): facts} of what was compiled for it)."""
-    size = max(config_lib.training_resolutions(job))  # which takes the most memory
+    size = max(shares(job))  # which takes the most memory
     count = math.prod(chips.topology(text).shape)
     facts: dict[tuple[int, int], Row] = {}
 

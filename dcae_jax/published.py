@@ -56,6 +56,8 @@ def read(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
     Raises UserError, one line, before anything is converted.
     """
     config, tensors = _read_tensors(path)
+    if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
+        config, tensors = _inside(config, tensors)
     try:
         module, arch, form = _identify(tensors, config, variant)
         weights = module.from_torch(tensors, arch, form)
@@ -129,16 +131,18 @@ def model_settings(arch: Any) -> dict[str, Any]:
 # What stands before the names: in folders of the hub, in files of the authors' trainers; nothing
 # in those of U-ViT and DiT.
 PREFIXES = ("diffusion_model.", "uvit.", "dit.", "0.", "")
+AUTOENCODER_PREFIX = "autoencoder."
+HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
 
 
 def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
     """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
 
-    settings: {'model': all of config.model, 'patch_size': int, 'learn_sigma': bool,
-    'objective_hint': 'epsilon', 'learned_sigma' or 'flow', 'autoencoder': published name or ''}.
-    The last two come from the config.json beside the weights; without it a UViT is taken for
-    one that predicts epsilon, since a USiT has the same tensors. model.latent_size is 0 where the
-    weights do not tell it (a DiT without its fixed positions).
+    settings: {'model': all of config.model, 'patch_size': int, 'objective': 'epsilon',
+    'learned_sigma' or 'flow', 'autoencoder': where its weights are, or ''}. The last two come from
+    the config.json beside the weights; without it a UViT is taken for one that predicts epsilon,
+    since a USiT has the same tensors. model.latent_size is 0 where the weights do not tell it (a
+    DiT without its fixed positions).
     variant: whose heads the model has, needed where its width is that of no variant, and checked
     where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
     """
@@ -149,13 +153,16 @@ def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any
         settings = _generator_settings(module, arch, variant)
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
+    doubled = arch.out_channels == 2 * arch.latent_channels
     name = str((config or {}).get("model_name", ""))
-    autoencoder = re.match(r"(.+?)-(uvit|usit|dit|sit)-", name)
-    hint = "learned_sigma" if settings["learn_sigma"] else "epsilon"
-    if re.search(r"-u?sit-", name) or (module is dit and not settings["learn_sigma"]):
-        hint = "flow"
-    settings["objective_hint"] = hint
-    settings["autoencoder"] = autoencoder.group(1) if autoencoder else ""
+    if re.search(r"-u?sit-", name) or (module is dit and not doubled):
+        settings["objective"] = "flow"
+    else:
+        settings["objective"] = "learned_sigma" if doubled else "epsilon"
+    settings["autoencoder"] = ""
+    if autoencoder := _autoencoder_of(name):
+        inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
+        settings["autoencoder"] = path if inside else f"{HUB_OWNER}/{autoencoder}"
     model = settings["model"]
     logging.info("read %s %s weights from %s", model["name"], model["variant"], path)
     return weights, settings
@@ -202,11 +209,24 @@ def _generator_settings(module: Any, arch: Any, variant: str) -> dict[str, Any]:
         model[key] = 0 if size == getattr(rows[variant], key) else size
     model.latent_size, model.latent_channels = arch.latent_size, arch.latent_channels
     model.num_classes = arch.num_classes
-    return {
-        "model": model.to_dict(),
-        "patch_size": arch.patch_size,
-        "learn_sigma": arch.out_channels == 2 * arch.latent_channels,
+    return {"model": model.to_dict(), "patch_size": arch.patch_size}
+
+
+def _autoencoder_of(model_name: str) -> str:
+    """The published autoencoder in the name of a published diffusion model; '' if there is none."""
+    found = re.match(r"(.+?)-(uvit|usit|dit|sit)-", model_name)
+    return found.group(1) if found else ""
+
+
+def _inside(config: dict[str, Any] | None, tensors: Mapping) -> tuple[dict | None, dict[str, Any]]:
+    """(config.json, tensors) of the autoencoder that lies beside a diffusion model in its file."""
+    name = _autoencoder_of(str((config or {}).get("model_name", "")))
+    own = {
+        key.removeprefix(AUTOENCODER_PREFIX): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(AUTOENCODER_PREFIX)
     }
+    return {"model_name": name} if name else None, own
 
 
 # --- where the files are --------------------------------------------------------------------------

@@ -38,12 +38,12 @@ def sample_keys(seed: int | Array, indices: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
-def initial_noise(seed: int | Array, start: int | Array, count: int, shape: tuple) -> Array:
-    """Standard normal noise [count, *shape] for the samples start, start + 1, ...
+def initial_noise(keys: Array, shape: tuple) -> Array:
+    """Standard normal noise [B, *shape] float32 of the samples with `keys` [B] (`sample_keys`).
 
-    Sample i's is the same whatever the batch: it comes from fold_in(key(seed), i).
+    A sample's is the same whatever the batch.
     """
-    return _noise(sample_keys(seed, start + jnp.arange(count)), 0, shape, jnp.float32)
+    return _noise(keys, 0, shape, jnp.float32)
 
 
 def _noise(keys: Array, use: int | Array, shape: tuple, dtype: jnp.dtype) -> Array:

@@ -68,7 +68,7 @@ class Blueprint:
     averaged: frozenset[str]  # those of which a moving average is kept
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
-    last_layer: str  # the kernel that makes the picture, whose gradients weigh the GAN loss
+    last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
 
 
 def model_module(model_config: Any) -> Any:
@@ -85,24 +85,53 @@ def model_module(model_config: Any) -> Any:
 
 def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
+    dtype = sharding.compute_dtype(config, mesh)
+    if config.objective:
+        return model_module(config.model).create(
+            architecture(config),
+            dtype=dtype,
+            init=init,
+            remat=config.remat == "blocks",
+            unroll=config.unroll,
+        )
     return model_module(config.model).create(
+        config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
+    )
+
+
+def architecture(config: Any) -> Any:
+    """What fixes the parameters of the model of `config`. Raises UserError."""
+    module = model_module(config.model)
+    if not config.objective:
+        return module.architecture(config.model)
+    if module in (dcae, sdvae):
+        raise UserError(
+            f"objective={config.objective!r} is a diffusion model's, and model.name="
+            f"{config.model.name!r} names none; choose uvit or dit"
+        )
+    return module.architecture(
         config.model,
-        platform=sharding.platform(mesh),
-        dtype=sharding.compute_dtype(config, mesh),
-        init=init,
+        patch_size=config.patch_size,
+        learn_sigma=config.objective == "learned_sigma",
     )
 
 
 def blueprint(config: Any, mesh: Mesh) -> Blueprint:
     """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
     graph, params, stats = layers.split(create_model(config, mesh, layers.shapes))
-    arch = model_module(config.model).architecture(config.model)
-    patterns = [fill_pattern(pattern, arch) for pattern in config.trainable]
+    arch = architecture(config)
+    patterns = config.trainable
+    if not config.objective:
+        patterns = [fill_pattern(pattern, arch) for pattern in patterns]
     trained = optim.match(patterns, params, "trainable")
     if not trained:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
+    moved = trained | moving
+    averaged = moved if config.ema_decay else frozenset()
+    if config.objective:
+        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "")
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -110,8 +139,6 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    moved = trained | moving
-    averaged = moved if config.ema_decay else frozenset()
     return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer)
 
 

@@ -9,32 +9,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import losses, optim, sharding
+from dcae_jax import diffusion, losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Blueprint, Discriminator, TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Batch = dict[str, Array]
 Judges = dict[str, Weights]  # weights of the networks in the loss, which never train
-Step = Callable[[TrainState, dict[str, Array], Judges], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Batch, Judges], tuple[TrainState, Metrics]]
 
 LECAM_DECAY = 0.99  # of the running means of the logits (Tseng et al. 2021, section 4)
 
 
 def make_step(config: Any, plan: Blueprint) -> Step:
-    """The step of an autoencoder run, in any of its phases.
+    """The step of a run: of an autoencoder in any of its phases, or of a diffusion model.
 
-    The batch holds 'image' [B, H, W, 3] uint8; judges hold 'lpips' where the loss has that term.
+    An autoencoder's batch holds 'image' [B, H, W, 3] uint8; judges hold 'lpips' where the loss has
+    that term. A diffusion model's holds 'latent' [B, h, w, c], unscaled, and 'label' [B] int32.
     Metrics are float32 scalars; 'finite' is 0 for a step that was skipped because its loss or
     gradient was not finite: nothing but the counters changes then.
     """
     learning_rate = optim.schedule(config)
 
-    def step(
-        state: TrainState, batch: dict[str, Array], judges: Judges
-    ) -> tuple[TrainState, Metrics]:
-        out = _gradients(config, plan, state, to_float(batch["image"]), judges)
+    def step(state: TrainState, batch: Batch, judges: Judges) -> tuple[TrainState, Metrics]:
+        out = _gradients(config, plan, state, batch, judges)
         trained = {name: g for name, g in out.grads.items() if name in plan.trained}
         metrics = out.metrics | {"grad_norm": optax.global_norm(trained)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -106,7 +106,7 @@ class _Output:
     grads: Weights
     discriminator_grads: Weights  # empty without a discriminator
     metrics: Metrics
-    stats: Weights  # the autoencoder's, after this pass
+    stats: Weights  # the model's, after this pass
     discriminator_stats: Weights
 
 
@@ -118,26 +118,28 @@ jax.tree_util.register_dataclass(
 
 
 def _gradients(
-    config: Any, plan: Blueprint, state: TrainState, images: Array, judges: Judges
+    config: Any, plan: Blueprint, state: TrainState, batch: Batch, judges: Judges
 ) -> _Output:
     """Gradients over the batch, in config.accumulate microbatches."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def once(stats, discriminator_stats, images, key):
+    def once(stats, discriminator_stats, batch, key):
         now = dataclasses.replace(state, stats=stats)
+        if config.objective:
+            return _denoising(config, plan, now, batch, key)
         if plan.discriminator:
             d = dataclasses.replace(state.discriminator, stats=discriminator_stats)
             now = dataclasses.replace(now, discriminator=d)
-        return _microbatch(config, plan, now, images, judges, key)
+        return _reconstruction(config, plan, now, to_float(batch["image"]), judges, key)
 
     stats = state.stats
     d_stats = state.discriminator.stats if plan.discriminator else {}
     count = config.accumulate
     if count == 1:
-        return once(stats, d_stats, images, key)
+        return once(stats, d_stats, batch, key)
 
-    # Neighbours go to different microbatches, so that each device keeps the images it has.
-    split = images.reshape(-1, count, *images.shape[1:]).swapaxes(0, 1)
+    # Neighbours go to different microbatches, so that each device keeps the examples it has.
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(carry, inputs):
         stats, d_stats, total = carry
@@ -145,7 +147,7 @@ def _gradients(
         means = (out.grads, out.discriminator_grads, out.metrics)
         return (out.stats, out.discriminator_stats, jax.tree.map(jnp.add, total, means)), None
 
-    shapes = jax.eval_shape(once, stats, d_stats, split[0], key)
+    shapes = jax.eval_shape(once, stats, d_stats, jax.tree.map(lambda x: x[0], split), key)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype),
         (shapes.grads, shapes.discriminator_grads, shapes.metrics),
@@ -156,22 +158,45 @@ def _gradients(
     return _Output(*jax.tree.map(lambda value: value / count, total), stats, d_stats)
 
 
-def _microbatch(
+def _denoising(config: Any, plan: Blueprint, state: TrainState, batch: Batch, key: Array):
+    """One forward and backward pass of a diffusion model."""
+    x0 = diffusion.scaled(batch["latent"], config.model.scaling_factor)
+    label_key, key = jax.random.split(key)
+    labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
+
+    def loss_fn(params):
+        model = layers.merge(plan.graph, _constant_where_frozen(plan, params))
+        return diffusion.loss(config.objective, lambda x, t: model(x, t, labels), x0, key)
+
+    (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return _Output(grads, {}, parts | {"loss": loss}, state.stats, {})
+
+
+def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:
+    """Labels [B] of which a `share` is replaced by `none`, each drawn by itself (Ho & Salimans)."""
+    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
+    return jnp.where(draws(jnp.arange(labels.shape[0])) < share, none, labels)
+
+
+def _constant_where_frozen(plan: Blueprint, params: Weights) -> Weights:
+    """The parameters; frozen ones as constants, so that XLA drops their backward pass."""
+    return {
+        name: value if name in plan.trained else jax.lax.stop_gradient(value)
+        for name, value in params.items()
+    }
+
+
+def _reconstruction(
     config: Any, plan: Blueprint, state: TrainState, images: Array, judges: Judges, key: Array
 ) -> _Output:
-    """One forward and backward pass.
+    """One forward and backward pass of an autoencoder, and of a discriminator where there is one.
 
     Losses are differentiated at the model's output first. The backward pass through the model is
     linear in that, so the GAN's share can be weighed against the rest before it is run.
     """
 
     def forward(params):
-        # Frozen parameters are constants here: XLA drops their backward pass.
-        params = {
-            name: value if name in plan.trained else jax.lax.stop_gradient(value)
-            for name, value in params.items()
-        }
-        model = layers.merge(plan.graph, {**params, **state.stats})
+        model = layers.merge(plan.graph, {**_constant_where_frozen(plan, params), **state.stats})
         layers.train_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]

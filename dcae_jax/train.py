@@ -12,7 +12,6 @@ import importlib.metadata
 import logging
 import os
 import platform as host
-import signal
 import sys
 import threading
 import time
@@ -25,7 +24,19 @@ import numpy as np
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, data, evaluate, losses, report, sharding, steps
+from dcae_jax import (
+    api,
+    checkpoint,
+    data,
+    evaluate,
+    losses,
+    matching,
+    preemption,
+    report,
+    sample,
+    sharding,
+    steps,
+)
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -34,7 +45,7 @@ from dcae_jax.state import Blueprint, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
 
-DONE, PREEMPTED = 0, 75
+DONE = 0
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
@@ -50,6 +61,9 @@ class Diverged(RuntimeError):
 def run(config: Any, workdir: str) -> int:
     """The job `train`. Returns 0 when done, 75 when stopped by SIGTERM after saving."""
     mesh = sharding.make_mesh(config.mesh)
+    source, manifest = None, None
+    if config.objective:
+        config, source, manifest = on_latents(config)
     check(config, mesh)
     start = max(checkpoint.saved_steps(workdir), default=None)
     changed = ""
@@ -61,13 +75,18 @@ def run(config: Any, workdir: str) -> int:
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
-    source, held_out = data.training_source(config.data), data.held_out_source(config.data)
-    judges, scorers = load_judges(config, mesh), evaluate.load_judges(config, mesh)
+    source = source or data.training_source(config.data)
+    judges = load_judges(config, mesh)
+    look = (
+        _opened_previews(config, mesh, plan, manifest)
+        if manifest
+        else _opened_judges(config, mesh, plan)
+    )
     abstract = state_lib.abstract_state(config, mesh, plan)
     step_fn = steps.jit_step(config, plan, abstract)
     traced = {
         size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
-        for size in sorted(set(config_lib.training_resolutions(config)))
+        for size in batch_sizes(config)
     }
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_totals(metric_shapes), out_shardings=sharding.replicated(mesh))
@@ -88,6 +107,7 @@ def run(config: Any, workdir: str) -> int:
             {
                 "config": config_lib.to_json(config),
                 "weights": provenance,
+                "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
                 "versions": versions(mesh),
                 "mesh": dict(mesh.shape),
             },
@@ -98,12 +118,13 @@ def run(config: Any, workdir: str) -> int:
     for size, trace in traced.items():
         began = time.perf_counter()
         compiled[size] = trace.lower().compile()
-        logging.info("compiled the step at %d pixels: %.1f s", size, time.perf_counter() - began)
+        what = "latents a side" if manifest else "pixels"
+        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
     if judges:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
-    with _PreemptionFlag() as preempted, _Writer(workdir, start or 0) as writer:
-        evaluate_now = functools.partial(_evaluate, config, mesh, plan, held_out, scorers, writer)
+    with preemption.flag() as preempted, _Writer(workdir, start or 0) as writer:
+        evaluate_now = functools.partial(look, writer)
         if start is None and config.evaluate_first:
             evaluate_now(0, state)
             writer.flush()
@@ -168,7 +189,8 @@ def _loop(
             _profile(config, step, writer.workdir)
             batch = next(batches)
             placed = sharding.put_batch(batch, mesh)
-            state, metrics = compiled[batch["image"].shape[1]](state, placed, judges)
+            size = next(x.shape[1] for x in batch.values() if x.ndim == 4)
+            state, metrics = compiled[size](state, placed, judges)
             totals = accumulate(totals, metrics)
             index += config.batch_size
             in_flight.append((step, metrics["skipped_in_row"]))
@@ -197,26 +219,51 @@ def _loop(
             if stops and not last:
                 manager.wait_until_finished()
                 logging.info("saved at step %d after a signal; the same command resumes", step)
-                return PREEMPTED
+                return preemption.STATUS
     return DONE
 
 
-def _evaluate(
-    config: Any,
-    mesh: Mesh,
-    plan: Blueprint,
-    held_out: Any,
-    scorers: evaluate.Judges,
-    writer: "_Writer",
-    step: int,
-    state: TrainState,
-) -> None:
-    """Scores the averaged weights on the held-out images, into the row of `step`."""
-    weights = state_lib.averaged(state)
-    results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers)
-    writer.evaluation(step, results)
-    if step and step == config.steps:
-        writer.compare_with_start(evaluate.flat_scores(results))
+# --- evaluation -----------------------------------------------------------------------------------
+# What is needed is opened before anything is compiled; what comes back looks at a state.
+
+Look = Callable[["_Writer", int, TrainState], None]
+
+
+def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
+    """Scores the averaged weights on the held-out images, into the row of the step."""
+    held_out = data.held_out_source(config.data)
+    scorers = evaluate.load_judges(config, mesh)
+
+    def look(writer: "_Writer", step: int, state: TrainState) -> None:
+        weights = state_lib.averaged(state)
+        results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers)
+        writer.evaluation(step, results)
+        if step and step == config.steps:
+            writer.compare_with_start(evaluate.flat_scores(results))
+
+    return look
+
+
+def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[str, Any]) -> Look:
+    """Samples from the averaged weights: the same noise and labels at every step."""
+    autoencoder = api.load_autoencoder(config.autoencoder, config.dtype, mesh)
+    found = checkpoint.encoder_checksum(autoencoder.weights)
+    matching.check_autoencoder(manifest, config.autoencoder, found)
+    arch = state_lib.architecture(config)
+
+    def look(writer: "_Writer", step: int, state: TrainState) -> None:
+        model = api.Generator(
+            plan.graph,
+            state_lib.averaged(state),
+            arch,
+            config.model.to_dict(),
+            config.objective,
+            autoencoder,
+            mesh,
+        )
+        writer.samples(step, sample.pictures(config, model, range(config.sample.count)))
+
+    return look
 
 
 # --- before the first step ------------------------------------------------------------------------
@@ -225,6 +272,14 @@ def _evaluate(
 def check(config: Any, mesh: Mesh) -> None:
     """Raises UserError where the configuration does not fit itself, the model or the devices."""
     config_lib.check(config)
+    sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
+    if config.objective:
+        if config.mesh.spatial > 1:
+            raise UserError(
+                f"mesh.spatial={config.mesh.spatial} splits images, which a diffusion model has "
+                "none of; use mesh.data, mesh.fsdp and mesh.tensor"
+            )
+        return
     if config.phase == 3 and not config.loss.gan_weight:
         raise UserError("loss.gan_weight=0 in phase 3, which is the GAN's; set it above 0")
     arch = state_lib.model_module(config.model).architecture(config.model)
@@ -240,13 +295,12 @@ def check(config: Any, mesh: Mesh) -> None:
                 f"loss.gan_layers={config.loss.gan_layers} needs pictures of {least} pixels; "
                 "use fewer layers or a higher resolution"
             )
-    sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
     sharding.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
 
 
 def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
     """Weights of the networks that the loss needs, on the mesh. Raises UserError without them."""
-    if not config.loss.lpips_weight:
+    if not config.loss.lpips_weight or config.objective:
         return {}
     if not config.loss.lpips_weights:
         raise UserError(
@@ -272,12 +326,36 @@ def lpips_share(config: Any, judges: dict[str, Any], compiled: dict[int, Any]) -
     return 100 * alone.cost_analysis()["flops"] / whole
 
 
+def on_latents(config: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(configuration, source, manifest) of a diffusion run, the first with what latents fix.
+
+    Raises UserError without latents, and where they do not fit.
+    """
+    if config.data.source != "latents":
+        raise UserError(
+            f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
+            "run configs/encode.py, then set data.source=latents and data.path to its workdir"
+        )
+    source = data.training_source(config.data)
+    return matching.complete(config, source.manifest), source, source.manifest
+
+
+def batch_sizes(config: Any) -> list[int]:
+    """Sizes a side, in pixels or latents, that a step is compiled for."""
+    if config.objective:
+        return [config.model.latent_size]
+    return sorted(set(config_lib.training_resolutions(config)))
+
+
 def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch of pictures of `size` pixels, as `data` delivers it."""
-    shapes = {
-        "image": ((config.batch_size, size, size, 3), jnp.uint8),
-        "label": ((config.batch_size,), jnp.int32),
-    }
+    """Shapes of a global batch of pictures or latents of `size` a side, as `data` delivers it."""
+    count = config.batch_size
+    shapes = {"label": ((count,), jnp.int32)}
+    if config.objective:
+        channels = config.model.latent_channels
+        shapes["latent"] = (count, size, size, channels), jnp.dtype(config.encode.dtype)
+    else:
+        shapes["image"] = (count, size, size, 3), jnp.uint8
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape)))
         for name, (shape, dtype) in shapes.items()
@@ -294,7 +372,8 @@ def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, 
                 "--config.init_from"
             )
         return state_lib.init_state(config, mesh, plan), f"random, seed {config.seed}"
-    weights, saved = checkpoint.load_weights(config.init_from, config.weights)
+    kind = "generator" if config.objective else "autoencoder"
+    weights, saved = checkpoint.load_weights(config.init_from, config.weights, kind=kind)
     theirs, ours = saved["model"]["variant"], config.model.variant
     try:
         state = state_lib.init_state(config, mesh, plan, weights)
@@ -305,6 +384,12 @@ def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, 
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
+    theirs, ours = saved["model"]["scaling_factor"], config.model.scaling_factor
+    if config.objective and theirs and theirs != ours:
+        raise UserError(
+            f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
+            f"{ours}; encode with the autoencoder that it was trained on"
+        )
     # A path is kept whole, a hub name as it is.
     there = os.path.exists(config.init_from)
     origin = os.path.abspath(config.init_from) if there else config.init_from
@@ -444,6 +529,16 @@ class _Writer:
         for size, result in results.items():
             self.events.add_image(f"reconstruction_{size}", result.grid(), step, dataformats="HWC")
 
+    def samples(self, step: int, images: np.ndarray) -> None:
+        """Writes a grid of samples [N, H, W, 3] uint8."""
+        self.pending = self.pending or (step, {}, {})
+        if self.events is None:
+            return
+        grid = sample.grid(images)
+        report.write_png(os.path.join(self.workdir, "images", f"step{step:07d}_samples.png"), grid)
+        self.events.add_image("samples", grid, step, dataformats="HWC")
+        logging.info("step %d: %d samples in images/", step, len(images))
+
     def compare_with_start(self, scores: dict[str, float]) -> None:
         """Says which figures rose and which fell since the evaluation before the first step."""
         rows = report.read_rows(self.workdir)
@@ -486,20 +581,6 @@ class _Clock:
 
     def leave_out(self, seconds: float) -> None:
         self.last += seconds
-
-
-class _PreemptionFlag:
-    """An event that SIGTERM sets: the loop then saves and stops after the step at hand."""
-
-    def __enter__(self) -> threading.Event:
-        self.event, self.old = threading.Event(), None
-        if threading.current_thread() is threading.main_thread():
-            self.old = signal.signal(signal.SIGTERM, lambda *_: self.event.set())
-        return self.event
-
-    def __exit__(self, *error) -> None:
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
 
 
 def _progress(total: int, start: int) -> Any:

@@ -318,6 +318,7 @@ def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
     source = data.tfds("tiny", "train", str(tmp_path))
     assert len(source) == 5 and "tensorflow" not in sys.modules
+    assert data.class_names(source) == ("0", "1", "2")
     records = [source[i] for i in range(5)]
     seen = sorted((image.getpixel((0, 0))[0], image.size, label) for image, label in records)
     assert seen == [(i * 10, (9, 8), i % 3) for i in range(5)]

@@ -71,9 +71,8 @@ def test_folders_of_the_hub_are_read(tmp_path):
     model = settings.pop("model")
     assert settings == {
         "patch_size": 2,
-        "learn_sigma": False,
-        "objective_hint": "epsilon",
-        "autoencoder": "dc-ae-f64c128-in-1.0",
+        "objective": "epsilon",
+        "autoencoder": str(folder),
     }
     keys = ("name", "variant", "depth", "width", "heads")
     assert [model[key] for key in keys] == ["uvit", "tiny", 2, 0, 0]
@@ -82,7 +81,9 @@ def test_folders_of_the_hub_are_read(tmp_path):
 
     name = "dc-ae-f32c32-in-1.0-usit-2b-in-512px"
     folder = write_folder(tmp_path / "b", uvit, UVIT, weights, name)
-    assert published.read_generator(str(folder))[1]["objective_hint"] == "flow"
+    settings = published.read_generator(str(folder))[1]
+    assert settings["objective"] == "flow"
+    assert settings["autoencoder"] == "mit-han-lab/dc-ae-f32c32-in-1.0"
 
     weights = random_weights(dit, DIT)
     name = "dc-ae-f32c32-in-1.0-dit-xl-in-512px-trainbs1024"
@@ -90,9 +91,8 @@ def test_folders_of_the_hub_are_read(tmp_path):
         str(write_folder(tmp_path / "c", dit, DIT, weights, name))
     )
     same(found, weights)
-    assert settings["model"]["name"] == "dit" and settings["learn_sigma"]
-    assert settings["objective_hint"] == "learned_sigma"
-    assert settings["autoencoder"] == "dc-ae-f32c32-in-1.0"
+    assert settings["model"]["name"] == "dit"
+    assert settings["objective"] == "learned_sigma"
 
 
 def test_settings_make_the_same_architecture_again(tmp_path):
@@ -105,7 +105,9 @@ def test_settings_make_the_same_architecture_again(tmp_path):
         _, settings = published.read_generator(str(path))
         model = published.config_lib.default().model
         model.update(settings["model"])
-        sizes = dict(patch_size=settings["patch_size"], learn_sigma=settings["learn_sigma"])
+        sizes = dict(
+            patch_size=settings["patch_size"], learn_sigma=settings["objective"] == "learned_sigma"
+        )
         assert module.architecture(model, **sizes) == arch
 
 

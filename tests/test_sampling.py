@@ -238,7 +238,7 @@ def test_ancestral_samples_have_the_distribution_of_the_data(objective):
 
     @jax.jit
     def run(indices):
-        noise = sampling.initial_noise(0, indices[0], len(indices), (1, 1, 1))
+        noise = sampling.initial_noise(sampling.sample_keys(0, indices), (1, 1, 1))
         return sampling.sample(
             model,
             noise,
@@ -287,13 +287,16 @@ def test_a_respaced_chain_is_as_noisy_at_its_steps():
 
 def test_noise_is_that_of_the_sample_and_not_of_the_batch():
     """Catches noise drawn for a batch: a resumed job would make other pictures."""
-    all_noise = sampling.initial_noise(3, 0, 8, (2, 2, 3))
+
+    def noise(seed, numbers):
+        return sampling.initial_noise(sampling.sample_keys(seed, numbers), (2, 2, 3))
+
+    all_noise = noise(3, jnp.arange(8))
     assert all_noise.dtype == jnp.float32
-    np.testing.assert_array_equal(sampling.initial_noise(3, 5, 2, (2, 2, 3)), all_noise[5:7])
-    traced = jax.jit(lambda start: sampling.initial_noise(3, start, 2, (2, 2, 3)))(5)
-    np.testing.assert_array_equal(traced, all_noise[5:7])
+    np.testing.assert_array_equal(noise(3, jnp.array([5, 2])), all_noise[jnp.array([5, 2])])
+    np.testing.assert_array_equal(jax.jit(noise)(3, jnp.array([6])), all_noise[6:7])
     assert len(np.unique(all_noise)) == all_noise.size
-    assert not np.array_equal(sampling.initial_noise(4, 0, 8, (2, 2, 3)), all_noise)
+    assert not np.array_equal(noise(4, jnp.arange(8)), all_noise)
     keys = sampling.sample_keys(3, jnp.arange(8))
     assert keys[5] == jax.random.fold_in(jax.random.key(3), 5)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import checkpoint, report, train
+from dcae_jax import checkpoint, preemption, report, train
 from dcae_jax.config import UserError
 
 TIMES = ("_s", "_per_s")
@@ -128,7 +128,7 @@ def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
     """Catches anything that a checkpoint forgets: moments, averages, data, means of metrics."""
     workdir = tmp_path / "run"
     status = _interrupt(workdir, 10, number)
-    assert status == (train.PREEMPTED if number == signal.SIGTERM else -signal.SIGKILL)
+    assert status == (preemption.STATUS if number == signal.SIGTERM else -signal.SIGKILL)
     steps = checkpoint.saved_steps(str(workdir))
     assert steps and steps[-1] < 40
     said = _finish(workdir)
@@ -243,7 +243,7 @@ def test_sigterm_saves_where_it_stands(small, alone, tmp_path):
     small.steps, small.save_every, small.log_every = 50, 100, 1
     timer = threading.Thread(target=_terminate_at, args=(workdir, 3), daemon=True)
     timer.start()
-    assert train.run(small, workdir) == train.PREEMPTED
+    assert train.run(small, workdir) == preemption.STATUS
     timer.join()
     (step,) = checkpoint.saved_steps(workdir)
     assert 3 <= step < 50

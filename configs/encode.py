@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of images, computed once, for diffusion models to train on (docs/latents.md).
+
+    python -m dcae_jax.main --config=configs/encode.py --workdir=latents/imagenet-512 \
+        --config.init_from=mit-han-lab/dc-ae-f64c128-in-1.0 --config.data.source=folder \
+        --config.data.path=/data/imagenet/train
+
+`:VARIANT` says what a file of weights without a config.json is of. `:tiny` takes 400 crops of 64
+pixels from each of the embedded photographs, of which a model of `tiny` gives 4x4 latents.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant=""):
+    config = base.default()
+    config.job = "encode"
+    config.model.variant = variant
+    config.resolution = 512
+    if variant == "tiny":
+        config.resolution = 64
+        config.encode.crops = 400
+        config.encode.shard_size = 1024
+    return config

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples from a diffusion model, ours or published (docs/diffusion.md).
+
+    python -m dcae_jax.main --config=configs/sample.py --workdir=runs/samples \
+        --config.init_from=runs/uvit --config.sample.guidance=1.5
+    python -m dcae_jax.main --config=configs/sample.py --workdir=runs/fid \
+        --config.init_from=runs/uvit --config.sample.format=npz --config.sample.count=50000 \
+        --config.sample.batch_size=256
+
+The same command goes on where it stopped. `:VARIANT` says whose heads published weights of
+another width have.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config(variant=""):
+    config = base.default()
+    config.job = "sample"
+    config.model.variant = variant
+    return config

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""USiT: UViT's network with SiT's objective, the velocity from noise to data (DC-AE, section 4.3).
+
+    python -m dcae_jax.main --config=configs/usit.py:2b --workdir=runs/usit \
+        --config.data.path=runs/latents
+
+As configs/uvit.py but for the objective, the learning rate and the weight decay.
+"""
+
+import os
+
+from dcae_jax import config as base
+
+
+def get_config(variant="h"):
+    here = os.path.dirname(os.path.abspath(__file__))
+    config = base.load_file(os.path.join(here, "uvit.py"), variant)
+    config.objective = "flow"
+    if variant != "tiny":
+        config.optimizer.learning_rate = 1e-4
+    config.optimizer.weight_decay = 0.0
+    config.sample.guidance = 1.2
+    return config

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM, with which clouds and schedulers announce that a machine is taken away."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+STATUS = 75  # exit status of a job that stopped early and resumes with the same command
+
+
+@contextlib.contextmanager
+def flag() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets meanwhile, so that a job can stop where it is safe."""
+    event, old = threading.Event(), None
+    if threading.current_thread() is threading.main_thread():
+        old = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
