@@ -73,6 +73,14 @@ def topology(text: str) -> Topology:
     return Topology(kind, shape)
 
 
+def count(text: str) -> int:
+    """Devices of a topology."""
+    import jax
+
+    shape = topology(text).shape
+    return math.prod(shape) if shape else len(jax.devices("cpu"))
+
+
 def check_compiler(text: str) -> None:
     """Raises UserError where the compiler for a topology is not installed."""
     if topology(text).kind != "cpu" and importlib.util.find_spec("libtpu") is None:

@@ -171,6 +171,7 @@ def default() -> ConfigDict:
     m.overrides = ()  # its keys, as ('batch_size=64', ...)
     m.topologies = ("v5e:2x2",)  # v4, v5e, v5p or v6e with the chips along each axis; or cpu
     m.find_batch = False  # search the largest batch that fits
+    m.effort = -1.0  # of the compiler: 0 as in a run; -1 is 6 times faster (docs/scaling.md)
     m.watts = 0.0  # a chip, for kWh; 0: the table's assumption
 
     m = c.export = ConfigDict()
@@ -335,6 +336,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
         )
+    if not -1 <= config.plan.effort <= 1:
+        raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
     if not config.plan.watts >= 0:
         raise UserError(f"plan.watts={config.plan.watts} is negative; 0 takes the table's")
     if config.profile_steps and len(config.profile_steps) != 2:

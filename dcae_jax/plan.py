@@ -96,16 +96,13 @@ def overridden(file: str, overrides: tuple[str, ...]) -> Any:
 
 def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
     """The rows of one topology: one a resolution, and their mean where there are several."""
-    overrides = tuple(plan_config.overrides)
     sizes = shares(job)
+    batch, known = job.batch_size, {}
     if plan_config.find_batch:
-        batch, found = _find_batch(plan_config.config, overrides, job, text)
-        overrides += (f"batch_size={batch}",)
-    else:
-        batch, found = job.batch_size, {}
+        batch, known = _find_batch(plan_config, job, text)
     rows = []
     for size in sorted(sizes):
-        facts = found.get((batch, size)) or compiled(plan_config.config, overrides, text, size)
+        facts = known.get((batch, size)) or compiled(plan_config, text, size, batch)
         rows.append(priced(facts, job.steps, plan_config.watts))
     return rows if len(rows) == 1 else [*rows, mean(rows, sizes, job.steps)]
 
@@ -121,9 +118,15 @@ def shares(job: Any) -> dict[int, float]:
 # --- one program, in a process of its own ---------------------------------------------------------
 
 
-def compiled(file: str, overrides: tuple[str, ...], text: str, size: int) -> Row:
+def compiled(plan_config: Any, text: str, size: int, batch: int) -> Row:
     """What the compiler says of the step at `size` on topology `text`; see `measure`."""
-    request = {"config": file, "overrides": overrides, "topology": text, "size": size}
+    request = {
+        "config": plan_config.config,
+        "overrides": [*plan_config.overrides, f"batch_size={batch}"],
+        "topology": text,
+        "size": size,
+        "effort": plan_config.effort,
+    }
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dcae_jax.plan", json.dumps(request)],
@@ -146,6 +149,7 @@ def answer(request: Row) -> Row:
     """In the process of its own: the facts, or {error} for a user's mistake."""
     # The time to compile is one of the facts.
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_exec_time_optimization_effort", request["effort"])
     try:
         config = overridden(request["config"], tuple(request["overrides"]))
         return measure(config, request["topology"], request["size"])
@@ -335,20 +339,18 @@ def mean(rows: list[Row], sizes: dict[int, float], steps_: int) -> Row:
 # --- the largest batch ----------------------------------------------------------------------------
 
 
-def _find_batch(
-    file: str, overrides: tuple[str, ...], job: Any, text: str
-) -> tuple[int, dict[tuple[int, int], Row]]:
+def _find_batch(plan_config: Any, job: Any, text: str) -> tuple[int, dict[tuple[int, int], Row]]:
     """(the largest global batch that fits, {(batch, size): facts} of what was compiled for it)."""
     size = max(shares(job))  # which takes the most memory
-    count = math.prod(chips.topology(text).shape)
     facts: dict[tuple[int, int], Row] = {}
 
     def compile_with(batch: int) -> tuple[bool, float]:
-        found = compiled(file, (*overrides, f"batch_size={batch}"), text, size)
-        facts[batch, size] = found
+        facts[batch, size] = found = compiled(plan_config, text, size, batch)
         return fits(found), found["peak_bytes"] or math.inf
 
-    unit = batch_unit(job, text)
+    count = chips.count(text)
+    mesh = sharding.mesh_shape(job.mesh, count)
+    unit = math.prod(mesh[axis] for axis in sharding.BATCH_AXES) * job.accumulate
     best = largest_batch(compile_with, unit, job.batch_size, limit(text, count))
     if not best:
         raise UserError(
@@ -356,12 +358,6 @@ def _find_batch(
             "or remat='blocks' for a transformer"
         )
     return best, facts
-
-
-def batch_unit(job: Any, text: str) -> int:
-    """What a global batch must be a multiple of on a topology."""
-    mesh = sharding.mesh_shape(job.mesh, max(1, math.prod(chips.topology(text).shape)))
-    return math.prod(mesh[axis] for axis in sharding.BATCH_AXES) * job.accumulate
 
 
 def largest_batch(
