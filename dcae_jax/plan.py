@@ -44,9 +44,12 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-# As XLA says it: 'Ran out of memory in memory space hbm. Used 32.58G of 15.75G hbm.'
-_OUT_OF_MEMORY = re.compile(r"[Rr]an out of memory.*?hbm", re.DOTALL)
+# As XLA says it, of the whole program: 'Ran out of memory in memory space hbm. Used 32.58G of
+# 15.75G hbm.', or before it has laid the program out: 'Ran out of memory on HBM, the total memory
+# required for HLO temporaries (29.15G) exceeds available HBM (15.75G).'
+_OUT_OF_MEMORY = re.compile(r"ran out of memory", re.IGNORECASE)
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -160,7 +163,7 @@ def answer(request: Row) -> Row:
 def measure(config: Any, text: str, size: int) -> Row:
     """Compiles the step of `config` at `size` for topology `text`.
 
-    Bytes and FLOPs are a chip's; peak_bytes is arguments + output + temporaries - aliased. Where
+    Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is arguments + output + temporaries - aliased. Where
     XLA finds that the program does not fit, peak_bytes is what it says it needs, and what only a
     compiled program has is None.
     """
@@ -176,12 +179,13 @@ def measure(config: Any, text: str, size: int) -> Row:
         "size": size,
         "flops": flops(config, mesh, size) / mesh.size,
     }
-    lowered = traced(config, mesh, size).lower()
+    step, arguments = step_and_arguments(config, mesh, size)
+    lowered = step.lower(*arguments)
     began = time.perf_counter()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return facts | _NOT_COMPILED | {"peak_bytes": needed_bytes(error)}
+        return facts | _NOT_COMPILED | {"peak_bytes": needed_bytes(error, bytes_of(arguments))}
     facts["compile_s"] = time.perf_counter() - began
     memory, said = program.memory_analysis(), program.as_text()
     facts |= {
@@ -214,24 +218,37 @@ _NOT_COMPILED = dict.fromkeys(
 )
 
 
-def needed_bytes(error: BaseException) -> float | None:
-    """What an out-of-memory error of the compiler says it needs; None if it does not say.
+def needed_bytes(error: BaseException, arguments: float) -> float | None:
+    """What an out-of-memory error of the compiler says that a program needs; None if it does not.
 
-    Any other error is raised again.
+    arguments: bytes of the program's arguments, which some of the messages leave out. Any other
+    error is raised again.
     """
-    if not _OUT_OF_MEMORY.search(str(error)):
+    said = str(error)
+    if not _OUT_OF_MEMORY.search(said):
         raise error
-    used = _USED.search(str(error))
-    return float(used[1]) * _UNITS[used[2]] if used else None
+    if used := _USED.search(said):
+        return float(used[1]) * _UNITS[used[2]]
+    if used := _TEMPORARIES.search(said):
+        return float(used[1]) * _UNITS[used[2]] + arguments
+    return None
 
 
-def traced(config: Any, mesh: Mesh, size: int) -> Any:
-    """train.py's step with abstract arguments, laid out on `mesh`."""
+def bytes_of(arguments: Any) -> int:
+    """Bytes that abstract arguments take on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(arguments)
+    )
+
+
+def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
+    """train.py's step, jitted, and its abstract arguments, laid out on `mesh`."""
     blueprint = state_lib.blueprint(config, mesh)
     state = state_lib.abstract_state(config, mesh, blueprint)
     batch = train.abstract_batch(config, size, mesh)
     step = steps.jit_step(config, blueprint, state)
-    return step.trace(state, batch, abstract_judges(config, mesh))
+    return step, (state, batch, abstract_judges(config, mesh))
 
 
 def flops(config: Any, mesh: Mesh, size: int) -> float:
@@ -246,7 +263,8 @@ def flops(config: Any, mesh: Mesh, size: int) -> float:
     config.model.depthwise = dcae.depthwise_form(config.model, sharding.platform(mesh))
     config.mesh = config_lib.default().mesh
     here = sharding.make_mesh(config.mesh, jax.devices("cpu")[:1])
-    return traced(config, here, size).lower().cost_analysis()["flops"]
+    step, arguments = step_and_arguments(config, here, size)
+    return step.lower(*arguments).cost_analysis()["flops"]
 
 
 def abstract_judges(config: Any, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -366,18 +384,22 @@ def largest_batch(
     """The largest multiple of `unit` that fits, found in at most MAX_COMPILES tries; 0: none.
 
     try_(batch) -> (whether it fits, bytes it needs, infinite where unknown). Doubles from `start`
-    until it does not fit (or halves until it does), then narrows down: memory grows nearly in
-    proportion to the batch, so the first guess in between is that of a straight line, and the
-    next ones halve what is left.
+    until it does not fit (or halves until it does), then narrows down. Memory grows nearly on a
+    straight line with the batch, so two tries say where the third should be; every second try
+    halves what is left, in case the line is wrong.
     """
     good, bad = 0, None  # in units
     needs: dict[int, float] = {}
     guess = max(1, round(start / unit))
     for number in range(MAX_COMPILES):
         ok, needs[guess] = try_(guess * unit)
-        good, bad = (guess, bad) if ok else (good, guess)
+        before, good, bad = (good, guess, bad) if ok else (good, good, guess)
         if bad is None:
-            guess *= 2
+            line = needs[good] - needs.get(before, math.inf)
+            guess = 2 * good
+            if 0 < line < math.inf:
+                guess = good + int((limit - needs[good]) / line * (good - before))
+                guess = min(max(guess, good + 1), 16 * good)
         elif bad - good == 1:
             break
         elif good == 0:
