@@ -163,9 +163,9 @@ def answer(request: Row) -> Row:
 def measure(config: Any, text: str, size: int) -> Row:
     """Compiles the step of `config` at `size` for topology `text`.
 
-    Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is arguments + output + temporaries - aliased. Where
-    XLA finds that the program does not fit, peak_bytes is what it says it needs, and what only a
-    compiled program has is None.
+    Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is
+    arguments + output + temporaries - aliased. Where XLA finds that the program does not fit,
+    peak_bytes is what it says it needs, and what only a compiled program has is None.
     """
     mesh = sharding.make_mesh(config.mesh, chips.devices(text))
     train.check(config, mesh)
