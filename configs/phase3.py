@@ -21,6 +21,8 @@ def get_config(variant="f32c32"):
         r"decoder\.stages\.{outermost}\.[1-9]\d*\..*",
         r"decoder\.project_out\..*",
     )
+    if variant == "sd-vae-f8":
+        config.trainable = (r"decoder\.(stages\.{outermost}|norm_out|conv_out)\..*",)
     config.batch_size = 96
     config.steps = 20_000
     config.loss.gan_weight = 0.5

@@ -98,8 +98,9 @@ def load_weights(
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
     PyTorch weights, or their name on the hub. kind: 'autoencoder', or 'generator', a diffusion
     model. The configuration has at least the key `model`, a generator's also `objective`,
-    `patch_size` and `autoencoder`. which: 'ema', a run's averages where something was trained, or
-    'raw'. variant: what published weights are of, where they do not say. Arrays are NumPy, float32,
+    `patch_size` and `autoencoder`; that of a run its `latents`, the manifest without its shards.
+    which: 'ema', a run's averages where something was trained, or 'raw'. variant: what published
+    weights are of, where they do not say. Arrays are NumPy, float32,
     parameters and statistics together. Raises UserError when there is nothing to load.
     """
     given, path = path, os.path.abspath(os.path.expanduser(path))
@@ -126,7 +127,7 @@ def load_weights(
     step = steps[-1] if step is None else step
     weights = _read_numpy(os.path.join(workdir, FOLDER, str(step), "weights"), which)
     logging.info("read %s weights of step %d from %s", which, step, workdir)
-    return weights, config["config"]
+    return weights, config["config"] | {"latents": config.get("latents")}
 
 
 def _read_numpy(path: str, which: str) -> Weights:

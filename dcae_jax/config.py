@@ -224,11 +224,25 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def explain(error: BaseException) -> str:
+def unknown_key(error: BaseException, argv: list[str]) -> str:
+    """What to write instead of a key that does not exist; '' if that is not the error."""
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
+    if not isinstance(inner, KeyError):
+        return ""
+    last = str(inner.args[0]).split("'")[1]  # all that the library tells
+    keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+    key = next((key for key in keys if last in key.split(".")), last)
+    return f"there is no key {key}; {suggest(key, default())}"
+
+
+def explain(error: BaseException, argv: list[str]) -> str:
     """The reason of an error of the flags library, on one line.
 
-    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong. Of a
+    key of `argv` that does not exist, the nearest ones are told.
     """
+    if unknown := unknown_key(error, argv):
+        return unknown
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
@@ -333,8 +347,11 @@ def check(config: ConfigDict) -> None:
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
     if config.batch_size % config.accumulate:
+        down = config.batch_size // config.accumulate * config.accumulate
+        nearest = f"{down} or {down + config.accumulate}" if down else f"{config.accumulate}"
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
+            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
+            f"try {nearest}"
         )
     if not -1 <= config.plan.effort <= 1:
         raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")

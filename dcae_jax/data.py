@@ -295,8 +295,8 @@ def class_names(source: Any) -> tuple[str, ...]:
     if isinstance(source, Folder):
         return source.classes
     if isinstance(source, Tfds):
-        feature = source.records.dataset_info.features.get("label")
-        return tuple(getattr(feature, "names", ()))
+        features = source.records.dataset_info.features
+        return tuple(getattr(features["label"], "names", ())) if "label" in features else ()
     return ()
 
 

@@ -249,6 +249,13 @@ def flat_scores(results: dict[int, Result]) -> dict[str, float]:
     }
 
 
+def row_values(results: dict[int, Result]) -> dict[str, float | bool]:
+    """The flat scores, and 'biased_256' where there were too few images for the rFID."""
+    return flat_scores(results) | {
+        f"biased_{size}": True for size, r in results.items() if r.biased
+    }
+
+
 def score_table(results: dict[int, Result]) -> str:
     """The results as aligned text."""
     names = list(next(iter(results.values())).scores)
@@ -284,9 +291,7 @@ def _write(config: Any, workdir: str, step: int, results: dict[int, Result]) -> 
     }
     summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
     report.write_json(os.path.join(workdir, "evaluate.json"), summary)
-    values = flat_scores(results)
-    values |= {f"biased_{size}": True for size, r in results.items() if r.biased}
-    _write_row(workdir, step, values)
+    _write_row(workdir, step, row_values(results))
     logging.info("%s\nwritten to %s", score_table(results), workdir)
 
 

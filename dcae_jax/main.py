@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(config_lib.explain(error)) from error
+        raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
     if not workdir.value and not (job == "export" and config.export.out):

@@ -87,7 +87,7 @@ def overridden(file: str, overrides: tuple[str, ...]) -> Any:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"plan.config={file!r}: {config_lib.explain(error)}") from error
+        raise UserError(f"plan.config={file!r}: {config_lib.explain(error, argv)}") from error
     if job != "train":
         raise UserError(f"plan.config={file!r} is of the job {job}, which has no step to plan")
     if config.objective:

@@ -46,6 +46,7 @@ from dcae_jax.state import Blueprint, TrainState
 Totals = dict[str, clu_metrics.Metric]
 
 DONE = 0
+PHASES = ("phase1", "phase2", "phase3")  # folders of the job `phases`, in order
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
@@ -153,7 +154,7 @@ def run_phases(config: Any, workdir: str) -> int:
     A phase that is done is not run again, so that the same command resumes the chain.
     """
     before = ""
-    for phase in ("phase1", "phase2", "phase3"):
+    for phase in PHASES:
         folder = os.path.join(workdir, phase)
         one = config[phase].copy_and_resolve_references()
         one.init_from = before
@@ -520,7 +521,7 @@ class _Writer:
 
     def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
         """Takes an evaluation into the row of `step`, and writes its pictures."""
-        self.scores = evaluate.flat_scores(results)
+        self.scores = evaluate.row_values(results)
         self.pending = self.pending or (step, {}, {})
         if self.events is None:
             return
@@ -549,12 +550,16 @@ class _Writer:
 
 
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
-    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts."""
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
+
+    A score that did not move stands on neither side.
+    """
     sides = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
         text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
         loss = (before - after) * (-1 if name.startswith(LOWER_IS_BETTER) else 1)
-        sides["worse" if loss > 0 else "better"].append(text)
+        if loss:
+            sides["worse" if loss > 0 else "better"].append(text)
     return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
 
 

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 # From the top. A file may import what stands on lower lines, never its own line or above.
 FLOORS = [
     ["demo"],
-    ["main"],
+    ["main", "demo_diffusion"],
     ["plan"],
     ["train", "encode"],
     ["evaluate", "sample", "export"],

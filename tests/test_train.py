@@ -231,6 +231,7 @@ def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
 def test_the_comparison_names_what_fell():
     """Catches a loss at low resolution that nobody is told of."""
     pairs = {"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25), "rfid_64": (3.0, 4.0)}
+    pairs["ssim_64"] = (0.5, 0.5)  # no change, in neither list
     assert train.changes(pairs) == (
         "worse: psnr_64 24 -> 23.5 (-0.5), rfid_64 3 -> 4 (+1); "
         "better: psnr_256 25 -> 25.25 (+0.25)"
