@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-torch lint bench clean
+.PHONY: demo test test-slow test-torch lint soak bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ test-slow: $(VENV)/installed  ## full-size and long tests
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
+	$(PY) tests/reliability/soak.py --kills=200
 
 bench: $(VENV)/installed
 	for script in benchmarks/*.py; do $(PY) $$script; done

@@ -49,16 +49,16 @@ def one(phase: int, name: str, trainable: tuple, init_from: str, steps: int) -> 
     trained = sum(leaf.size for name, leaf in plan.params.items() if name in plan.trained)
     first, last = rows[0], rows[-1]
     scores = [last[key] - first[key] for key in ("psnr_64", "ssim_64", "psnr_256", "ssim_256")]
-    return [f"phase {phase}", name, trained, last["step_s"], *scores]
+    return [f"phase {phase}", name, trained, *scores]
 
 
 def plot(rows: list[list], path: str) -> None:
     """Change of PSNR at both sizes for each row, as bars."""
-    reach = max(abs(value) for row in rows for value in (row[4], row[6])) or 1.0
+    reach = max(abs(value) for row in rows for value in (row[3], row[5])) or 1.0
     parts, y = [], 24
     for row in rows:
         parts.append(f'<text x="190" y="{y + 12}" text-anchor="end">{row[0]}: {row[1]}</text>')
-        for offset, value, colour in ((0, row[4], "#2563eb"), (8, row[6], "#d97706")):
+        for offset, value, colour in ((0, row[3], "#2563eb"), (8, row[5], "#d97706")):
             width = abs(value) / reach * 150
             x = 360 if value >= 0 else 360 - width
             parts.append(
@@ -88,7 +88,7 @@ def main() -> None:
         for name, trainable in choices.items():
             rows.append(one(phase, name, trainable, before, arguments.steps))
             print(*rows[-1], flush=True)  # so that an interruption leaves what was measured
-    head = ["", "trains", "parameters", "s a step", "PSNR 64", "SSIM 64", "PSNR 256", "SSIM 256"]
+    head = ["", "trains", "parameters", "PSNR 64", "SSIM 64", "PSNR 256", "SSIM 256"]
     print(report.table([head, *rows]))
     plot(rows, os.path.join(HERE, os.pardir, "docs", "layer_study.svg"))
 

@@ -22,6 +22,12 @@ def get_config(variant="f32c32"):
         r"decoder\.project_in\..*",
         r"decoder\.stages\.{deepest}\..*",
     )
+    if variant == "sd-vae-f8":  # other names, and a middle of its own between the stages
+        config.trainable = (
+            r"encoder\.(stages\.{deepest}|middle|norm_out|conv_out)\..*",
+            r"(post_)?quant_conv\..*",
+            r"decoder\.(conv_in|middle|stages\.{deepest})\..*",
+        )
     # 256 keeps what phase 1 learned: without it, low resolution gets worse (docs/training.md).
     config.resolutions = (256, 512, 512, 1024)
     config.batch_size = 32

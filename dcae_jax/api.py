@@ -282,6 +282,32 @@ class Generator:
         whatever the batch. An image that is not finite is black, and a warning names it.
         Raises ValueError, naming the argument.
         """
+        settings = (labels, guidance, steps, seed, sampler, interval, first)
+        images, finite = self._run(*settings, decode=True)
+        bad = np.flatnonzero(~finite)
+        if bad.size:
+            logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
+        return images
+
+    def sample_latents(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        guidance: float = 1.0,
+        steps: int = 30,
+        seed: int = 0,
+        *,
+        sampler: str = "",
+        interval: tuple[float, float] = (0.0, 1.0),
+        first: int = 0,
+    ) -> np.ndarray:
+        """What `sample` decodes: latents [B, h, w, c] float32, unscaled. Arguments as there."""
+        settings = (labels, guidance, steps, seed, sampler, interval, first)
+        return self._run(*settings, decode=False)[0]
+
+    def _run(
+        self, labels, guidance, steps, seed, sampler, interval, first, *, decode: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(images or latents [B, ...], whether all of each is finite [B])."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
@@ -311,6 +337,7 @@ class Generator:
                 shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
                 none=arch.num_classes,
                 scaling_factor=self.scaling_factor,
+                decode=decode,
             ),
         )
         # Filled up to what the mesh divides by: the number of a sample fixes it, not its row.
@@ -318,17 +345,14 @@ class Generator:
         rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
         keys = jax.random.key_data(sampling.sample_keys(seed, jnp.asarray(first + rows)))
         place = sharding.batch_sharding(self.mesh, 2)
-        images, finite = run(
+        out, finite = run(
             self.weights,
             self.autoencoder.weights,
             sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
             sharding.put(keys, place),
             sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
         )
-        bad = np.flatnonzero(~np.asarray(finite)[: len(labels)])
-        if bad.size:
-            logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
-        return np.asarray(images)[: len(labels)]
+        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,15 +367,17 @@ class _Settings:
     shape: tuple[int, int, int]  # of the latents
     none: int  # the label that stands for no class
     scaling_factor: float
+    decode: bool  # else the latents are what is wanted
 
 
 @functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
 def _sample_fn(
     graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, settings: _Settings
 ) -> Callable:
-    """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (images, finite).
+    """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (out, finite).
 
-    images [B, H, W, 3] uint8, finite [B] bool, on every process whole.
+    out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. On every
+    process whole.
     """
     s = settings
 
@@ -369,9 +395,10 @@ def _sample_fn(
         z = sampling.sample(
             model, noise, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
         )
-        images = layers.merge(decoder, decoder_weights).decode(
-            diffusion.unscaled(z, s.scaling_factor)
-        )
+        z = diffusion.unscaled(z, s.scaling_factor)
+        if not s.decode:
+            return z, jnp.isfinite(z).all((1, 2, 3))
+        images = layers.merge(decoder, decoder_weights).decode(z)
         # As the authors cut to 8 bits: 127.5 x + 128, truncated.
         levels = jnp.clip(127.5 * images.astype(jnp.float32) + 128, 0, 255)
         finite = jnp.isfinite(levels).all((1, 2, 3))

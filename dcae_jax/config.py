@@ -9,9 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dcae_jax import values
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; the message is one line: the value and the remedy."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed, or training did; the message is one line: what, and the remedy."""
 
 
 # Keys that a resumed run must share with the run it continues.
@@ -55,7 +61,7 @@ def default() -> ConfigDict:
     c.steps = 100_000  # optimizer steps in all, also after a resume
     c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
     c.accumulate = 1  # microbatches a step whose gradients are averaged
-    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup))
+    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup)); 0: no averages
     c.ema_warmup = 2000
     c.log_every = 100  # steps between rows of metrics.jsonl
     c.save_every = 1000  # steps between checkpoints
@@ -64,7 +70,7 @@ def default() -> ConfigDict:
     c.evaluate_first = False  # before step 1 too, and compare at the end
     c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
     c.remat = "none"  # what the backward pass computes again instead of keeping: none or blocks
-    c.unroll = False  # a transformer's blocks one by one instead of one compiled loop
+    c.unroll = False  # blocks of a transformer, and microbatches, in a row, not as one loop
     c.allow_change = ()  # identity keys that may differ from the run being resumed
     c.max_skipped = 10  # stop after so many non-finite steps in a row
 
@@ -171,6 +177,7 @@ def default() -> ConfigDict:
     m.overrides = ()  # its keys, as ('batch_size=64', ...)
     m.topologies = ("v5e:2x2",)  # v4, v5e, v5p or v6e with the chips along each axis; or cpu
     m.find_batch = False  # search the largest batch that fits
+    m.effort = -1.0  # of the compiler: 0 as in a run; -1 is 6 times faster (docs/scaling.md)
     m.watts = 0.0  # a chip, for kWh; 0: the table's assumption
 
     m = c.export = ConfigDict()
@@ -234,6 +241,30 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def unknown_key(error: BaseException, argv: list[str]) -> str:
+    """What to write instead of a key that does not exist; '' if that is not the error."""
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
+    if not isinstance(inner, KeyError):
+        return ""
+    last = str(inner.args[0]).split("'")[1]  # all that the library tells
+    keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+    key = next((key for key in keys if last in key.split(".")), last)
+    return f"there is no key {key}; {suggest(key, default())}"
+
+
+def explain(error: BaseException, argv: list[str]) -> str:
+    """The reason of an error of the flags library, on one line.
+
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong. Of a
+    key of `argv` that does not exist, the nearest ones are told.
+    """
+    if unknown := unknown_key(error, argv):
+        return unknown
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
+
+
 def suggest(key: str, config: ConfigDict) -> str:
     """A sentence with the keys of `config` nearest to an unknown `key`."""
     near = difflib.get_close_matches(key, _flatten(config.to_dict()), n=3, cutoff=0.5)
@@ -258,6 +289,9 @@ def check(config: ConfigDict) -> None:
         "data.crop": ("random", "random_resized", "center"),
     }
     flat = _flatten(config.to_dict())
+    wrong = _mistyped(flat, _flatten(default().to_dict())) or values.problem(flat)
+    if wrong:
+        raise UserError(wrong)
     for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise UserError(f"{key}={flat[key]!r} is not known; choose one of {', '.join(allowed)}")
@@ -305,19 +339,10 @@ def check(config: ConfigDict) -> None:
     for key, low in at_least.items():
         if not flat[key] >= low:
             raise UserError(f"{key}={flat[key]} is too small; it must be at least {low}")
-    if not config.optimizer.learning_rate > 0:
-        rate = config.optimizer.learning_rate
-        raise UserError(f"optimizer.learning_rate={rate} must be above 0")
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
-    if not 0 <= config.label_dropout <= 1:
-        raise UserError(f"label_dropout={config.label_dropout} must be in [0, 1]")
     low, high = config.sample.guidance_interval
     if not 0 <= low <= high <= 1:
         interval = config.sample.guidance_interval
         raise UserError(f"sample.guidance_interval={interval} must be 0 <= low <= high <= 1")
-    if not 0 <= config.data.held_out < 1:
-        raise UserError(f"data.held_out={config.data.held_out} must be in [0, 1)")
     for key in ("protocol", "samples", "reference"):
         if config.job != "evaluate" and config.evaluate[key]:
             raise UserError(
@@ -333,11 +358,60 @@ def check(config: ConfigDict) -> None:
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
     if config.batch_size % config.accumulate:
+        down = config.batch_size // config.accumulate * config.accumulate
+        nearest = f"{down} or {down + config.accumulate}" if down else f"{config.accumulate}"
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}"
+            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
+            f"try {nearest}"
         )
-    if config.profile_steps and len(config.profile_steps) != 2:
+    if not -1 <= config.plan.effort <= 1:
+        raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
+    if not config.plan.watts >= 0:
+        raise UserError(f"plan.watts={config.plan.watts} is negative; 0 takes the table's")
+    if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def _mistyped(flat: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Names a key of `flat` whose type is not the default's; '' if there is none."""
+    for key, value in wanted.items():
+        given = flat.get(key)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(type(value), (type(value),))
+        flag = isinstance(given, bool) and not isinstance(value, bool)
+        if flag or not isinstance(given, kinds):
+            return f"{key}={given!r} must be of the kind of {value!r} ({type(value).__name__})"
+    return ""
+
+
+def saved_model(saved: Any) -> dict[str, Any]:
+    """All of config.model, from what a stranger's JSON file has as `model`.
+
+    Raises UserError for keys that there are none, types and sizes that cannot be.
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"model is {str(saved)[:40]!r}, not an object of keys")
+    model = default().model
+    known = model.to_dict()
+    for key, value in saved.items():
+        if key not in known:
+            raise UserError(f"model.{str(key)[:40]} is no key of this version")
+        model[key] = _as_kind(f"model.{key}", value, known[key])
+    flat = {f"model.{key}": value for key, value in model.to_dict().items()}
+    wrong = values.problem(flat)
+    if wrong:
+        raise UserError(wrong)
+    return model.to_dict()
+
+
+def _as_kind(key: str, value: Any, like: Any) -> Any:
+    """A JSON value as a value of the kind of `like`. Raises UserError."""
+    if isinstance(like, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(like, float) and type(value) in (int, float):
+        return float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{key}={str(value)[:40]!r} must be of the kind of {like!r}")
+    return value
 
 
 def training_resolutions(config: ConfigDict) -> tuple[int, ...]:

@@ -29,7 +29,12 @@ Batch = dict[str, np.ndarray]
 TRIES = 8  # records tried for one example before giving up
 BAD_SHARE, BAD_AFTER = 0.01, 200  # above this share of at least so many records: an error
 
+# What is opened, whatever a file is called. Pillow's other readers are not for strangers' files:
+# that of EPS, for one, starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+MOST_PIXELS = 2**26  # of an image while it is resized: a sliver 1 x 30,000 is no photograph
 
 # Photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = (
@@ -97,7 +102,7 @@ class Folder:
         file = self.files[i]
         top = file.split(os.sep)[0] if os.sep in file else ""
         label = self.classes.index(top) if top else 0
-        with Image.open(os.path.join(self.root, file)) as image:
+        with Image.open(os.path.join(self.root, file), formats=FORMATS) as image:
             return to_rgb(image), label
 
     def name(self, i: int) -> str:
@@ -105,14 +110,25 @@ class Folder:
 
 
 def folder(path: str) -> Folder:
-    """All images below `path`, or one image file, in sorted order. Raises UserError."""
+    """All images below `path`, or one image file, in sorted order. Raises UserError.
+
+    Links to folders are followed, each folder once, so that a loop of links ends.
+    """
     if os.path.isfile(path):
         return Folder(os.path.dirname(path) or ".", (os.path.basename(path),), ())
     if not os.path.isdir(path):
         raise UserError(f"data.path={path!r} does not exist; name a folder of images")
     files = []
-    for parent, _, names in os.walk(path):
+    seen = {os.path.realpath(path)}
+    for parent, folders, names in os.walk(path, followlinks=True):
         inside = os.path.relpath(parent, path)
+        folders.sort()
+        new = {}
+        for name in folders:
+            new.setdefault(os.path.realpath(os.path.join(parent, name)), name)
+        # In place: os.walk goes on with what is left.
+        folders[:] = [name for real, name in new.items() if real not in seen]
+        seen.update(new)
         for name in names:
             if name.lower().endswith(EXTENSIONS):
                 files.append(os.path.normpath(os.path.join(inside, name)))
@@ -135,7 +151,7 @@ class Tfds:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         record = self.records[i]
-        with Image.open(io.BytesIO(record["image"])) as image:
+        with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
             return to_rgb(image), int(record.get("label", 0))
 
     def name(self, i: int) -> str:
@@ -316,7 +332,12 @@ def _hold_out(source: Folder, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB: turned as its EXIF says, alpha over white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except OSError:  # of the pixels, which are read here
+        raise
+    except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
+        image.load()
     if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
         levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
         image = Image.fromarray(levels.astype(np.uint8))
@@ -365,6 +386,8 @@ def random_resized_crop(
 def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     shape = (round(image.width * scale), round(image.height * scale))
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise ValueError(f"an image of {image.width}x{image.height} is too long to be enlarged")
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 

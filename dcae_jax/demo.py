@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: the three phases on the embedded photographs, and one page that shows them.
+"""`make demo`: autoencoder and diffusion on the embedded photographs, and one page to show them.
 
     python -m dcae_jax.demo --workdir=demo-run
 
@@ -20,11 +20,11 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dcae_jax import api, data, evaluate, main, metrics, report, sharding, train
+from dcae_jax import api, data, demo_diffusion, evaluate, main, metrics, report, sharding, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
-PHASES = ("phase1", "phase2", "phase3")
+PHASES = train.PHASES
 COLOURS = ("#2563eb", "#d97706", "#059669")
 PCA_PATCHES = 20_000
 
@@ -32,16 +32,25 @@ PCA_PATCHES = 20_000
 def run(workdir: str) -> int:
     """Trains, judges and writes the page; what an earlier call finished is not done again."""
     began = time.perf_counter()
-    here = os.path.dirname(os.path.abspath(__file__))
-    config = config_lib.load_file(os.path.join(here, os.pardir, "configs", "phases.py"), "tiny")
-    status = train.run_phases(config, workdir)
+    configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
+    config = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
+    status = train.run_phases(config, workdir) or demo_diffusion.make(workdir, configs)
     if status != train.DONE:
         return status
     rows, pictures = judge(config.phase1, workdir)
+    samples = demo_diffusion.judge(workdir, configs)
     head = ["on held-out crops", *rows[0][1]]
     text = report.table([head, *([name, *scores.values()] for name, scores in rows)])
-    page = write_page(workdir, rows, pictures, time.perf_counter() - began)
-    logging.info("%s\n\nthe page with curves and pictures: %s", text, page)
+    page = write_page(workdir, rows, pictures, samples, time.perf_counter() - began)
+    logging.info(
+        "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
+        "(%.2f times as often)\n\nthe page with curves and pictures: %s",
+        text,
+        samples.held_out,
+        samples.sampled,
+        samples.sampled / samples.held_out,
+        page,
+    )
     return 0
 
 
@@ -53,13 +62,18 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
     rows = [(name, pca_scores(config, source, f, channels))]
-    columns: dict[int, list[np.ndarray]] = {}
+    shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
         results = evaluate.evaluate(config, model.graph, model.weights, mesh, source)
         rows.append((phase.replace("phase", "after phase "), evaluate.flat_scores(results)))
         for size, result in results.items():
-            columns.setdefault(size, [result.images]).append(result.outputs)
-    return rows, {size: report.image_grid(c, tile=256) for size, c in columns.items()}
+            shown.setdefault(size, [result.images]).append(result.outputs)
+    return rows, {size: report.image_grid(columns(c), tile=256) for size, c in shown.items()}
+
+
+def columns(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """[photographs, and what each phase makes of them] with four times what the last changed."""
+    return [*pictures, report.difference(*pictures[-2:])]
 
 
 def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, float]:
@@ -106,7 +120,13 @@ def _held_out_batches(config: Any, source: Any, size: int):
 # --- the page -------------------------------------------------------------------------------------
 
 
-def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], seconds: float) -> str:
+def write_page(
+    workdir: str,
+    rows: list,
+    pictures: dict[int, np.ndarray],
+    samples: demo_diffusion.Samples,
+    seconds: float,
+) -> str:
     """Writes WORKDIR/index.html; returns its path."""
     head = ["", *(key.replace("_", " at ").upper().replace("AT", "at") for key in rows[0][1])]
     cells = [[name, *(f"{value:.3f}" for value in scores.values())] for name, scores in rows]
@@ -118,8 +138,10 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
         "gan_accuracy": "accuracy",
     }
     curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
+    uvit = report.read_rows(os.path.join(workdir, "uvit"))
     images = "".join(
-        f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)}</p>"
+        f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
+        "what phase 3 changed, on grey: the texture that it learned</p>"
         f"<img src='data:image/png;base64,{_base64(grid)}' alt='reconstructions'>"
         for size, grid in pictures.items()
     )
@@ -127,6 +149,13 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
         table=_html_table([head, *cells]),
         curves="".join(curves),
         images=images,
+        samples=f"data:image/png;base64,{_base64(samples.grid)}",
+        classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
+        crops=demo_diffusion.SHOWN[0],
+        held_out=samples.held_out,
+        sampled=samples.sampled,
+        ratio=samples.sampled / samples.held_out,
+        uvit=_lines([("", _points(uvit, "loss"))], "UViT: training loss"),
         note=f"{jax.devices()[0].platform.upper()}, this run took {seconds / 60:.1f} minutes.",
     )
     path = os.path.join(workdir, "index.html")
@@ -136,7 +165,7 @@ def write_page(workdir: str, rows: list, pictures: dict[int, np.ndarray], second
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dcae_jax demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem auto }}
 table {{ border-collapse: collapse }}
 td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
 td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
@@ -153,6 +182,14 @@ trades some PSNR for texture. PCA is the best <em>linear</em> autoencoder with a
 solved in closed form: the mark that a few minutes of training are to be read against.</p>
 <h2>Curves</h2>{curves}
 <h2>Pictures</h2>{images}
+<h2>Diffusion on its latents</h2>
+<p>A tiny UViT has learned the latents of 400 crops of each photograph, 4x4 positions for 64x64
+pixels; the label is the photograph. A row is a class, from the top: {classes}. On the left {crops}
+crops as the autoencoder gives them back, on the right samples with guidance.</p>
+<img src="{samples}" alt="crops and samples of each class">
+<p>The nearest neighbour among 200 training crops a class, in the autoencoder's latents, is of the
+same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of the
+samples: {ratio:.2f} times as often.</p>{uvit}
 </body></html>
 """
 

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dcae_jax import api, checkpoint, data, evaluate, latents, preemption, report, sharding
+from dcae_jax import api, checkpoint, data, evaluate, latents, lock, preemption, report, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers
@@ -71,6 +71,18 @@ def run(config: Any, workdir: str) -> int:
     evaluate.check_resolution(config.resolution, model.compression, "resolution")
     shards = plan(len(source), settings)
     identity = identify(config, model, source)
+    with lock.hold(workdir, jax.process_index()):
+        return _run(config, workdir, model, source, shards, identity)
+
+
+def _run(
+    config: Any,
+    workdir: str,
+    model: api.Autoencoder,
+    source: Any,
+    shards: list[Shard],
+    identity: dict[str, Any],
+) -> int:
     claim(workdir, identity, shards)
     mine = shards[jax.process_index() :: jax.process_count()]
     todo = [shard for shard in mine if read_sums(workdir, shard) is None]

@@ -7,7 +7,6 @@ metric, means over images. docs/evaluation.md says what each number is computed 
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -23,7 +22,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dcae_jax import api, checkpoint, data, judge_samples, judging, metrics, report, sharding
+from dcae_jax import (
+    api,
+    checkpoint,
+    data,
+    judge_samples,
+    judging,
+    lock,
+    metrics,
+    report,
+    sharding,
+)
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.judging import Judges, load_judges
@@ -108,6 +117,10 @@ def _lpips(weights: Weights, target: Array, output: Array) -> Array:
     return lpips.distance(weights, x, y, "alex", "torchmetrics")
 
 
+class Stopped(Exception):
+    """The evaluation was given up, as its caller asked for."""
+
+
 def evaluate(
     config: Any,
     graph: nnx.GraphDef,
@@ -115,16 +128,19 @@ def evaluate(
     mesh: Mesh,
     source: Any,
     judges: Judges | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[int, Result]:
     """Scores at each of config.evaluate.resolutions, every image of `source` counted once.
 
-    judges: what `load_judges` gives, which is called if None. Raises UserError.
+    judges: what `load_judges` gives, which is called if None. stopped: asked before each batch.
+    Raises UserError, and Stopped.
     """
     judges = load_judges(config, mesh) if judges is None else judges
-    return {
-        size: finish(measure(config, graph, weights, mesh, source, judges, size), size, config)
-        for size in config.evaluate.resolutions
-    }
+    results = {}
+    for size in config.evaluate.resolutions:
+        measured = measure(config, graph, weights, mesh, source, judges, size, stopped)
+        results[size] = finish(measured, size, config)
+    return results
 
 
 def measure(
@@ -135,8 +151,9 @@ def measure(
     source: Any,
     judges: Judges,
     size: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Measurement:
-    """Sums over the images of `source`, cut to `size` pixels. Raises UserError."""
+    """Sums over the images of `source`, cut to `size` pixels. Raises UserError, and Stopped."""
     settings = config.evaluate
     judge = judge_fn(graph, mesh)
     moments = {}
@@ -152,6 +169,8 @@ def measure(
         _keep_extremes(kept, batch, numbers, psnr, output, settings.grid)
 
     for numbers, batch in judging.batches(config, source, size, mesh):
+        if stopped():
+            raise Stopped
         placed = sharding.put_batch(batch, mesh)
         moments, sums, psnr, output = judge(
             weights, judges, moments, placed["image"], placed["mask"]
@@ -249,6 +268,13 @@ def flat_scores(results: dict[int, Result]) -> dict[str, float]:
     }
 
 
+def row_values(results: dict[int, Result]) -> dict[str, float | bool]:
+    """The flat scores, and 'biased_256' where there were too few images for the rFID."""
+    return flat_scores(results) | {
+        f"biased_{size}": True for size, r in results.items() if r.biased
+    }
+
+
 def score_table(results: dict[int, Result]) -> str:
     """The results as aligned text."""
     names = list(next(iter(results.values())).scores)
@@ -284,19 +310,8 @@ def _write(config: Any, workdir: str, step: int, results: dict[int, Result]) -> 
     }
     summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
     report.write_json(os.path.join(workdir, "evaluate.json"), summary)
-    values = flat_scores(results)
-    values |= {f"biased_{size}": True for size, r in results.items() if r.biased}
-    _write_row(workdir, step, values)
+    report.merge_row(workdir, step, row_values(results))
     logging.info("%s\nwritten to %s", score_table(results), workdir)
-
-
-def _write_row(workdir: str, step: int, values: dict[str, Any]) -> None:
-    """Adds `values` to the row of `step` in metrics.jsonl: steps stay unique and rising."""
-    rows = {row["step"]: row for row in report.read_rows(workdir)}
-    finite = {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
-    rows[step] = rows.get(step, {"step": step}) | finite
-    text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
-    report.write_file(os.path.join(workdir, report.METRICS), text.encode())
 
 
 # --- the job --------------------------------------------------------------------------------------
@@ -306,6 +321,11 @@ def run(config: Any, workdir: str) -> int:
     """The job `evaluate`: a trained model on a data set or one picture, or samples."""
     config_lib.check(config)
     config = resolve(config)
+    with lock.hold(workdir, jax.process_index()):
+        return _run(config, workdir)
+
+
+def _run(config: Any, workdir: str) -> int:
     if config.evaluate.samples:
         return _run_samples(config, workdir)
     if not config.init_from:
@@ -443,8 +463,7 @@ def step_of(path: str) -> int:
 
 def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) -> int:
     """One picture at its own size: padded to a multiple of f by reflection, then cropped back."""
-    image, _ = data.folder(config.data.path)[0]
-    pixels = np.asarray(image)
+    pixels = read_picture(config.data.path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]
     padded = np.pad(pixels, (*pad, (0, 0)), mode="symmetric").astype(np.float32) / 127.5 - 1
@@ -475,6 +494,17 @@ def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) 
         workdir,
     )
     return 0
+
+
+def read_picture(path: str) -> np.ndarray:
+    """The image file `path` as [H, W, 3] uint8. Raises UserError."""
+    try:
+        return np.asarray(data.folder(path)[0][0])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"data.path={path!r} cannot be read ({reason}); name a picture") from error
 
 
 def check_resolution(size: int, compression: int, key: str) -> None:

@@ -27,10 +27,8 @@ from dcae_jax.models.layers import Weights
 PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS = "weights.safetensors"
 EXAMPLE = '''\
-"""Runs the exported autoencoder. Needs: pip install jax flatbuffers safetensors
-
-    python example.py [images.npy]     [B, H, W, 3] float32 in [-1, 1]; without it, noise
-"""
+"""Runs the exported autoencoder: python example.py [images.npy of [B, H, W, 3] in [-1, 1]]"""
+# Needs: pip install jax flatbuffers safetensors (jax.export reads its own files with flatbuffers)
 import json, os, sys
 import jax, numpy as np
 from jax import export

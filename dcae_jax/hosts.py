@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from dcae_jax.config import UserError
+from dcae_jax.config import MachineError, UserError
 
 ARRIVE_S = 300  # for all processes to start: a pod's hosts do not come up at once
 AGREE_S = 60  # for all that have started to say what they run
@@ -32,7 +32,7 @@ _rounds = itertools.count()  # of `agree`, the same on all processes
 _looks = itertools.count()  # of `Notice`, likewise
 
 
-class Absent(RuntimeError):
+class Absent(MachineError):
     """A process that did not come, or does not answer."""
 
 

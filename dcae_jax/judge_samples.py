@@ -189,8 +189,13 @@ def array_names(path: str, key: str) -> set[str]:
 
 def _given_moments(path: str, judges: judging.Judges) -> tuple[np.ndarray, np.ndarray]:
     """mu and sigma of the .npz `path`. Raises UserError."""
-    with np.load(path) as arrays:
-        mu, sigma = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+    try:
+        with np.load(path) as arrays:
+            mu, sigma = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"evaluate.reference={path!r}: mu or sigma cannot be read ({error}); fetch it again"
+        ) from error
     dim = judges["inception"]["fc.kernel"].shape[0]
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise UserError(

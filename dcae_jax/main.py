@@ -11,6 +11,7 @@ in one line; 75 saved after SIGTERM, and the same command resumes.
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
+from dcae_jax import failures, preemption
 from dcae_jax.config import UserError
 
 # Job -> module and function (config, workdir) -> exit status.
@@ -28,6 +30,7 @@ JOBS = {
     "sample": ("sample", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
+    "plan": ("plan", "run"),
 }
 
 FAILED, MISTAKE = 1, 2
@@ -54,17 +57,27 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except Exception as error:
-        if type(error).__name__ not in ("Diverged", "Absent"):
+        line = failures.explain(error)
+        if line is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line}\n")
         return FAILED
 
 
 def set_up_logging() -> None:
     """Plain lines on stderr. Whatever a library installed at its import is replaced."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # Orbax and Grain log through absl, each step of their own work; what fails still raises.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax and Grain log through absl, each step of their own work and a page for each thread
+    # that fails; what fails still raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_echo
+
+
+def _without_echo(failure: Any) -> None:
+    """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
+    value = failure.exc_value
+    if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
+        sys.__unraisablehook__(failure)
 
 
 def parse(argv: list[str]) -> tuple[Any, str]:
@@ -83,7 +96,7 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
     if not workdir.value and not (job == "export" and config.export.out):
@@ -91,16 +104,6 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     if job not in JOBS:
         raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
-
-
-def explain(error: BaseException) -> str:
-    """The reason of an error of the flags library, on one line.
-
-    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
 
 
 def use_compile_cache() -> None:
@@ -113,4 +116,8 @@ def use_compile_cache() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == preemption.STATUS:
+        # All is saved. A second signal while Python winds up must not change what is told.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(status)

@@ -28,7 +28,10 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 AUTHORS_FILE = "model.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
+# Bytes. The format allows ten times as many, for which Python would take gigabytes; a header of
+# ten thousand tensors is one million.
+MAX_HEADER = 10_000_000
+MAX_JSON = 10_000_000
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -255,8 +258,8 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
     """(config.json or None, files of weights) of a folder. A pipeline's is in its `vae`."""
     inner = os.path.join(path, "vae")
     if os.path.exists(os.path.join(path, "model_index.json")) and os.path.isdir(inner):
-        path = inner
-    config = read_object(os.path.join(path, "config.json"))
+        path = inside(path, "vae")
+    config = read_object(inside(path, "config.json"))
     present = sorted(os.listdir(path))
     index = [name for name in present if name.endswith(".safetensors.index.json")]
     whole = [name for name in (DIFFUSERS_FILE, AUTHORS_FILE) if name in present]
@@ -264,7 +267,7 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
     if whole:
         names = whole[:1]
     elif index:
-        names = _shards(os.path.join(path, index[0]))
+        names = _shards(inside(path, index[0]))
     elif len(others) == 1:
         names = others
     else:
@@ -273,14 +276,36 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
         if others:
             what = f"several files of weights ({', '.join(others[:3])}): name one"
         raise UserError(f"init_from={path!r} has {what}")
-    return config, [os.path.join(path, name) for name in names]
+    return config, [inside(path, name) for name in names]
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of `name` in `folder`. Raises UserError if it is a link out of it.
+
+    The hub's cache keeps files once, with links from each revision to MODEL/blobs.
+    """
+    path, root = os.path.join(folder, name), os.path.realpath(folder)
+    for parent in (root, os.path.dirname(root)):
+        if os.path.basename(os.path.dirname(parent)) == "snapshots":
+            root = os.path.dirname(os.path.dirname(parent))
+            break
+    real = os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
+        raise UserError(
+            f"{path} is a link out of its folder, to {real}; if you mean that, copy the file there"
+        )
+    return path
 
 
 def read_object(path: str) -> dict[str, Any] | None:
     """The JSON object in the file `path`, None if there is no such file. Raises UserError."""
+    if not os.path.exists(path):
+        return None
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+        raise UserError(f"{path} is no JSON file of at most {MAX_JSON} bytes; fetch it again")
     try:
         value = report.read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON ({error}); fetch it again") from error
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; fetch it again")
@@ -373,6 +398,8 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
     The whole header is checked first: a damaged or hostile file ends in a UserError, not in a
     huge allocation or in numbers read from another tensor.
     """
+    if not os.path.isfile(path):  # of a pipe, opening it would wait for ever
+        raise UserError(f"{path} is no file; check the path")
     try:
         data = np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:
@@ -390,7 +417,7 @@ def read_safetensors(path: str) -> dict[str, np.ndarray]:
     need(8 + length <= data.size, f"its header of {length} bytes is cut off at {data.size}")
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is no readable safetensors: its header is no JSON; fetch it again"
         ) from error

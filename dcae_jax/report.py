@@ -51,6 +51,15 @@ def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
         os.fsync(file.fileno())
 
 
+def merge_row(workdir: str, step: int, values: dict[str, Any]) -> None:
+    """Adds `values` to the row of `step` in metrics.jsonl: steps stay unique and rising."""
+    rows = {row["step"]: row for row in read_rows(workdir)}
+    finite = {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    rows[step] = rows.get(step, {"step": step}) | finite
+    text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
+    write_file(os.path.join(workdir, METRICS), text.encode())
+
+
 def read_rows(workdir: str) -> list[dict[str, Any]]:
     """All whole rows of metrics.jsonl; a last line cut by a crash is left out."""
     path = os.path.join(workdir, METRICS)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dcae_jax import api, checkpoint, preemption, report, sharding
+from dcae_jax import api, checkpoint, lock, preemption, report, sharding
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
@@ -46,6 +46,11 @@ def run(config: Any, workdir: str) -> int:
         resolution=config.resolution,
     )
     sharding.check_batch(config.sample.batch_size, mesh, key="sample.batch_size")
+    with lock.hold(workdir, jax.process_index()):
+        return _run(config, workdir, model)
+
+
+def _run(config: Any, workdir: str, model: api.Generator) -> int:
     _claim(config, model, workdir)
     done = os.path.join(workdir, RESULTS[config.sample.format])
     if os.path.exists(done):

@@ -56,6 +56,10 @@ def make_step(config: Any, plan: Blueprint) -> Step:
             opt_state=opt_state,
             discriminator=_update_discriminator(plan, state.discriminator, out),
         )
+        # Finite gradients can still carry weights beyond float32; such a checkpoint is no good.
+        finite &= jnp.isfinite(optax.global_norm(new.params))
+        if plan.discriminator:
+            finite &= jnp.isfinite(optax.global_norm(new.discriminator.params))
         # One decision for everything: a half-applied step would be worse than none.
         new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, state)
         bad = (~finite).astype(jnp.int32)
@@ -158,7 +162,8 @@ def _gradients(
         (shapes.grads, shapes.discriminator_grads, shapes.metrics),
     )
     inputs = (split, jax.random.split(key, count))
-    (stats, d_stats, total), _ = jax.lax.scan(body, (stats, d_stats, zeros), inputs)
+    start = (stats, d_stats, zeros)
+    (stats, d_stats, total), _ = jax.lax.scan(body, start, inputs, unroll=config.unroll)
     return _Output(*jax.tree.map(lambda value: value / count, total), stats, d_stats)
 
 

@@ -7,6 +7,7 @@ anywhere, the same command continues to the same numbers.
 """
 
 import collections
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -30,9 +31,11 @@ from dcae_jax import (
     data,
     evaluate,
     hosts,
+    lock,
     losses,
     matching,
     preemption,
+    published,
     report,
     sample,
     sharding,
@@ -41,22 +44,20 @@ from dcae_jax import (
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
+from dcae_jax.divergence import Watch
 from dcae_jax.models import lpips, patchgan
 from dcae_jax.state import Blueprint, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
 
 DONE = 0
+PHASES = ("phase1", "phase2", "phase3")  # folders of the job `phases`, in order
 
 # Read this many steps late, so that the devices always have work queued.
 LAG = 2
 LOWER_IS_BETTER = ("lpips", "rfid")
 # Not averaged between two rows: the last value counts.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
 
 
 def run(config: Any, workdir: str) -> int:
@@ -66,12 +67,27 @@ def run(config: Any, workdir: str) -> int:
     if config.objective:
         config, source, manifest = on_latents(config)
     check(config, mesh)
-    start = max(checkpoint.saved_steps(workdir), default=None)
-    changed = ""
+    with (
+        lock.hold(workdir, jax.process_index()),
+        preemption.flag(together=True) as preempted,
+    ):
+        return _run(config, workdir, mesh, source, manifest, preempted)
+
+
+def _run(
+    config: Any,
+    workdir: str,
+    mesh: Mesh,
+    source: Any,
+    manifest: dict[str, Any] | None,
+    preempted: threading.Event,
+) -> int:
+    start = checkpoint.resume_step(workdir)
+    changes, saved_config = [], {}
     if start is not None:
-        saved_config = report.read_json(os.path.join(workdir, checkpoint.CONFIG))
-        changed = check_identity(saved_config, config, workdir)
-        if start >= config.steps:
+        saved_config = published.read_object(os.path.join(workdir, checkpoint.CONFIG))
+        changes = check_identity(saved_config, config, workdir, start)
+        if start >= config.steps and not evaluation_owed(config, workdir, start):
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
@@ -101,7 +117,10 @@ def run(config: Any, workdir: str) -> int:
         state, totals, index = checkpoint.restore(manager, start, abstract, jax.eval_shape(empty))
         totals = jax.device_put(totals, sharding.replicated(mesh))
         provenance = saved_config["weights"]
-        logging.info("resuming %s at step %d%s", workdir, start, changed)
+        changed = ", ".join(change["key"] for change in changes)
+        logging.info(
+            "resuming %s at step %d%s", workdir, start, changed and f", changed: {changed}"
+        )
     if jax.process_index() == 0:
         # Row 0 is the evaluation before the first step.
         report.drop_rows_after(workdir, -1 if start is None else start)
@@ -110,6 +129,8 @@ def run(config: Any, workdir: str) -> int:
             {
                 "config": config_lib.to_json(config),
                 "weights": provenance,
+                # Identity keys that allow_change let differ, with the step where they did.
+                "changes": [*saved_config.get("changes", []), *changes],
                 "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
                 "versions": versions(mesh),
                 "mesh": dict(mesh.shape),
@@ -119,6 +140,9 @@ def run(config: Any, workdir: str) -> int:
 
     compiled = {}
     for size, trace in traced.items():
+        if preempted.is_set():
+            logging.info("stopped by a signal before step %d; the same command goes on", start or 0)
+            return preemption.STATUS
         began = time.perf_counter()
         compiled[size] = trace.lower().compile()
         what = "latents a side" if manifest else "pixels"
@@ -126,12 +150,20 @@ def run(config: Any, workdir: str) -> int:
     if judges:
         logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
 
-    with preemption.flag(together=True) as preempted, _Writer(workdir, start or 0) as writer:
+    with _Writer(workdir, start or 0, preempted.is_set) as writer:
         evaluate_now = functools.partial(look, writer)
-        if start is None and config.evaluate_first:
-            evaluate_now(0, state)
-            writer.flush()
         try:
+            if start is None and config.evaluate_first:
+                evaluate_now(0, state)
+                writer.flush()
+                owed = writer.evaluated != 0
+            elif owed := start is not None and evaluation_owed(config, workdir, start):
+                evaluate_now(start, state)
+                writer.complete()
+                owed = writer.evaluated != start
+            if owed:  # a signal came
+                logging.info("stopped before step %d; the same command resumes", (start or 0) + 1)
+                return preemption.STATUS
             return _loop(
                 config,
                 mesh,
@@ -146,6 +178,7 @@ def run(config: Any, workdir: str) -> int:
                 (state, totals, start or 0, index),
             )
         finally:
+            _end_profile(config)
             manager.wait_until_finished()
             manager.close()
 
@@ -156,7 +189,7 @@ def run_phases(config: Any, workdir: str) -> int:
     A phase that is done is not run again, so that the same command resumes the chain.
     """
     before = ""
-    for phase in ("phase1", "phase2", "phase3"):
+    for phase in PHASES:
         folder = os.path.join(workdir, phase)
         one = config[phase].copy_and_resolve_references()
         one.init_from = before
@@ -184,7 +217,9 @@ def _loop(
     state, totals, start, index = position
     batches = data.training_batches(config, source, index, *sharding.share(mesh))
     accumulate = jax.jit(add_metrics, donate_argnums=0)
-    in_flight: collections.deque = collections.deque()  # of (step, a number still on the device)
+    # Of (step, a number still on the device, the batch on the host).
+    in_flight: collections.deque = collections.deque()
+    watch = Watch(writer.workdir, config.max_skipped)
     clock = _Clock(config.batch_size, start)
     with _progress(config.steps, start) as bar:
         writer.bar = bar
@@ -196,7 +231,7 @@ def _loop(
             state, metrics = compiled[size](state, placed, judges)
             totals = accumulate(totals, metrics)
             index += config.batch_size
-            in_flight.append((step, metrics["skipped_in_row"]))
+            in_flight.append((step, metrics["skipped_in_row"], batch))
             # A row is read one step late, when the device has the next step to work on.
             writer.flush()
 
@@ -205,21 +240,24 @@ def _loop(
             saves = last or stops or step % config.save_every == 0
             evaluates = last or bool(config.evaluate_every and step % config.evaluate_every == 0)
             while len(in_flight) > (0 if saves or evaluates else LAG):
-                check_finite(*in_flight.popleft(), config.max_skipped)
+                watch.look(*in_flight.popleft())
             if evaluates or step % config.log_every == 0:
                 writer.pending = (step, totals, clock.lap(step))
                 totals = empty()
             began = time.perf_counter()
             if evaluates:
                 evaluate_now(step, state)
-            if saves:
+                # Stopped by a signal meanwhile, it is owed: the run that resumes makes it first.
+                stops = stops or preempted.is_set()
+            # While steps are skipped nothing is learned, and saves would push out good checkpoints.
+            if stops or (saves and (last or watch.first is None)):
                 # On disk before the checkpoint, after which it would not be written again.
                 writer.flush()
                 checkpoint.save(manager, state, totals, step, index)
             clock.leave_out(time.perf_counter() - began)
             manager.check_for_errors()
             bar.update(1)
-            if stops and not last:
+            if stops and not (last and writer.evaluated == step):
                 manager.wait_until_finished()
                 logging.info("saved at step %d after a signal; the same command resumes", step)
                 return preemption.STATUS
@@ -227,7 +265,8 @@ def _loop(
 
 
 # --- evaluation -----------------------------------------------------------------------------------
-# What is needed is opened before anything is compiled; what comes back looks at a state.
+# What is needed is opened before anything is compiled; what comes back looks at a state, or gives
+# up where the writer says that a signal came: then it is owed.
 
 Look = Callable[["_Writer", int, TrainState], None]
 
@@ -239,7 +278,12 @@ def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
 
     def look(writer: "_Writer", step: int, state: TrainState) -> None:
         weights = state_lib.averaged(state)
-        results = evaluate.evaluate(config, plan.graph, weights, mesh, held_out, scorers)
+        try:
+            results = evaluate.evaluate(
+                config, plan.graph, weights, mesh, held_out, scorers, writer.stopped
+            )
+        except evaluate.Stopped:
+            return
         writer.evaluation(step, results)
         if step and step == config.steps:
             writer.compare_with_start(evaluate.flat_scores(results))
@@ -255,6 +299,8 @@ def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[st
     arch = state_lib.architecture(config)
 
     def look(writer: "_Writer", step: int, state: TrainState) -> None:
+        if writer.stopped():
+            return
         model = api.Generator(
             plan.graph,
             state_lib.averaged(state),
@@ -402,13 +448,17 @@ def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, 
     return state, f"{config.weights} weights of {origin}"
 
 
-def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> str:
+def check_identity(
+    saved: dict[str, Any] | None, config: Any, workdir: str, step: int
+) -> list[dict[str, Any]]:
     """Raises UserError if `config` is not that of the run in `workdir`, allow_change aside.
 
-    Returns what was allowed to change, as text for the log.
+    Returns what was allowed to change at `step`, for config.json.
     """
-    if saved is None:
-        raise UserError(f"{workdir} has checkpoints but no config.json; use another --workdir")
+    if saved is None or not isinstance(saved.get("config"), dict):
+        raise UserError(
+            f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
+        )
     changes = config_lib.identity_changes(saved["config"], config_lib.to_json(config))
     allowed = {key for key in changes if _allows(config.allow_change, key)}
     refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
@@ -417,7 +467,23 @@ def check_identity(saved: dict[str, Any] | None, config: Any, workdir: str) -> s
             f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
             "the keys in --config.allow_change"
         )
-    return f", changed: {', '.join(sorted(allowed))}" if allowed else ""
+    return [
+        {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
+        for key in sorted(allowed)
+    ]
+
+
+def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
+    """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
+    due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
+    if due and config.objective:
+        return not os.path.exists(_samples_file(workdir, step))
+    row = next((row for row in report.read_rows(workdir) if row["step"] == step), {})
+    return bool(due) and not all(f"psnr_{size}" in row for size in config.evaluate.resolutions)
+
+
+def _samples_file(workdir: str, step: int) -> str:
+    return os.path.join(workdir, "images", f"step{step:07d}_samples.png")
 
 
 def _allows(allow_change: tuple[str, ...], key: str) -> bool:
@@ -493,25 +559,19 @@ def _metric(name: str) -> type[clu_metrics.Metric]:
     return clu_metrics.LastValue if name in LAST_VALUES else clu_metrics.Average
 
 
-def check_finite(step: int, skipped_in_row: jax.Array, limit: int) -> None:
-    """Raises Diverged after `limit` skipped steps in a row."""
-    if int(skipped_in_row) >= limit:
-        raise Diverged(
-            f"stopped at step {step}: loss or gradients were not finite {limit} times in a row; "
-            "the last checkpoint is good: lower optimizer.learning_rate, or look at the data"
-        )
-
-
 # --- around the loop ------------------------------------------------------------------------------
 
 
 class _Writer:
     """Rows, scalars and pictures of a run; holds the one row that is still on the device."""
 
-    def __init__(self, workdir: str, start: int):
+    def __init__(self, workdir: str, start: int, stopped: Callable[[], bool]):
         self.workdir, self.start = workdir, start
         self.pending: tuple[int, Totals, dict[str, float]] | None = None
+        # Processes that compute together hear of a signal at a step's end, all at the same.
+        self.stopped = stopped if jax.process_count() == 1 else lambda: False
         self.scores: dict[str, float] = {}
+        self.evaluated = -1  # the last step that was
         self.events = None
         self.bar = None
 
@@ -546,7 +606,7 @@ class _Writer:
 
     def evaluation(self, step: int, results: dict[int, evaluate.Result]) -> None:
         """Takes an evaluation into the row of `step`, and writes its pictures."""
-        self.scores = evaluate.flat_scores(results)
+        self.scores, self.evaluated = evaluate.row_values(results), step
         self.pending = self.pending or (step, {}, {})
         if self.events is None:
             return
@@ -555,13 +615,25 @@ class _Writer:
         for size, result in results.items():
             self.events.add_image(f"reconstruction_{size}", result.grid(), step, dataformats="HWC")
 
+    def complete(self) -> None:
+        """Writes an evaluation that was owed into the row of its step, which is there already."""
+        if self.pending is None:
+            return
+        step, values = self.pending[0], self.scores
+        self.pending, self.scores = None, {}
+        if self.events is None:
+            return
+        report.merge_row(self.workdir, step, values)
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
     def samples(self, step: int, images: np.ndarray) -> None:
         """Writes a grid of samples [N, H, W, 3] uint8."""
-        self.pending = self.pending or (step, {}, {})
+        self.pending, self.evaluated = self.pending or (step, {}, {}), step
         if self.events is None:
             return
         grid = sample.grid(images)
-        report.write_png(os.path.join(self.workdir, "images", f"step{step:07d}_samples.png"), grid)
+        report.write_png(_samples_file(self.workdir, step), grid)
         self.events.add_image("samples", grid, step, dataformats="HWC")
         logging.info("step %d: %d samples in images/", step, len(images))
 
@@ -575,12 +647,16 @@ class _Writer:
 
 
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
-    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts."""
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
+
+    A score that did not move stands on neither side.
+    """
     sides = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
         text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
         loss = (before - after) * (-1 if name.startswith(LOWER_IS_BETTER) else 1)
-        sides["worse" if loss > 0 else "better"].append(text)
+        if loss:
+            sides["worse" if loss > 0 else "better"].append(text)
     return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
 
 
@@ -624,4 +700,11 @@ def _profile(config: Any, step: int, workdir: str) -> None:
     if step == first:
         jax.profiler.start_trace(os.path.join(workdir, "profile"))
     elif step == last + 1:
-        jax.profiler.stop_trace()
+        _end_profile(config)
+
+
+def _end_profile(config: Any) -> None:
+    """Writes the trace, also where the run ends before the last step of its window."""
+    if config.profile_steps:
+        with contextlib.suppress(RuntimeError):  # there is none
+            jax.profiler.stop_trace()

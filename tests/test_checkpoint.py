@@ -61,7 +61,7 @@ def test_nothing_to_load_is_said_in_one_line(tmp_path):
     """Catches a traceback from Orbax for a path that is no workdir, or has no checkpoint yet."""
     with pytest.raises(UserError, match="config.json"):
         checkpoint.load_weights(str(tmp_path))
-    report.write_json(str(tmp_path / "config.json"), {"config": {}})
+    report.write_json(str(tmp_path / "config.json"), {"config": {"model": {}}})
     with pytest.raises(UserError, match="no finished checkpoint"):
         checkpoint.load_weights(str(tmp_path))
     with pytest.raises(UserError, match="there are"):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import CONFIGS
 from PIL import Image
 
 from dcae_jax import config as config_lib
@@ -198,6 +199,29 @@ def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(pictures,
     np.testing.assert_array_equal(_joined(_take(config, 10, start=160)), _joined(whole[40:]))
     held = data.held_out_source(_config(**{"data__source": "mixture", "data__parts": parts}).data)
     assert len(held) == 2  # one of each part
+
+
+@pytest.mark.parametrize("phase", ["phase1", "phase2", "phase3"])
+def test_the_papers_mix_is_its_phase_on_four_folders(phase, tmp_path):
+    """Catches parts that cannot be opened, one that is never drawn, and a phase changed beside its
+    data."""
+    config = config_lib.load_file(os.path.join(CONFIGS, "mix.py"), f"tiny,{phase}")
+    alone = config_lib.load_file(os.path.join(CONFIGS, f"{phase}.py"), "tiny")
+    changes = config_lib.identity_changes(config_lib.to_json(alone), config_lib.to_json(config))
+    assert changes.keys() == {"data.source", "data.parts"} and config.steps == alone.steps
+    parts = []
+    for level, (weight, kind, path) in enumerate(config.data.parts):
+        here = tmp_path / path.lstrip("/")
+        here.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16), (level, 0, 0)).save(here / f"{i}.png")
+        parts.append((weight, kind, str(here)))
+    config.data.parts, config.resolution, config.resolutions = tuple(parts), 16, ()
+    config.data.color_jitter = 0.0
+    drawn = np.bincount(_joined(_take(config, 400 // config.batch_size))[:, 0, 0, 0])
+    assert len(drawn) == 4 and (drawn[:2] > 130).all() and (drawn[2:] > 5).all(), drawn
+    with pytest.raises(UserError, match="VARIANT,PHASE"):
+        config_lib.load_file(os.path.join(CONFIGS, "mix.py"), "tiny,phase4")
 
 
 @pytest.mark.parametrize("part", [(0, "folder", "x"), (1, "web", "x"), (1, "folder")])

@@ -7,7 +7,7 @@ import numpy as np
 from conftest import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, demo, report
+from dcae_jax import data, demo, demo_diffusion, report
 
 
 def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
@@ -18,11 +18,23 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
             report.append_row(str(tmp_path / phase), step, values)
     rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
     picture = np.zeros((4, 6, 3), np.uint8)
-    path = demo.write_page(str(tmp_path), rows, {64: picture}, 90.0)
+    report.append_row(str(tmp_path / "uvit"), 1, {"loss": 1.0})
+    samples = demo_diffusion.Samples(("cat.png", "rocket.jpg"), picture, 0.8, 0.6)
+    path = demo.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
-    assert page.count("<svg") == 3 and page.count("<polyline") == 3 + 3 + 3
+    assert page.count("<svg") == 4 and page.count("<polyline") == 3 + 3 + 3 + 1
+    assert "cat, rocket" in page and "80.0%" in page and "60.0%" in page and "0.75 times" in page
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
+
+
+def test_the_grid_shows_what_phase_3_changed():
+    """Catches the difference to the photograph, or of the other phases, under that heading."""
+    photo, one, two, three = (np.full((1, 2, 2, 3), v, np.uint8) for v in (9, 50, 100, 100))
+    three[0, 0, 0] += 5
+    *first, change = demo.columns([photo, one, two, three])
+    assert [c[0, 0, 0, 0] for c in first] == [9, 50, 100, 105]
+    assert (change[0, 0, 0] == 128 + 4 * 5).all() and (change[0, 1] == 128).all()
 
 
 def test_pca_is_the_best_linear_code_of_its_size():
@@ -34,3 +46,13 @@ def test_pca_is_the_best_linear_code_of_its_size():
     exact = demo.pca_scores(config, source, 4, 48)["psnr_32"]
     few, more = (demo.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))
     assert few < more < exact and exact > 50
+
+
+def test_a_neighbour_is_found_by_mean_and_deviation_of_channels():
+    """Catches classes told apart by position, or by the mean alone."""
+    rng = np.random.default_rng(0)
+    known = rng.standard_normal((40, 4, 4, 3)).astype(np.float32)
+    labels = np.arange(40) % 2
+    known[labels == 1] *= 4  # the same mean, another deviation
+    moved = known.reshape(40, 16, 3)[:, rng.permutation(16)].reshape(known.shape)
+    np.testing.assert_array_equal(demo_diffusion.nearest(known, labels, moved), labels)

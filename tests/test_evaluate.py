@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import dcae_jax
-from dcae_jax import data, evaluate, main, metrics, report, sharding
+from dcae_jax import data, evaluate, main, metrics, report, sharding, train
 from dcae_jax.config import UserError
 from dcae_jax.models import inception, lpips
 
@@ -228,6 +228,16 @@ def test_few_images_are_marked_biased(trained, small_inception, tmp_path, caplog
     judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
     assert judged["biased"] is True and judged["rfid"] > 0
     assert report.read_rows(str(tmp_path / "judged"))[0]["biased_32"] is True
+
+
+def test_rows_of_a_training_run_are_marked_too(small, alone, small_inception, tmp_path):
+    """Fails if the rFID of six images in the middle of training passes for a real one."""
+    small.evaluate.inception_weights = small_inception
+    small.evaluate_first, small.steps = True, 1
+    assert train.run(small, str(tmp_path / "run")) == 0
+    rows = report.read_rows(str(tmp_path / "run"))
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(row["biased_32"] is True and row["rfid_32"] > 0 for row in rows)
 
 
 def test_one_picture_gets_lpips_too(trained, alexnet, tmp_path):

@@ -48,7 +48,12 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
         rows = np.float64(seen[name, "pytorch-fid"][0])
         moments[name] = rows.mean(0), np.cov(rows, rowvar=False)
     np.savez(tmp_path / "moments.npz", mu=moments["real"][0], sigma=moments["real"][1])
+    # mu and sigma of many more images than the file holds: theirs is the FID, the images' the rest.
+    np.savez(
+        tmp_path / "three.npz", arr_0=real, mu=moments["real"][0] + 1, sigma=moments["real"][1]
+    )
     fid = metrics.frechet_distance(*moments["fake"], *moments["real"])
+    far = metrics.frechet_distance(*moments["fake"], moments["real"][0] + 1, moments["real"][1])
     a, b = (seen[name, "torch-fidelity"] for name in ("fake", "real"))
     expected = {"fid": fid, "is": metrics.inception_score(a[1])[0]}
     more = {"kid": metrics.kernel_distance(a[0], b[0], subset_size=11)[0]}
@@ -57,6 +62,7 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
         ("fake", "real", more),
         ("fake.npz", "real.npz", more),
         ("fake.npz", "moments.npz", {}),
+        ("fake.npz", "three.npz", more | {"fid": far}),
     )
     for samples, reference, others in cases:
         settings.samples, settings.reference = (str(tmp_path / x) for x in (samples, reference))

@@ -9,7 +9,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 # From the top. A file may import what stands on lower lines, never its own line or above.
 FLOORS = [
     ["demo"],
-    ["main"],
+    ["main", "demo_diffusion"],
+    ["plan"],
     ["train", "encode"],
     ["evaluate", "sample", "export"],
     ["judge_samples"],
@@ -27,11 +28,13 @@ FLOORS = [
     ["models.lpips", "models.inception", "models.patchgan"],
     ["models.transformer"],
     ["models.layers", "models.names"],
-    ["data", "sharding", "optim", "metrics", "tiling"],
+    ["integrity", "divergence"],
+    ["data", "sharding", "optim", "metrics", "tiling", "chips", "hlo"],
     ["latents"],
     ["preemption"],
-    ["hosts", "report"],
+    ["hosts", "report", "lock", "failures"],
     ["config"],
+    ["values"],
 ]
 
 

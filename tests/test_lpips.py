@@ -54,18 +54,19 @@ def test_equals_the_golden_distance(net, normalize):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("normalize", ["lpips", "torchmetrics"])
 @pytest.mark.parametrize("net", NETS)
-def test_equals_plain_torch_live(net):
+def test_equals_plain_torch_live(net, normalize):
     """Fails if value or gradient part from PyTorch's at a size that the poolings do not divide."""
     torch = pytest.importorskip("torch")
     x, y = pair(51)
     linear = list(lpips.linear_layers(net).values())
     u, v = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in (x, y))
     u.requires_grad_()
-    expected = judges.torch_lpips(judges.lpips_state(net), linear, u, v, net, "lpips")
+    expected = judges.torch_lpips(judges.lpips_state(net), linear, u, v, net, normalize)
     expected.sum().backward()
 
-    found, gradient = value_and_gradient(weights(net), x, y, net)
+    found, gradient = value_and_gradient(weights(net), x, y, net, normalize)
     np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
     expected = u.grad.numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(gradient, expected, atol=1e-4 * np.abs(expected).max())

@@ -257,6 +257,21 @@ def test_scores_equal_torch_fidelity_live():
     generated, real, logits = judges.synthetic(1500, 96)
     numbers = judges.fidelity_numbers(real, generated, logits, subsets=7)
     assert_feature_metrics(numbers, real, generated, logits, subsets=7)
+    update = jax.jit(metrics.moments_update)
+    sums = [update(metrics.moments_init(96), x) for x in (real, generated)]
+    fid = metrics.frechet_distance(*(v for s in sums for v in metrics.moments_finalize(s)))
+    np.testing.assert_allclose(fid, numbers["frechet_inception_distance"], rtol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_golden_numbers_are_those_of_torch_fidelity():
+    """Fails if the golden file no longer says what torch-fidelity does with all 4096 rows."""
+    pytest.importorskip("torch")
+    pytest.importorskip("tqdm")
+    numbers = judges.fidelity_numbers(*synthetic(), subsets=10)
+    for name, value in golden("features, 10 subsets").items():
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_scores_refuse_too_few_rows():

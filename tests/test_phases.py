@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import checkpoint, losses, report, sharding, state, steps, train
+from dcae_jax import checkpoint, data, losses, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan
+from dcae_jax.models import dcae, layers, patchgan, sdvae
 
 
 def _phase(number, small, variant="tiny"):
@@ -81,7 +81,7 @@ def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
         np.testing.assert_array_equal(old_latents, encode(averaged))
 
 
-@pytest.mark.parametrize("variant", dcae.VARIANTS)
+@pytest.mark.parametrize("variant", [*dcae.VARIANTS, *sdvae.VARIANTS])
 def test_the_default_patterns_fit_every_variant(variant, one_device):
     """Catches 'last stage' patterns that name an empty stage, or another model's."""
     for number, shares in ((2, (0.02, 0.75)), (3, (1e-6, 0.1))):
@@ -132,35 +132,53 @@ def test_phases_2_and_3_compute_and_keep_less_than_a_full_step(one_device, depth
     assert head[0] < middle[0] and head[1] < middle[1], (middle, head)
 
 
-def test_a_run_of_phase_3_resumes_bit_equal(small, alone, tmp_path):
-    """Catches a checkpoint without the discriminator, its optimizer, LeCAM's means, or the draw
-    of resolutions."""
+def _checkpoint(config, mesh, workdir, step):
+    """Everything that the checkpoint of `step` holds: {path: array or number}."""
+    plan = state.blueprint(config, mesh)
+    abstract = state.abstract_state(config, mesh, plan)
+    batch = train.abstract_batch(config, 32, mesh)
+    _, metrics = jax.eval_shape(steps.make_step(config, plan), abstract, batch, {})
+    shapes = jax.eval_shape(lambda: train.empty_totals(metrics))
+    manager = checkpoint.open_manager(workdir, config.keep)
+    everything = checkpoint.restore(manager, step, abstract, shapes)
+    manager.close()
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(everything)}
+
+
+def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
+    """Catches a checkpoint without the discriminator, one of the two optimizers, LeCAM's means, or
+    the draw of resolutions, and a warm-up of the GAN or of the rate that starts again."""
     first = str(tmp_path / "phase1")
     small.steps = 2
     train.run(small, first)
     config = _phase(3, small)
     config.init_from, config.resolutions = first, (32, 48)
     config.steps, config.save_every, config.loss.gan_lecam = 6, 3, 0.1
+    # Both end after the step at which the run is taken up again.
+    config.loss.gan_warmup_steps, config.optimizer.warmup_steps = 4, 5
+    draws = [data.resolution_at(config.seed, (32, 48), step) for step in range(6)]
+    assert {*draws[3:]} == {32, 48} and draws[3:] != draws[:3]
     whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
     train.run(config, whole)
     shutil.copytree(whole, resumed)
     shutil.rmtree(os.path.join(resumed, "checkpoints", "6"))
     train.run(config, resumed)
-    for which in ("ema", "raw"):
-        a, b = (checkpoint.load_weights(path, which)[0] for path in (whole, resumed))
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+    a, b = (_checkpoint(config, one_device, path, 6) for path in (whole, resumed))
+    assert a.keys() == b.keys() and any("discriminator.opt_state" in name for name in a)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     rows = [
         [{k: v for k, v in row.items() if not k.endswith("_s")} for row in report.read_rows(path)]
         for path in (whole, resumed)
     ]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(7))
     assert {"logits_real", "logits_fake", "gan_accuracy", "gan_weight"} <= rows[0][-1].keys()
-    assert rows[0][1]["gan_weight"] == 0 < rows[0][-1]["gan_weight"]  # warmed up first
-    encoder = [name for name in a if name.startswith("encoder.")]
-    source = checkpoint.load_weights(first)[0]
-    for name in encoder:
-        np.testing.assert_array_equal(a[name], source[name])
+    weights = [row["gan_weight"] for row in rows[0][1:]]
+    assert weights[:4] == [0] * 4 and min(weights[4:]) > 0  # warmed up first
+    source, now = (checkpoint.load_weights(path)[0] for path in (first, resumed))
+    for name in source:
+        if name.startswith("encoder."):
+            np.testing.assert_array_equal(now[name], source[name])
 
 
 def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
@@ -176,8 +194,6 @@ def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
 
 def test_resolutions_are_drawn_from_seed_and_step():
     """Catches a draw that hosts disagree on, or that ignores how often a size is listed."""
-    from dcae_jax import data
-
     draws = [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
     assert draws == [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
     assert 0.25 < draws.count(64) / 600 < 0.42 and set(draws) == {64, 128}
@@ -237,3 +253,32 @@ def test_the_discriminator_learns_to_tell_blurred_from_sharp(small, one_device):
         np.any(np.asarray(before.discriminator.params[k]) != np.asarray(leaf))
         for k, leaf in after.discriminator.params.items()
     )
+
+
+def test_r1_is_the_mean_squared_slope_on_real_pictures(small, one_device):
+    """Catches R1 on the fakes, over the batch instead of each picture, or without its half."""
+    config = _phase(3, small)
+    config.loss.gan_channels = 4
+    plan = state.blueprint(config, one_device)
+    other = state.init_state(config, one_device, plan).discriminator
+    rng = np.random.default_rng(0)
+    real, fake = (jnp.asarray(rng.uniform(-1, 1, (2, 32, 32, 3)), jnp.float32) for _ in range(2))
+
+    def gradients(r1):
+        config.loss.gan_r1 = r1
+        gan = steps._Gan(config, plan, other, jax.random.key(0))
+        return jax.jit(gan.discriminator_gradients)(real, fake)[0]
+
+    def penalty(params):
+        def squared_slope(picture):
+            model = layers.merge(plan.discriminator.graph, {**params, **other.stats})
+            return jnp.sum(jax.grad(lambda x: model(x[None]).mean())(picture) ** 2)
+
+        return 0.5 * (squared_slope(real[0]) + squared_slope(real[1])) / 2
+
+    want = jax.jit(jax.grad(penalty))(other.params)
+    without, with_r1 = gradients(0.0), gradients(10.0)
+    for name, value in want.items():
+        scale = 1e-3 * float(jnp.abs(value).max()) + 1e-6
+        np.testing.assert_allclose((with_r1[name] - without[name]) / 10, value, atol=scale)
+    assert max(float(jnp.abs(value).max()) for value in want.values()) > 1e-3

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import checkpoint, preemption, report, train
+from dcae_jax import checkpoint, divergence, preemption, report, train
 from dcae_jax.config import UserError
 
 TIMES = ("_s", "_per_s")
@@ -192,7 +192,7 @@ def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
     small.steps, small.max_skipped, small.save_every = 40, 3, 100
     small.optimizer.learning_rate = 1e38  # the step after the first overflows
     small.allow_change = ("optimizer",)
-    with pytest.raises(train.Diverged, match="3 times in a row"):
+    with pytest.raises(divergence.Diverged, match="3 times in a row"):
         train.run(small, workdir)
     assert checkpoint.saved_steps(workdir) == [2, 4]
 
@@ -231,6 +231,7 @@ def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
 def test_the_comparison_names_what_fell():
     """Catches a loss at low resolution that nobody is told of."""
     pairs = {"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25), "rfid_64": (3.0, 4.0)}
+    pairs["ssim_64"] = (0.5, 0.5)  # no change, in neither list
     assert train.changes(pairs) == (
         "worse: psnr_64 24 -> 23.5 (-0.5), rfid_64 3 -> 4 (+1); "
         "better: psnr_256 25 -> 25.25 (+0.25)"

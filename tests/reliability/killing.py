@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny run that can be killed anywhere, and whether two runs left the same."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+from conftest import CONFIGS
+from PIL import Image
+
+from dcae_jax import checkpoint, report
+
+HERE = pathlib.Path(__file__).parent
+TIMES = ("_s", "_per_s")
+SETTINGS = {
+    "model.widths": (8, 8, 16, 32, 32),
+    "model.latent_channels": 8,
+    "resolution": 32,
+    "batch_size": 4,
+    "steps": 24,
+    "log_every": 3,
+    "save_every": 4,
+    "evaluate_every": 8,
+    "evaluate.resolutions": (32,),
+    "evaluate.batch_size": 4,
+    "evaluate.count": 12,
+    "evaluate.crops": 6,
+    "evaluate.grid": 2,
+    "data.source": "folder",
+    "data.held_out": 0.2,
+}
+
+
+class Forks:
+    """The server of forks.py."""
+
+    def __init__(self):
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        root = str(HERE.parent.parent)
+        # Small programs are kept too, since each process compiles them again otherwise.
+        cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = {**os.environ, **cached, "PYTHONPATH": root, "XLA_FLAGS": flags}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "forks.py")],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, argv, signals=(), stderr=os.devnull, **more):
+        """Runs a command line -> (status, steps begun at the first signal, what it said)."""
+        order = {"argv": argv, "signals": signals, "stderr": str(stderr)} | more
+        before = os.path.getsize(stderr) if os.path.isfile(stderr) else 0
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        said = ""
+        if os.path.isfile(stderr):
+            said = pathlib.Path(stderr).read_bytes()[before:].decode(errors="replace")
+        return answer["status"], answer["steps"], said
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def pictures(folder, count=10, size=40):
+    """Writes `count` small pictures of noise; -> the folder."""
+    rng = np.random.default_rng(0)
+    os.makedirs(folder, exist_ok=True)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+        Image.fromarray(pixels).save(os.path.join(folder, f"{i}.png"))
+    return str(folder)
+
+
+def arguments(workdir, data, config="phase1.py:tiny", **changes):
+    """The command line of the tiny run; keys of `changes` have '__' for '.'."""
+    settings = SETTINGS | {"data.path": data}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={os.path.join(CONFIGS, config)}", f"--workdir={workdir}", *flags]
+
+
+def draw_kill(rng: random.Random):
+    """(place, count, delay, SIGKILL): a moment in one of the things that a run does."""
+    place, most, delay = rng.choice(
+        [
+            ("read", 40, 0.0),
+            ("step", 12, 0.03),
+            ("save", 3, 0.15),  # asynchronous: most of it comes after `save` has returned
+            ("commit", 3, 0.02),
+            ("evaluate", 2, 0.1),
+        ]
+    )
+    return place, rng.randint(1, most), rng.choice((0.0, rng.uniform(0, delay))), signal.SIGKILL
+
+
+def survive(forks, argv, workdir, kills, rng):
+    """Kills the run `kills` times, then lets it end. -> Counter-like dict of what was hit."""
+    hit = {}
+    for _ in range(kills):
+        kill = draw_kill(rng)
+        status, _, said = forks(argv, [kill], stderr=f"{workdir}.log")
+        assert status in (-signal.SIGKILL, 0), (kill, status, said[-3000:])
+        where = kill[0] if status else "finished before"
+        hit[where] = hit.get(where, 0) + 1
+        if any("orbax-checkpoint-tmp" in name for name in _listing(workdir / "checkpoints")):
+            hit["left half a checkpoint"] = hit.get("left half a checkpoint", 0) + 1
+    status, _, said = forks(argv, stderr=f"{workdir}.log")
+    assert status == 0, said[-3000:]
+    return hit
+
+
+def _listing(folder):
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def rows(workdir):
+    """Rows of metrics.jsonl without times."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith(TIMES)}
+        for row in report.read_rows(str(workdir))
+    ]
+
+
+def everything(workdir, step):
+    """All arrays of a checkpoint, and the data's position, as a flat dict."""
+    folder = workdir / "checkpoints" / str(step)
+    found = {"data": json.loads((folder / "data" / "metadata").read_text())}
+    for item in ("weights", "optimizer"):
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(str(folder / item)).item_metadata.tree
+            args = jax_map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), tree)
+            restored = reader.restore(
+                str(folder / item), args=ocp.args.PyTreeRestore(item=tree, restore_args=args)
+            )
+        found |= {f"{item}{path}": leaf for path, leaf in flatten(restored)}
+    return found
+
+
+def jax_map(function, tree):
+    import jax
+
+    return jax.tree.map(function, tree)
+
+
+def flatten(tree):
+    import jax
+
+    return [
+        (jax.tree_util.keystr(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def assert_same(a, b):
+    """The two workdirs hold the same, apart from times and event files."""
+    steps = checkpoint.saved_steps(str(a))
+    assert steps and steps == checkpoint.saved_steps(str(b))
+    for step in steps:
+        left, right = everything(a, step), everything(b, step)
+        assert left.keys() == right.keys() and len(left) > 100
+        for name, value in left.items():
+            np.testing.assert_array_equal(value, right[name], err_msg=f"{step} {name}")
+    assert rows(a) == rows(b)
+    images = sorted(p.name for p in (a / "images").iterdir())
+    assert images and images == sorted(p.name for p in (b / "images").iterdir())
+    for name in images:
+        assert (a / "images" / name).read_bytes() == (b / "images" / name).read_bytes(), name
+    left, right = (json.loads((d / "config.json").read_text()) for d in (a, b))
+    assert left == right

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killed or preempted anywhere, the same command ends with the same bits on disk."""
+
+import random
+import signal
+
+import killing
+import pytest
+
+from dcae_jax import checkpoint, preemption
+
+
+@pytest.fixture(scope="module")
+def forks():
+    server = killing.Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return killing.pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(forks, data, tmp_path_factory):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    status, _, said = forks(killing.arguments(workdir, data), stderr=f"{workdir}.log")
+    assert status == 0, said[-3000:]
+    return workdir
+
+
+@pytest.mark.xdist_group("killed")
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4))]
+)
+def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, seed):
+    """Catches anything that a checkpoint or a workdir forgets, or keeps twice, after kill -9."""
+    workdir = tmp_path / "run"
+    argv = killing.arguments(workdir, data)
+    hit = killing.survive(forks, argv, workdir, 5, random.Random(seed))
+    print("killed at", hit)
+    killing.assert_same(whole, workdir)
+
+
+@pytest.mark.xdist_group("killed")
+@pytest.mark.parametrize("place, count", [("step", 10), ("save", 2), ("evaluate", 2)])
+def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
+    forks, data, whole, tmp_path, place, count
+):
+    """Catches steps lost, an evaluation that is waited for or forgotten, and a cut save."""
+    workdir = tmp_path / "run"
+    argv = killing.arguments(workdir, data)
+    signals = [(place, count, delay, signal.SIGTERM) for delay in (0.0, 0.02, 0.05, 0.2)]
+    status, begun, said = forks(argv, signals, stderr=f"{workdir}.log")
+    assert status == preemption.STATUS, said[-3000:]
+    assert "the same command resumes" in said
+    (*_, saved) = checkpoint.saved_steps(str(workdir))
+    assert begun <= saved <= begun + 1
+    status, _, said = forks(argv, stderr=f"{workdir}.log")
+    assert status == 0 and f"at step {saved}" in said
+    killing.assert_same(whole, workdir)
+
+
+@pytest.mark.xdist_group("killed")
+def test_sigterm_before_the_first_step_is_resumable(forks, data, tmp_path):
+    """Catches a job in its start-up that dies of the signal, as if it had failed for good."""
+    workdir = tmp_path / "run"
+    argv = killing.arguments(workdir, data)
+    more = [("dcae_jax.train", "parameter_table", "table")]
+    signals = [("table", 1, 0.0, signal.SIGTERM)]
+    status, _, said = forks(argv, signals, stderr=f"{workdir}.log", more=more)
+    assert status == preemption.STATUS and "the same command" in said, said[-2000:]
+    assert checkpoint.saved_steps(str(workdir)) == []
