@@ -16,7 +16,11 @@ def get_config(variant="f32c32"):
     config = base.default()
     config.model.variant = variant
     config.phase = 3
-    config.trainable = (r"decoder\.stages\.{outermost}\..*", r"decoder\.project_out\..*")
+    # Not 0, the stage's upsampling: the blocks' input is then constant, and needs no gradient.
+    config.trainable = (
+        r"decoder\.stages\.{outermost}\.[1-9]\d*\..*",
+        r"decoder\.project_out\..*",
+    )
     if variant == "sd-vae-f8":
         config.trainable = (r"decoder\.(stages\.{outermost}|norm_out|conv_out)\..*",)
     config.batch_size = 96

@@ -61,7 +61,7 @@ def default() -> ConfigDict:
     c.steps = 100_000  # optimizer steps in all, also after a resume
     c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
     c.accumulate = 1  # microbatches a step whose gradients are averaged
-    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup))
+    c.ema_decay = 0.9999  # decay at step t: ema_decay * (1 - exp(-t / ema_warmup)); 0: no averages
     c.ema_warmup = 2000
     c.log_every = 100  # steps between rows of metrics.jsonl
     c.save_every = 1000  # steps between checkpoints
@@ -70,7 +70,7 @@ def default() -> ConfigDict:
     c.evaluate_first = False  # before step 1 too, and compare at the end
     c.profile_steps = ()  # (first, last): writes a trace of these steps to WORKDIR/profile
     c.remat = "none"  # what the backward pass computes again instead of keeping: none or blocks
-    c.unroll = False  # a transformer's blocks one by one instead of one compiled loop
+    c.unroll = False  # blocks of a transformer, and microbatches, in a row, not as one loop
     c.allow_change = ()  # identity keys that may differ from the run being resumed
     c.max_skipped = 10  # stop after so many non-finite steps in a row
 
@@ -177,6 +177,7 @@ def default() -> ConfigDict:
     m.overrides = ()  # its keys, as ('batch_size=64', ...)
     m.topologies = ("v5e:2x2",)  # v4, v5e, v5p or v6e with the chips along each axis; or cpu
     m.find_batch = False  # search the largest batch that fits
+    m.effort = -1.0  # of the compiler: 0 as in a run; -1 is 6 times faster (docs/scaling.md)
     m.watts = 0.0  # a chip, for kWh; 0: the table's assumption
 
     m = c.export = ConfigDict()
@@ -238,6 +239,30 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{key}"] = value
     return out
+
+
+def unknown_key(error: BaseException, argv: list[str]) -> str:
+    """What to write instead of a key that does not exist; '' if that is not the error."""
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
+    if not isinstance(inner, KeyError):
+        return ""
+    last = str(inner.args[0]).split("'")[1]  # all that the library tells
+    keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+    key = next((key for key in keys if last in key.split(".")), last)
+    return f"there is no key {key}; {suggest(key, default())}"
+
+
+def explain(error: BaseException, argv: list[str]) -> str:
+    """The reason of an error of the flags library, on one line.
+
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong. Of a
+    key of `argv` that does not exist, the nearest ones are told.
+    """
+    if unknown := unknown_key(error, argv):
+        return unknown
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
 
 
 def suggest(key: str, config: ConfigDict) -> str:
@@ -339,6 +364,10 @@ def check(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
             f"try {nearest}"
         )
+    if not -1 <= config.plan.effort <= 1:
+        raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
+    if not config.plan.watts >= 0:
+        raise UserError(f"plan.watts={config.plan.watts} is negative; 0 takes the table's")
     if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
 

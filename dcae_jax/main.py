@@ -30,6 +30,7 @@ JOBS = {
     "sample": ("sample", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
+    "plan": ("plan", "run"),
 }
 
 FAILED, MISTAKE = 1, 2
@@ -95,7 +96,7 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     except UserError:
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(unknown_key(error, argv) or explain(error)) from error
+        raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
     if not workdir.value and not (job == "export" and config.export.out):
@@ -103,27 +104,6 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     if job not in JOBS:
         raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
-
-
-def unknown_key(error: BaseException, argv: list[str]) -> str:
-    """What to write instead of a key that does not exist; '' if that is not the error."""
-    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
-    if not isinstance(inner, KeyError):
-        return ""
-    last = str(inner.args[0]).split("'")[1]  # all that the library tells
-    keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
-    key = next((key for key in keys if last in key.split(".")), last)
-    return f"there is no key {key}; {config_lib.suggest(key, config_lib.default())}"
-
-
-def explain(error: BaseException) -> str:
-    """The reason of an error of the flags library, on one line.
-
-    A config file's own mistake is wrapped in the library's; the innermost says what is wrong.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
 
 
 def use_compile_cache() -> None:

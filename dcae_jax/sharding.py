@@ -28,19 +28,25 @@ SMALL = 2**16  # parameters of fewer elements are replicated: splitting them onl
 def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of config.mesh over `devices` (default: all). Raises UserError if they don't fit."""
     devices = list(jax.devices() if devices is None else devices)
+    shape = list(mesh_shape(sizes, len(devices)).values())
+    return Mesh(_grid(shape, devices), AXES)
+
+
+def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
+    """Devices along each axis of config.mesh, of so many. Raises UserError if they don't fit."""
     shape = [sizes[axis] for axis in AXES]
     text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh ({text}): sizes must be positive, and one at most may be -1")
     known = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if math.prod(shape) != len(devices):
+    if -1 in shape and devices % known == 0:
+        shape[shape.index(-1)] = devices // known
+    if math.prod(shape) != devices:
         raise UserError(
-            f"mesh ({text}) does not fit {len(devices)} devices; its sizes must multiply to "
-            f"{len(devices)}, or use -1 for one of them"
+            f"mesh ({text}) does not fit {devices} devices; its sizes must multiply to "
+            f"{devices}, or use -1 for one of them"
         )
-    return Mesh(_grid(shape, devices), AXES)
+    return dict(zip(AXES, shape, strict=True))
 
 
 def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:

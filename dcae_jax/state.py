@@ -42,7 +42,7 @@ class TrainState:
     step: jax.Array  # steps done, int32
     params: Weights  # float32
     stats: Weights  # running statistics of BatchNorm
-    ema: Weights  # moving averages of the trained parameters and statistics only
+    ema: Weights  # moving averages of the trained parameters and statistics; {} without averages
     opt_state: optax.OptState
     discriminator: Discriminator | None  # where loss.gan_weight > 0
     skipped: jax.Array  # steps without effect since something was not finite, int32
@@ -65,6 +65,7 @@ class Blueprint:
     params: dict[str, jax.ShapeDtypeStruct]
     stats: dict[str, jax.ShapeDtypeStruct]
     trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
+    averaged: frozenset[str]  # those of which a moving average is kept
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
@@ -133,8 +134,10 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
     layout = sharding.layout(config, mesh)
+    moved = trained | moving
+    averaged = moved if config.ema_decay else frozenset()
     if config.objective:
-        return Blueprint(graph, params, stats, trained | moving, optimizer, None, "", layout)
+        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "", layout)
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -142,7 +145,7 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, trained | moving, optimizer, other, last_layer, layout)
+    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer, layout)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
@@ -191,7 +194,7 @@ def fresh(plan: Blueprint, weights: Weights, other: Weights) -> TrainState:
         params=params,
         stats={name: weights[name] for name in plan.stats},
         # Copies, since a donated buffer must not stand twice in the state.
-        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.trained},
+        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.averaged},
         opt_state=plan.optimizer.init(params),
         discriminator=discriminator,
         skipped=zero,

@@ -162,7 +162,8 @@ def _gradients(
         (shapes.grads, shapes.discriminator_grads, shapes.metrics),
     )
     inputs = (split, jax.random.split(key, count))
-    (stats, d_stats, total), _ = jax.lax.scan(body, (stats, d_stats, zeros), inputs)
+    start = (stats, d_stats, zeros)
+    (stats, d_stats, total), _ = jax.lax.scan(body, start, inputs, unroll=config.unroll)
     return _Output(*jax.tree.map(lambda value: value / count, total), stats, d_stats)
 
 

@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dcae_jax"
 FLOORS = [
     ["demo"],
     ["main", "demo_diffusion"],
+    ["plan"],
     ["train", "encode"],
     ["evaluate", "sample", "export"],
     ["judge_samples"],
@@ -28,7 +29,7 @@ FLOORS = [
     ["models.transformer"],
     ["models.layers", "models.names"],
     ["integrity", "divergence"],
-    ["data", "sharding", "optim", "metrics", "tiling"],
+    ["data", "sharding", "optim", "metrics", "tiling", "chips", "hlo"],
     ["latents"],
     ["preemption"],
     ["hosts", "report", "lock", "failures"],

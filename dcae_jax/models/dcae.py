@@ -322,10 +322,15 @@ def create(model_config: Any, *, platform: str, dtype: Any, init: layers.Init) -
     Nothing here looks at the machine: the platform comes from the mesh, so that a CPU host can
     build the program of a TPU.
     """
-    form = model_config.depthwise
-    if form == "auto":
-        form = "shifted" if platform == "cpu" else "grouped"
+    form = depthwise_form(model_config, platform)
     return DCAE(architecture(model_config), depthwise=form, dtype=jnp.dtype(dtype), init=init)
+
+
+def depthwise_form(model_config: Any, platform: str) -> str:
+    """config.model.depthwise with 'auto' decided for devices of `platform`."""
+    if model_config.depthwise != "auto":
+        return model_config.depthwise
+    return "shifted" if platform == "cpu" else "grouped"
 
 
 def count_parameters(arch: Variant) -> tuple[int, int]:

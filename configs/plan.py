@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training job costs on TPUs that need not be here: memory, FLOPs, chip-hours.
+
+    python -m dcae_jax.main --config=configs/plan.py --workdir=plans/phase1 \
+        --config.plan.config=configs/phase1.py:f32c32 \
+        --config.plan.overrides="('batch_size=64','mesh.fsdp=4')" \
+        --config.plan.topologies="('v5e:2x2','v6e:2x2')"
+
+Prints a table and writes plans/phase1/plan.json. Needs `pip install 'dcae_jax[tpu]'`, except for
+the topology cpu.
+"""
+
+from dcae_jax import config as base
+
+
+def get_config():
+    config = base.default()
+    config.job = "plan"
+    return config

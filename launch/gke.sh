@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs a job on a TPU slice of a GKE cluster with JobSet installed; launch/jobset.yaml is the form.
+#   NAME=run1 IMAGE=REGISTRY/dcae-jax CLAIM=runs launch/gke.sh [--dry-run] \
+#       --config=configs/phase1.py --workdir=/runs/run1
+# CLAIM, a persistent volume claim that all pods can write, is mounted as /runs. --dry-run prints
+# the manifest. Logs: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
+set -euo pipefail
+
+NAME=${NAME:?name of the job}
+IMAGE=${IMAGE:?image made from launch/Dockerfile}
+CLAIM=${CLAIM:?persistent volume claim for workdirs}
+ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}  # or tpu-v5p-slice, tpu-v6e-slice
+TOPOLOGY=${TOPOLOGY:-4x4}                         # as the node pool has it
+CHIPS=${CHIPS:-4}                                 # of a host
+RESTARTS=${RESTARTS:-20}
+DRY=
+if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
+(($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
+
+HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
+((HOSTS)) || { echo "error: TOPOLOGY=$TOPOLOGY has fewer chips than CHIPS=$CHIPS" >&2 && exit 2; }
+quoted=()
+for argument in "$@"; do
+  argument=${argument//\\/\\\\}
+  quoted+=("\"${argument//\"/\\\"}\"")
+done
+# shellcheck disable=SC2034  # read through ${!key}
+ARGUMENTS=$(IFS=, && echo "[${quoted[*]}]")
+
+manifest=$(< "$(dirname "$0")/jobset.yaml")
+for key in NAME IMAGE CLAIM ACCELERATOR TOPOLOGY CHIPS HOSTS RESTARTS ARGUMENTS; do
+  manifest=${manifest//"\${$key}"/"${!key}"}
+done
+if [[ $DRY ]]; then
+  printf '%s\n' "$manifest"
+else
+  kubectl apply -f - <<< "$manifest"
+fi

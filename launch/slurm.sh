@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs a job on GPU nodes of a Slurm cluster, one process a GPU. From the root of a clone that all
+# nodes see, with .venv made by `pip install -e '.[cuda13]'`:
+#   NAME=run1 NODES=2 GPUS=8 launch/slurm.sh [--dry-run] --config=configs/phase1.py --workdir=runs/1
+# --dry-run prints the batch script.
+set -euo pipefail
+
+NAME=${NAME:?name of the job}
+NODES=${NODES:-1}
+GPUS=${GPUS:-8}              # of a node
+CPUS=${CPUS:-8}              # of a process: readers of pictures
+HOURS=${HOURS:-24}           # of one run; the job saves two minutes before, and is queued again
+PARTITION=${PARTITION:-}     # empty: the cluster's default
+PYTHON=${PYTHON:-.venv/bin/python}
+RESTARTS=${RESTARTS:-20}
+DRY=
+if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
+(($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
+
+# --gres, since with --gpus-per-task a process would see one GPU alone and not its neighbours.
+read -r -d '' script << END || true
+#!/usr/bin/env bash
+#SBATCH --job-name=$NAME
+#SBATCH --nodes=$NODES
+#SBATCH --ntasks-per-node=$GPUS
+#SBATCH --gres=gpu:$GPUS
+#SBATCH --cpus-per-task=$CPUS
+#SBATCH --time=$HOURS:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=$NAME-%j.log
+${PARTITION:+#SBATCH --partition=$PARTITION}
+# What failed first is the reason: the others fail of it, each in its own way.
+first=$NAME-\$SLURM_JOB_ID.status
+rm -f "\$first"
+status=0
+srun --kill-on-bad-exit=1 bash -c 'trap : TERM; "\$@" || { s=\$?; echo \$s >> "\$0"; exit \$s; }' \\
+  "\$first" $(printf '%q ' "$PYTHON" -m dcae_jax.main "$@") || status=\$?
+if [[ -s \$first ]]; then read -r status < "\$first"; fi
+case \$status in 0 | 1 | 2) exit "\$status" ;; esac  # 1 and 2 would only come again
+if ((\${SLURM_RESTART_COUNT:-0} < $RESTARTS)); then
+  echo "status \$status: again"
+  scontrol requeue "\$SLURM_JOB_ID"
+fi
+exit "\$status"
+END
+if [[ $DRY ]]; then
+  printf '%s\n' "$script"
+else
+  sbatch <<< "$script"
+fi

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs a job on every worker of a Cloud TPU slice that a queued resource asks for, and again after
+# a preemption. From the root of a clone, whose committed files it copies there:
+#   NAME=run1 ZONE=us-east5-b BUCKET=my-bucket TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
+#       --config=configs/phase1.py --workdir=bucket/run1
+# BUCKET is mounted as ~/bucket on every worker. The slice stays when the job is done:
+#   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
+set -euo pipefail
+
+NAME=${NAME:?name of the slice}
+ZONE=${ZONE:?zone with such TPUs}
+BUCKET=${BUCKET:?Cloud Storage bucket for workdirs}
+TYPE=${TYPE:-v5litepod-16}               # accelerator type
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # runtime version that belongs to the type
+SPOT=${SPOT:-yes}                        # cheaper, and can be taken away
+RESTARTS=${RESTARTS:-20}
+POLL=${POLL:-30}                         # seconds between looks at a resource not yet there
+DRY=
+if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
+(($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
+
+tpu() {
+  set -- gcloud compute tpus "$@" --zone="$ZONE" --quiet
+  if [[ $DRY ]]; then printf '%q ' "$@" >&2 && echo >&2; else "$@"; fi
+}
+state() { tpu queued-resources describe "$NAME" --format='value(state.state)' || echo NONE; }
+worker() { tpu tpu-vm ssh "$NAME" --worker=all --command="$1"; }
+
+ready() {  # waits for the slice; asks for it where there is none, and again where it was taken away
+  local now
+  while now=$(state) && [[ $now != ACTIVE ]]; do
+    case $now in
+      NONE | "")
+        tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
+          --runtime-version="$RUNTIME" ${SPOT:+$([[ $SPOT == yes ]] && echo --spot)} ;;
+      SUSPENDED | FAILED) tpu queued-resources delete "$NAME" --force ;;
+    esac
+    if [[ $DRY ]]; then break; fi
+    sleep "$POLL"
+  done
+}
+
+archive=$(mktemp -d)/dcae_jax.tar
+trap 'rm -rf "${archive%/*}"' EXIT
+git archive --output="$archive" HEAD
+job="cd ~/dcae_jax && exec .venv/bin/python -m dcae_jax.main $(printf '%q ' "$@")"
+for ((run = 0; run <= RESTARTS; run++)); do
+  ready
+  status=0
+  { tpu tpu-vm scp "$archive" "$NAME:" --worker=all && worker "set -e
+    mkdir -p ~/dcae_jax ~/bucket && tar -xf dcae_jax.tar -C ~/dcae_jax && cd ~/dcae_jax
+    mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket
+    ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
+    worker "$job"; } || status=$?
+  case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only come again
+  echo "status $status: again" >&2
+done
+exit 75
