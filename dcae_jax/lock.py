@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 
@@ -38,6 +39,7 @@ def hold(workdir: str, process: int = 0) -> Iterator[None]:
     path = os.path.join(workdir, FILE)
     descriptor = _take(path, workdir)
     try:
+        _clear(workdir)
         yield
     finally:
         # Before the lock ends: a file removed after that could be the next owner's.
@@ -79,6 +81,15 @@ def _take(path: str, workdir: str) -> int:
     }
     os.pwrite(descriptor, json.dumps(owner).encode(), 0)
     return descriptor
+
+
+def _clear(workdir: str) -> None:
+    """Removes what an owner that was killed had half written, beside the file it was to become."""
+    for folder in (workdir, *(entry.path for entry in os.scandir(workdir) if entry.is_dir())):
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if re.search(r"\.\d+\.tmp$", name) and os.path.isfile(path):
+                os.remove(path)
 
 
 def _is_at(descriptor: int, path: str) -> bool:

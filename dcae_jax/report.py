@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves in its workdir for people: config.json, metrics.jsonl, PNG grids, tables."""
 
+import io
 import json
 import math
 import os
@@ -102,10 +103,9 @@ def difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def write_png(path: str, pixels: np.ndarray) -> None:
     """Writes [H, W, 3] uint8 beside `path`, then renames."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"
-    Image.fromarray(pixels).save(beside, format="PNG")
-    os.replace(beside, path)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    write_file(path, buffer.getvalue())
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

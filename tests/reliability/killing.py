@@ -171,7 +171,8 @@ def assert_same(a, b):
             np.testing.assert_array_equal(value, right[name], err_msg=f"{step} {name}")
     assert rows(a) == rows(b)
     images = sorted(p.name for p in (a / "images").iterdir())
-    assert images and images == sorted(p.name for p in (b / "images").iterdir())
+    others = sorted(p.name for p in (b / "images").iterdir())
+    assert images and images == others, (images, others)
     for name in images:
         assert (a / "images" / name).read_bytes() == (b / "images" / name).read_bytes(), name
     left, right = (json.loads((d / "config.json").read_text()) for d in (a, b))
