@@ -208,7 +208,9 @@ def _assert_same_rows(rows, wanted):
         values = {k: v for k, v in want.items() if not k.endswith("_s")}
         assert row.keys() == want.keys()
         for key, value in values.items():
-            np.testing.assert_allclose(row[key], value, rtol=2e-4, atol=1e-5, err_msg=key)
+            # A ReLU that opens on one side alone is seen in the norm of the gradients at once.
+            tolerance = 5e-3 if key == "grad_norm" else 2e-4
+            np.testing.assert_allclose(row[key], value, rtol=tolerance, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,16 @@ def _run(kind, axes):
     return {name: np.asarray(value) for name, value in now.stats.items()}, rows
 
 
-def _assert_alike(rows, wanted):
-    for row, want in zip(rows, wanted, strict=True):
-        for name in want:
-            np.testing.assert_allclose(row[name], want[name], rtol=2e-4, atol=1e-5, err_msg=name)
+def _assert_alike(rows, wanted, first=False):
+    """first: the rows begin at the first step, whose gradients are alike but for rounding.
+
+    Later a ReLU may be open on one side alone, which the norm of the gradients shows at once.
+    """
+    for i, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+        for name, value in want.items():
+            loose = 5e-3 if "grad_norm" in name else 2e-4
+            tolerance = 2e-5 if first and i == 0 else loose
+            np.testing.assert_allclose(row[name], value, rtol=tolerance, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(row["loss"], want["loss"], rtol=2e-5)
 
 
@@ -134,7 +140,7 @@ def test_a_mesh_trains_as_one_device_does(kind, axes):
     twice, heads of q beside those of another k, and a halo that is not exchanged."""
     stats, rows = _run(kind, axes)
     one_stats, one_rows = _run(kind, ())
-    _assert_alike(rows, one_rows)
+    _assert_alike(rows, one_rows, first=True)
     for name, want in one_stats.items():
         np.testing.assert_allclose(stats[name], want, rtol=1e-3, atol=1e-5, err_msg=name)
 
