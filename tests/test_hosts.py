@@ -210,7 +210,8 @@ def _assert_same_rows(rows, wanted):
         for key, value in values.items():
             # A ReLU that opens on one side alone is seen in the norm of the gradients at once.
             tolerance = 5e-3 if key == "grad_norm" else 2e-4
-            np.testing.assert_allclose(row[key], value, rtol=tolerance, atol=1e-5, err_msg=key)
+            floor = 1e-4 if key.startswith("ssim") else 1e-5  # of 1; an untrained model has 0.03
+            np.testing.assert_allclose(row[key], value, rtol=tolerance, atol=floor, err_msg=key)
 
 
 @pytest.mark.parametrize(
