@@ -186,12 +186,13 @@ solved in closed form: the mark that a few minutes of training are to be read ag
 <h2>Pictures</h2>{images}
 <h2>Diffusion on its latents</h2>
 <p>A tiny UViT has learned, with SiT's objective, the latents of {known} crops of each photograph,
-4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top: {classes}. On the left {crops}
-crops as the autoencoder gives them back, on the right samples with guidance.</p>
+4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
+{classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
+guidance.</p>
 <img src="{samples}" alt="crops and samples of each class">
-<p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of the
-same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of the
-samples: {ratio:.2f} times as often.</p>{uvit}
+<p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of
+the same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of
+the samples: {ratio:.2f} times as often.</p>{uvit}
 </body></html>
 """
 

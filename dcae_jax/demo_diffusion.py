@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second half of `make demo`: latents of the photographs, a tiny UViT with SiT's objective on them, its samples.
+"""The second half of `make demo`: latents of the photographs, a tiny UViT on them, its samples.
 
-The label is the photograph. Whether samples fall into the class that was asked for is judged by
-the nearest neighbour in the autoencoder's latents, beside crops that training did not see.
+The label is the photograph, the objective SiT's (configs/usit.py:tiny). Whether samples fall into
+the class that was asked for is judged by the nearest neighbour in the autoencoder's latents, beside
+crops that training did not see.
 """
 
 import dataclasses
