@@ -5,7 +5,7 @@
         --config.init_from=mit-han-lab/dc-ae-f64c128-in-1.0 --config.data.source=folder \
         --config.data.path=/data/imagenet/train
 
-`:VARIANT` says what a file of weights without a config.json is of. `:tiny` takes 400 crops of 64
+`:VARIANT` says what a file of weights without a config.json is of. `:tiny` takes 200 crops of 64
 pixels from each of the embedded photographs, of which a model of `tiny` gives 4x4 latents.
 """
 
@@ -19,6 +19,6 @@ def get_config(variant=""):
     config.resolution = 512
     if variant == "tiny":
         config.resolution = 64
-        config.encode.crops = 400
-        config.encode.shard_size = 1024
+        config.encode.crops = 200
+        config.encode.shard_size = 600
     return config

@@ -138,7 +138,7 @@ def write_page(
         "gan_accuracy": "accuracy",
     }
     curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
-    uvit = report.read_rows(os.path.join(workdir, "uvit"))
+    uvit = report.read_rows(os.path.join(workdir, demo_diffusion.RUN))
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "what phase 3 changed, on grey: the texture that it learned</p>"
@@ -152,6 +152,8 @@ def write_page(
         samples=f"data:image/png;base64,{_base64(samples.grid)}",
         classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
         crops=demo_diffusion.SHOWN[0],
+        known=samples.known,
+        judged=demo_diffusion.JUDGED,
         held_out=samples.held_out,
         sampled=samples.sampled,
         ratio=samples.sampled / samples.held_out,
@@ -183,13 +185,14 @@ solved in closed form: the mark that a few minutes of training are to be read ag
 <h2>Curves</h2>{curves}
 <h2>Pictures</h2>{images}
 <h2>Diffusion on its latents</h2>
-<p>A tiny UViT has learned the latents of 400 crops of each photograph, 4x4 positions for 64x64
-pixels; the label is the photograph. A row is a class, from the top: {classes}. On the left {crops}
-crops as the autoencoder gives them back, on the right samples with guidance.</p>
+<p>A tiny UViT has learned, with SiT's objective, the latents of {known} crops of each photograph,
+4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
+{classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
+guidance.</p>
 <img src="{samples}" alt="crops and samples of each class">
-<p>The nearest neighbour among 200 training crops a class, in the autoencoder's latents, is of the
-same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of the
-samples: {ratio:.2f} times as often.</p>{uvit}
+<p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of
+the same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of
+the samples: {ratio:.2f} times as often.</p>{uvit}
 </body></html>
 """
 

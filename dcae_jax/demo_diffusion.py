@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second half of `make demo`: latents of the photographs, a tiny UViT on them, its samples.
 
-The label is the photograph. Whether samples fall into the class that was asked for is judged by
-the nearest neighbour in the autoencoder's latents, beside crops that training did not see.
+The label is the photograph, the objective SiT's (configs/usit.py:tiny). Whether samples fall into
+the class that was asked for is judged by the nearest neighbour in the autoencoder's latents, beside
+crops that training did not see.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 from dcae_jax import api, data, encode, latents, report, train
 from dcae_jax import config as config_lib
 
+RUN = "usit"  # folder of the diffusion model's run
 JUDGED = 200  # crops a class: as neighbours, and held out
 SAMPLED = 50  # a class
 SHOWN = (3, 9)  # of each class on the page: crops, and samples
@@ -23,13 +25,14 @@ class Samples:
     """What the page shows of the diffusion model."""
 
     classes: tuple[str, ...]
+    known: int  # crops a class that training saw
     grid: np.ndarray  # [*, *, 3] uint8: a row a class, crops and then samples
     held_out: float  # share of held-out crops whose nearest training crop is of their class
     sampled: float  # likewise of samples
 
 
 def make(workdir: str, configs: str) -> int:
-    """Encodes crops into WORKDIR/latents and trains on them in WORKDIR/uvit. -> exit status.
+    """Encodes crops into WORKDIR/latents and trains on them in WORKDIR/usit. -> exit status.
 
     configs: the folder of the configuration files. What an earlier call finished is left alone.
     """
@@ -38,15 +41,15 @@ def make(workdir: str, configs: str) -> int:
     status = encode.run(config, os.path.join(workdir, "latents"))
     if status != encode.DONE:
         return status
-    config = config_lib.load_file(os.path.join(configs, "uvit.py"), "tiny")
+    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
     config.data.path = os.path.join(workdir, "latents")
-    return train.run(config, os.path.join(workdir, "uvit"))
+    return train.run(config, os.path.join(workdir, RUN))
 
 
 def judge(workdir: str, configs: str) -> Samples:
-    """Samples from WORKDIR/uvit, beside crops."""
-    model = api.load_generator(os.path.join(workdir, "uvit"))
-    config = config_lib.load_file(os.path.join(configs, "uvit.py"), "tiny")
+    """Samples from WORKDIR/usit, beside crops."""
+    model = api.load_generator(os.path.join(workdir, RUN))
+    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
     known = latents.latents(os.path.join(workdir, "latents"))
     classes = tuple(known.manifest["class_names"])
     count = len(classes)
@@ -54,7 +57,13 @@ def judge(workdir: str, configs: str) -> Samples:
     near = np.stack([known[n][0][0].astype(np.float32) for n in range(JUDGED * count)])
     unseen, labels = held_out(model, len(known), JUDGED * count)
     wanted = np.arange(SAMPLED * count) % count
-    drawn = model.sample_latents(wanted, config.sample.guidance, config.sample.steps, config.seed)
+    drawn = model.sample_latents(
+        wanted,
+        config.sample.guidance,
+        config.sample.steps,
+        config.seed,
+        sampler=config.sample.sampler,
+    )
     hit = nearest(near, np.arange(len(near)) % count, unseen) == labels
     sampled_hit = nearest(near, np.arange(len(near)) % count, drawn) == wanted
     crops, samples = SHOWN
@@ -63,7 +72,7 @@ def judge(workdir: str, configs: str) -> Samples:
     columns = [np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8) for x in columns]
     columns.insert(crops, np.full_like(columns[0], 255))  # a gap between crops and samples
     grid = report.image_grid(columns, tile=64)
-    return Samples(classes, grid, float(hit.mean()), float(sampled_hit.mean()))
+    return Samples(classes, len(known) // count, grid, float(hit.mean()), float(sampled_hit.mean()))
 
 
 def held_out(model: api.Generator, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:

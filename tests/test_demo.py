@@ -18,8 +18,8 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
             report.append_row(str(tmp_path / phase), step, values)
     rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
     picture = np.zeros((4, 6, 3), np.uint8)
-    report.append_row(str(tmp_path / "uvit"), 1, {"loss": 1.0})
-    samples = demo_diffusion.Samples(("cat.png", "rocket.jpg"), picture, 0.8, 0.6)
+    report.append_row(str(tmp_path / demo_diffusion.RUN), 1, {"loss": 1.0})
+    samples = demo_diffusion.Samples(("cat.png", "rocket.jpg"), 200, picture, 0.8, 0.6)
     path = demo.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page

@@ -342,7 +342,7 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
     left, right = (open(os.path.join(f, "samples.npz"), "rb").read() for f in (whole, stopped))
     with np.load(os.path.join(stopped, "samples.npz")) as found:
         np.testing.assert_array_equal(found["arr_0"], images)
-    assert len(left) == len(right) and not os.path.exists(os.path.join(stopped, "parts"))
+    assert left == right and not os.path.exists(os.path.join(stopped, "parts"))
     with pytest.raises(UserError, match="holds other samples: sample differ"):
         sample.run(_sample_config(trained, guidance=3.0), stopped)
     with pytest.raises(UserError, match="holds other samples: seed differ"):
