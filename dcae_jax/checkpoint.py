@@ -45,7 +45,8 @@ DAMAGED = "damaged"  # where a run that resumes moves checkpoints that are not w
 EXPORT = "model.json"  # of an export
 MOST_EXPANSION = 1000  # what zstd makes of weights that are all equal
 AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its autoencoder
-GENERATOR_KEYS = ("model", "objective", "patch_size")  # that fix a diffusion model
+# What an export says of a diffusion model; `latents` holds the checksum of the encoder.
+GENERATOR_KEYS = ("model", "objective", "patch_size", "latents")
 _WEIGHTS = ("params", "stats", "ema")
 
 # Of glibc's mallopt, <malloc.h>.
@@ -128,10 +129,11 @@ def load_weights(
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
     PyTorch weights, or their name on the hub. kind: 'autoencoder', or 'generator', a diffusion
     model. The configuration has at least the key `model`, a generator's also `objective`,
-    `patch_size` and `autoencoder`; that of a run its `latents`, the manifest without its shards.
-    which: 'ema', a run's averages where something was trained, or 'raw'. variant: what published
-    weights are of, where they do not say. Arrays are NumPy, float32,
-    parameters and statistics together. Raises UserError when there is nothing to load.
+    `patch_size` and `autoencoder`; that of a run its `latents`, the manifest without its shards,
+    of an export the manifest's `autoencoder` and `encoder_checksum`. which: 'ema', a run's averages
+    where something was trained, or 'raw'. variant: what published weights are of, where they do not
+    say. Arrays are NumPy, float32, parameters and statistics together. Raises UserError when there
+    is nothing to load.
     """
     given, path = path, os.path.abspath(os.path.expanduser(path))
     if os.path.exists(os.path.join(path, EXPORT)):
@@ -182,6 +184,22 @@ def _damage(folder: str, part: str = "") -> str:
         logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
         return ""
     return integrity.damage(folder, part)
+
+
+def kind_of(path: str) -> str:
+    """'autoencoder' or 'generator': what `load_weights` would find at `path`.
+
+    Of an export the kind that it states, whatever that is. Raises UserError.
+    """
+    full = os.path.abspath(os.path.expanduser(path))
+    export = published.read_object(os.path.join(full, EXPORT))
+    if export is not None:
+        return str(export.get("kind"))
+    workdir = re.sub(rf"/{FOLDER}/\d+$", "", full)
+    run = published.read_object(os.path.join(workdir, CONFIG)) or {}
+    if "config" in run:
+        return "generator" if run["config"].get("objective") else "autoencoder"
+    return published.kind_of(full if os.path.exists(full) else path)
 
 
 def _read_numpy(path: str, which: str) -> Weights:

@@ -4,6 +4,7 @@
 Every export is written beside its folder, read back and compared, and only then renamed.
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dcae_jax
-from dcae_jax import checkpoint, published, report, sharding, state, torch_io
+from dcae_jax import api, checkpoint, published, report, sharding, state, torch_io
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import dcae_names, layers, sdvae
@@ -56,15 +57,19 @@ def run(config: Any, workdir: str) -> int:
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"export.out={out!r} is there and not empty; name another folder")
-    weights, saved = checkpoint.load_weights(config.init_from, config.weights, config.model.variant)
-    model = config_lib.default().model
-    model.update(saved["model"])
     config = config.copy_and_resolve_references()
-    config.model = model
+    if checkpoint.kind_of(config.init_from) == "generator":
+        writer = functools.partial(write_generator, config, _load_generator(config))
+    else:
+        weights, saved = checkpoint.load_weights(
+            config.init_from, config.weights, config.model.variant
+        )
+        config.model = _settings(saved["model"])
+        writer = functools.partial(write, config, weights)
     beside = f"{out}.{os.getpid()}.tmp"
     os.makedirs(beside)
     try:
-        worst = write(config, weights, beside)
+        worst = writer(beside)
         os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -88,22 +93,7 @@ def write(config: Any, weights: Weights, folder: str) -> float:
     mesh = sharding.make_mesh(_one(config.mesh), jax.devices()[:1])
     _, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
     state.check_weights(weights, {**params, **stats})
-    meta = {
-        "kind": "autoencoder",
-        "variant": config.model.variant,
-        "model": config_lib.to_json(config.model),
-        "compression": arch.compression,
-        "latent_channels": arch.latent_channels,
-        "scaling_factor": arch.scaling_factor,
-        "scaling": "latents times scaling_factor have an rms of about 1; encode does not scale",
-        "dtype": "float32",
-        "layout": "images [B, H, W, 3] in [-1, 1], latents [B, H/f, W/f, c]",
-        "provenance": {
-            "source": config.init_from,
-            "weights": config.weights,
-            "versions": {"dcae_jax": dcae_jax.__version__, "jax": jax.__version__},
-        },
-    }
+    meta = _autoencoder_meta(config, config.model, arch)
     if config.export.format == "stablehlo":
         return _write_stablehlo(config, weights, meta, folder)
     if config.export.format == "orbax":
@@ -111,10 +101,44 @@ def write(config: Any, weights: Weights, folder: str) -> float:
     else:
         _write_torch(config.export.format, weights, arch, folder)
     back, _ = checkpoint.load_weights(folder)
-    worst = difference(weights, back)
+    return _equal(difference(weights, back))
+
+
+def _equal(worst: float) -> float:
     if worst:
         raise RuntimeError(f"what was read back differs by {worst:.3g}; nothing was kept")
     return worst
+
+
+def _settings(saved: Mapping[str, Any]) -> Any:
+    """config.model as it was saved, with the defaults of keys that came later."""
+    model = config_lib.default().model
+    model.update(saved)
+    return model
+
+
+def _autoencoder_meta(config: Any, model: Any, arch: Any) -> dict[str, Any]:
+    """model.json of the autoencoder with the settings `model`."""
+    return {
+        "kind": "autoencoder",
+        "variant": model.variant,
+        "model": config_lib.to_json(model),
+        "compression": arch.compression,
+        "latent_channels": arch.latent_channels,
+        "scaling_factor": arch.scaling_factor,
+        "scaling": "latents times scaling_factor have an rms of about 1; encode does not scale",
+        "dtype": "float32",
+        "layout": "images [B, H, W, 3] in [-1, 1], latents [B, H/f, W/f, c]",
+        "provenance": _provenance(config),
+    }
+
+
+def _provenance(config: Any) -> dict[str, Any]:
+    return {
+        "source": config.init_from,
+        "weights": config.weights,
+        "versions": {"dcae_jax": dcae_jax.__version__, "jax": jax.__version__},
+    }
 
 
 def _one(mesh: Any) -> Any:
@@ -142,8 +166,7 @@ def _write_torch(form: str, weights: Weights, arch: Any, folder: str) -> None:
     """config.json and safetensors as diffusers or the authors name them."""
     names = sdvae if isinstance(arch, sdvae.Variant) else dcae_names
     settings = names.config_of(arch, form)  # first: it refuses what the format cannot express
-    tensors = names.to_torch(weights, arch, form)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = _contiguous(names.to_torch(weights, arch, form))
     file = published.AUTHORS_FILE if form == "authors" else published.DIFFUSERS_FILE
     report.write_json(os.path.join(folder, "config.json"), settings)
     torch_io.write_safetensors(os.path.join(folder, file), tensors, {"format": "pt"})
@@ -157,6 +180,155 @@ def _write_torch(form: str, weights: Weights, arch: Any, folder: str) -> None:
                 settings["model_name"],
                 arch.scaling_factor,
             )
+
+
+def _contiguous(tensors: Mapping) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+# (config.model.name, objective) -> what the authors call it in a model_name.
+AUTHORS_KINDS = {
+    ("uvit", "epsilon"): "uvit",
+    ("uvit", "flow"): "usit",
+    ("dit", "learned_sigma"): "dit",
+    ("dit", "flow"): "sit",
+}
+# Why a format has no diffusion model.
+NO_GENERATOR = {
+    "diffusers": "diffusers has no UViT of this kind, and its DiT pipeline takes no DC-AE",
+    "stablehlo": "the program would fix labels, guidance, sampler and steps",
+}
+
+
+def _load_generator(config: Any) -> api.Generator:
+    """The diffusion model of config.init_from with its autoencoder, if the format can hold it."""
+    form = config.export.format
+    if form in NO_GENERATOR:
+        raise UserError(
+            f"export.format={form!r} is for autoencoders, and init_from={config.init_from!r} is a "
+            f"diffusion model: {NO_GENERATOR[form]}; use orbax or authors"
+        )
+    return api.load_generator(
+        config.init_from,
+        autoencoder=config.autoencoder,
+        dtype="float32",
+        mesh=sharding.make_mesh(_one(config.mesh), jax.devices()[:1]),
+        weights=config.weights,
+        variant=config.model.variant,
+        resolution=config.resolution,
+    )
+
+
+def write_generator(config: Any, model: api.Generator, folder: str) -> float:
+    """Writes a diffusion model with its autoencoder into `folder`, and reads both back.
+
+    Returns the largest difference of weights.
+    """
+    weights, inner = (
+        {name: np.asarray(value) for name, value in part.items()}
+        for part in (model.weights, model.autoencoder.weights)
+    )
+    if config.export.format == "orbax":
+        _write_generator_orbax(config, model, weights, inner, folder)
+    else:
+        _write_generator_authors(model, weights, inner, folder)
+    back, saved = checkpoint.load_weights(folder, kind="generator")
+    again = config_lib.default()
+    again.model, again.objective = _settings(saved["model"]), saved["objective"]
+    again.patch_size = saved["patch_size"]
+    if (again.objective, state.architecture(again)) != (model.objective, model.architecture):
+        raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
+    worst = difference(weights, back)
+    if saved["autoencoder"]:
+        worst = max(worst, difference(inner, checkpoint.load_weights(saved["autoencoder"])[0]))
+    return _equal(worst)
+
+
+def _write_generator_orbax(
+    config: Any, model: api.Generator, weights: Weights, inner: Weights, folder: str
+) -> None:
+    """model.json, params/ and autoencoder/, which is an export of its own."""
+    ae, arch = model.autoencoder, model.architecture
+    meta = {
+        "kind": "generator",
+        "variant": model.model["variant"],
+        "model": config_lib.to_json(_settings(model.model)),
+        "objective": model.objective,
+        "patch_size": arch.patch_size,
+        "resolution": model.resolution,
+        "num_classes": model.num_classes,
+        "scaling_factor_multiplies_latent": model.scaling_factor,
+        "scaling": "the model sees latents times this; decode takes its samples over this",
+        "latents": {
+            "autoencoder": os.path.join(os.curdir, checkpoint.AUTOENCODER),
+            "encoder_checksum": checkpoint.encoder_checksum(inner),
+        },
+        "dtype": "float32",
+        "provenance": _provenance(config),
+    }
+    within = os.path.join(folder, checkpoint.AUTOENCODER)
+    os.makedirs(within)
+    of_ae = _autoencoder_meta(config, _settings(ae.model), ae.architecture)
+    checkpoint.save_export(within, inner, of_ae)
+    checkpoint.save_export(folder, weights, meta)
+
+
+def _write_generator_authors(
+    model: api.Generator, weights: Weights, inner: Weights, folder: str
+) -> None:
+    """config.json and one safetensors, with the autoencoder where the authors published it."""
+    module, arch = state.model_module(_settings(model.model)), model.architecture
+    kind = AUTHORS_KINDS.get((model.model["name"], model.objective))
+    if kind is None:
+        raise UserError(
+            f"the authors' format cannot express objective={model.objective!r} of "
+            f"{model.model['name']}: a reader would take another; use export.format=orbax"
+        )
+    size = next((name for name, row in module.VARIANTS.items() if row.width == arch.width), None)
+    if size is None or module.VARIANTS[size].heads != arch.heads:
+        raise UserError(
+            f"the authors' format holds no number of heads: a reader knows them by the width, and "
+            f"{arch.heads} heads of {arch.width} channels are no variant's; use "
+            "export.format=orbax"
+        )
+    tensors = dict(module.to_torch(weights, arch, "diffusion_model."))
+    name = f"{kind}-{size}-in-{model.resolution}px"
+    if published_name := _published_name(model.autoencoder.architecture):
+        name = f"{published_name}-{name}"
+        theirs = dcae_names.to_torch(inner, model.autoencoder.architecture, "authors")
+        prefix = published.AUTOENCODER_PREFIX
+        tensors.update({prefix + key: value for key, value in theirs.items()})
+        implied = dcae_names.variant_of({"model_name": published_name}, "authors").scaling_factor
+        if implied != model.scaling_factor:
+            logging.warning(
+                "the authors' format holds no scaling factor: readers take %s, that of %s, "
+                "instead of %s",
+                implied,
+                published_name,
+                model.scaling_factor,
+            )
+    else:
+        logging.warning(
+            "only the diffusion model is written: its autoencoder is no published one, and so "
+            "has no name in the authors' format; readers have to be told it, and that its latents "
+            "are multiplied by %s",
+            model.scaling_factor,
+        )
+    report.write_json(os.path.join(folder, "config.json"), {"model_name": name})
+    file = os.path.join(folder, published.AUTHORS_FILE)
+    torch_io.write_safetensors(file, _contiguous(tensors), {"format": "pt"})
+
+
+def _published_name(arch: Any) -> str:
+    """What the authors call an autoencoder; '' if it is none of theirs."""
+    if isinstance(arch, sdvae.Variant):
+        return ""
+    try:
+        return dcae_names.config_of(arch, "authors")["model_name"]
+    except UserError:
+        return ""
 
 
 # --- StableHLO ------------------------------------------------------------------------------------
@@ -191,8 +363,7 @@ def _write_stablehlo(config: Any, weights: Weights, meta: dict[str, Any], folder
             shapes, jax.ShapeDtypeStruct(inputs[name], jnp.float32)
         )
         report.write_file(os.path.join(folder, f"{name}.stablehlo"), exported.serialize())
-    tensors = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    torch_io.write_safetensors(os.path.join(folder, WEIGHTS), tensors, {})
+    torch_io.write_safetensors(os.path.join(folder, WEIGHTS), _contiguous(weights), {})
     report.write_json(os.path.join(folder, "model.json"), {**meta, "kind": "stablehlo"})
     report.write_file(os.path.join(folder, "example.py"), EXAMPLE.encode())
     return _compare_stablehlo(functions, weights, f, folder)

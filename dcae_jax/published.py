@@ -158,7 +158,7 @@ def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any
         raise UserError(f"init_from={path!r}: {error}") from error
     doubled = arch.out_channels == 2 * arch.latent_channels
     name = str((config or {}).get("model_name", ""))
-    if re.search(r"-u?sit-", name) or (module is dit and not doubled):
+    if re.search(r"(^|-)u?sit-", name) or (module is dit and not doubled):
         settings["objective"] = "flow"
     else:
         settings["objective"] = "learned_sigma" if doubled else "epsilon"
@@ -169,6 +169,17 @@ def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any
     model = settings["model"]
     logging.info("read %s %s weights from %s", model["name"], model["variant"], path)
     return weights, settings
+
+
+def kind_of(path: str) -> str:
+    """'generator' where the tensors of a folder, file or hub name hold a UViT or DiT.
+
+    Else 'autoencoder', whether or not they are one's. Raises UserError where there are none.
+    """
+    _, tensors = _read_tensors(path)
+    first = ("patch_embed.proj.weight", "x_embedder.proj.weight")  # of a UViT, of a DiT
+    found = any(prefix + name in tensors for prefix in PREFIXES for name in first)
+    return "generator" if found else "autoencoder"
 
 
 def _recognise(tensors: Mapping, variant: str) -> tuple[Any, Any, str]:
