@@ -35,6 +35,7 @@ class Cell:
     config: str
     topology: str
     overrides: tuple[str, ...] = ()
+    effort: float = -1.0  # plan.effort
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ def all_cells() -> list[Cell]:
     fsdp = ("mesh.data=1", "mesh.fsdp=-1")
     latents = ("autoencoder=f64c128", "resolution=512", "batch_size=1024")
     diffusion = (
-        ("UViT-H f64", "uvit.py:h", latents),
+        ("UViT-H f64", "uvit.py:h", (*latents, "remat=blocks")),
         ("UViT-2B f64", "uvit.py:2b", (*latents, "remat=blocks")),
         ("DiT-XL f32", "dit.py:xl", ("autoencoder=f32c32", "resolution=512")),
     )
@@ -71,11 +72,20 @@ def all_cells() -> list[Cell]:
 
     for size in (1, 4, 16):
         mesh = ("mesh.data=-1", f"mesh.fsdp={size}")
-        found.append(Cell("fsdp", f"UViT-H fsdp={size}", "uvit.py:h", "v5e:4x4", (*latents, *mesh)))
+        job = f"UViT-H fsdp={size}"
+        overrides = (*latents, *mesh, "remat=blocks")
+        found.append(Cell("fsdp", job, "uvit.py:h", "v5e:4x4", overrides))
     for unroll in (False, True):
         job = f"UViT-H {'unrolled' if unroll else 'scanned'}"
         found.append(
-            Cell("loop", job, "uvit.py:h", "v5e:4x4", (*latents, *fsdp, f"unroll={unroll}"))
+            Cell(
+                "loop",
+                job,
+                "uvit.py:h",
+                "v5e:4x4",
+                (*latents, *fsdp, "remat=blocks", f"unroll={unroll}"),
+                effort=0.0,  # as training compiles
+            )
         )
     for model in ("h", "2b"):
         for remat in ("none", "blocks"):
@@ -94,7 +104,7 @@ def planned(cell: Cell) -> dict:
     """Plans a cell and keeps what came of it."""
     settings = config_lib.default().plan
     settings.config = os.path.join(CONFIGS, cell.config)
-    settings.overrides = cell.overrides
+    settings.overrides, settings.effort = cell.overrides, cell.effort
     job = plan.target(settings)
     kept = {
         "job": cell.job,
