@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_judges
 import small_models
 from conftest import CONFIGS
 from PIL import Image
@@ -349,6 +350,25 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
         other = _sample_config(trained)
         other.seed = 5
         sample.run(other, stopped)
+
+
+def test_two_processes_sample_what_one_samples(trained, one, tmp_path):
+    """Catches samples that each process makes for itself, or parts that one of them lacks."""
+    alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
+    changes = {"count": 6, "batch_size": 4}
+    assert sample.run(_sample_config(trained, **changes), alone) == 0
+    script = """
+from dcae_jax import sample
+config = config_lib.load_file(f"{CONFIGS}/sample.py")
+config.init_from = settings["trained"]
+config.sample.update(settings["sample"])
+print(json.dumps(sample.run(config, settings["workdir"])))
+"""
+    given = {"sample": {"steps": 2, "format": "npz", **changes}, "trained": trained}
+    assert small_judges.two_processes(script, given | {"workdir": together}) == [0, 0]
+    left, right = (np.load(os.path.join(f, "samples.npz"))["arr_0"] for f in (alone, together))
+    assert left.shape == right.shape and np.mean(left != right) <= 1e-3
+    assert np.abs(left.astype(int) - right).max() <= 1
 
 
 def test_files_and_grids(trained, one, tmp_path):
