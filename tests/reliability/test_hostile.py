@@ -4,10 +4,12 @@
 tests/test_published.py has the rest: offsets, sizes and shapes of safetensors, pickles.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 
@@ -142,13 +144,30 @@ def test_shards_that_climb_out_are_looked_for_inside(tmp_path):
     _refused(folder, str(folder), "no file")
 
 
+@contextlib.contextmanager
+def _at_most(seconds):
+    """Fails what hangs, where the test would hang with it."""
+
+    def hung(*_):
+        pytest.fail(f"hung for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_pipes_are_not_waited_for(tmp_path, name):
     """Catches a load that hangs for ever on a pipe in the place of a file."""
     os.mkfifo(tmp_path / name)
     if name == "config.json":
         save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
-    _refused(tmp_path, name)
+    with _at_most(20):
+        _refused(tmp_path, name)
 
 
 def _export(folder):
