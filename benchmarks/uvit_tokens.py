@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dcae_jax import config as config_lib
-from dcae_jax import matching, report, sharding, state, steps, train
+from dcae_jax import matching, preflight, report, sharding, state, steps
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
 SETTINGS = {"f8, patch 2": ("sd-vae-f8", 2), "f64, patch 1": ("f64c128", 1)}
@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, config, mesh):
         plan = state.blueprint(config, mesh)
         size = config.model.latent_size
-        shapes = train.abstract_batch(config, size, mesh)
+        shapes = preflight.abstract_batch(config, size, mesh)
         abstract = state.abstract_state(config, mesh, plan)
         program = jax.jit(steps.make_step(config, plan), donate_argnums=0)
         self.step = program.lower(abstract, shapes, {}).compile()

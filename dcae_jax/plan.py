@@ -27,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from dcae_jax import chips, hlo, matching, report, sharding, steps, train
+from dcae_jax import chips, hlo, matching, preflight, report, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -93,7 +93,7 @@ def overridden(file: str, overrides: tuple[str, ...]) -> Any:
     if config.objective:
         # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
         on_disk = bool(config.data.path)
-        config = train.on_latents(config)[0] if on_disk else matching.complete(config, None)
+        config = preflight.on_latents(config)[0] if on_disk else matching.complete(config, None)
     return config
 
 
@@ -113,7 +113,7 @@ def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
 def shares(job: Any) -> dict[int, float]:
     """{size a side, in pixels or latents: share of the steps that has it}."""
     if job.objective:
-        return dict.fromkeys(train.batch_sizes(job), 1.0)
+        return dict.fromkeys(preflight.batch_sizes(job), 1.0)
     drawn = config_lib.training_resolutions(job)
     return {size: count / len(drawn) for size, count in collections.Counter(drawn).items()}
 
@@ -168,7 +168,7 @@ def measure(config: Any, text: str, size: int) -> Row:
     peak_bytes is what it says it needs, and what only a compiled program has is None.
     """
     mesh = sharding.make_mesh(config.mesh, chips.devices(text))
-    train.check(config, mesh)
+    preflight.check(config, mesh)
     batch = config.batch_size
     facts = {
         "topology": text,
@@ -248,7 +248,7 @@ def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
     """train.py's step, jitted, and its abstract arguments, laid out on `mesh`."""
     blueprint = state_lib.blueprint(config, mesh)
     state = state_lib.abstract_state(config, mesh, blueprint)
-    batch = train.abstract_batch(config, size, mesh)
+    batch = preflight.abstract_batch(config, size, mesh)
     step = steps.jit_step(config, blueprint, state)
     return step, (state, batch, abstract_judges(config, mesh))
 
@@ -270,7 +270,7 @@ def flops(config: Any, mesh: Mesh, size: int) -> float:
 
 
 def abstract_judges(config: Any, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes of what `train.load_judges` loads."""
+    """The shapes of what `preflight.load_judges` loads."""
     if not config.loss.lpips_weight or config.objective:
         return {}
     place = sharding.replicated(mesh)

@@ -9,10 +9,8 @@ anywhere, the same command continues to the same numbers.
 import collections
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import os
-import platform as host
 import sys
 import threading
 import time
@@ -20,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 from jax.sharding import Mesh
@@ -32,9 +29,9 @@ from dcae_jax import (
     evaluate,
     hosts,
     lock,
-    losses,
     matching,
     preemption,
+    preflight,
     published,
     report,
     sample,
@@ -43,9 +40,7 @@ from dcae_jax import (
 )
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
-from dcae_jax.config import UserError
 from dcae_jax.divergence import Watch
-from dcae_jax.models import lpips, patchgan
 from dcae_jax.state import Blueprint, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
@@ -65,8 +60,8 @@ def run(config: Any, workdir: str) -> int:
     mesh = sharding.make_mesh(config.mesh)
     source, manifest = None, None
     if config.objective:
-        config, source, manifest = on_latents(config)
-    check(config, mesh)
+        config, source, manifest = preflight.on_latents(config)
+    preflight.check(config, mesh)
     with (
         lock.hold(workdir, jax.process_index()),
         preemption.flag(together=True) as preempted,
@@ -86,7 +81,7 @@ def _run(
     changes, saved_config = [], {}
     if start is not None:
         saved_config = published.read_object(os.path.join(workdir, checkpoint.CONFIG))
-        changes = check_identity(saved_config, config, workdir, start)
+        changes = preflight.check_identity(saved_config, config, workdir, start)
         if start >= config.steps and not evaluation_owed(config, workdir, start):
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)
             return DONE
@@ -95,7 +90,7 @@ def _run(
     sharding.check_tensor(plan.params, config.sharding, mesh)
     source = source or data.training_source(config.data)
     hosts.agree({"step": start or 0})
-    judges = load_judges(config, mesh)
+    judges = preflight.load_judges(config, mesh)
     look = (
         _opened_previews(config, mesh, plan, manifest)
         if manifest
@@ -104,13 +99,13 @@ def _run(
     abstract = state_lib.abstract_state(config, mesh, plan)
     step_fn = steps.jit_step(config, plan, abstract)
     traced = {
-        size: step_fn.trace(abstract, abstract_batch(config, size, mesh), judges)
-        for size in batch_sizes(config)
+        size: step_fn.trace(abstract, preflight.abstract_batch(config, size, mesh), judges)
+        for size in preflight.batch_sizes(config)
     }
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_totals(metric_shapes), out_shardings=sharding.replicated(mesh))
     if start is None:
-        state, provenance = _fresh_state(config, mesh, plan)
+        state, provenance = preflight.fresh_state(config, mesh, plan)
         totals, index = empty(), 0
     manager = checkpoint.open_manager(workdir, config.keep)
     if start is not None:
@@ -132,11 +127,13 @@ def _run(
                 # Identity keys that allow_change let differ, with the step where they did.
                 "changes": [*saved_config.get("changes", []), *changes],
                 "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
-                "versions": versions(mesh),
+                "versions": preflight.versions(mesh),
                 "mesh": dict(mesh.shape),
             },
         )
-        logging.info("%s\n%s", parameter_table(plan), memory_table(abstract, mesh))
+        logging.info(
+            "%s\n%s", preflight.parameter_table(plan), preflight.memory_table(abstract, mesh)
+        )
 
     compiled = {}
     for size, trace in traced.items():
@@ -148,7 +145,9 @@ def _run(
         what = "latents a side" if manifest else "pixels"
         logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
     if judges:
-        logging.info("LPIPS is %.0f %% of the step's FLOPs", lpips_share(config, judges, compiled))
+        logging.info(
+            "LPIPS is %.0f %% of the step's FLOPs", preflight.lpips_share(config, judges, compiled)
+        )
 
     with _Writer(workdir, start or 0, preempted.is_set) as writer:
         evaluate_now = functools.partial(look, writer)
@@ -315,164 +314,6 @@ def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[st
     return look
 
 
-# --- before the first step ------------------------------------------------------------------------
-
-
-def check(config: Any, mesh: Mesh) -> None:
-    """Raises UserError where the configuration does not fit itself, the model or the devices."""
-    config_lib.check(config)
-    sharding.check_rules(config.sharding)
-    sharding.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
-    if config.objective:
-        if config.mesh.spatial > 1:
-            raise UserError(
-                f"mesh.spatial={config.mesh.spatial} splits images, which a diffusion model has "
-                "none of; use mesh.data, mesh.fsdp and mesh.tensor"
-            )
-        return
-    if config.phase == 3 and not config.loss.gan_weight:
-        raise UserError("loss.gan_weight=0 in phase 3, which is the GAN's; set it above 0")
-    arch = state_lib.model_module(config.model).architecture(config.model)
-    for size in config_lib.training_resolutions(config):
-        key = "resolutions" if config.resolutions else "resolution"
-        evaluate.check_resolution(size, arch.compression, key)
-        sharding.check_height(size, mesh, key=key, compression=arch.compression)
-    for size in config.evaluate.resolutions:
-        evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
-        sharding.check_height(size, mesh, key="evaluate.resolutions", compression=arch.compression)
-    if config.loss.gan_weight:
-        least = patchgan.smallest_input(config.loss.gan_layers)
-        if min(config_lib.training_resolutions(config)) < least:
-            raise UserError(
-                f"loss.gan_layers={config.loss.gan_layers} needs pictures of {least} pixels; "
-                "use fewer layers or a higher resolution"
-            )
-    sharding.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
-
-
-def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
-    """Weights of the networks that the loss needs, on the mesh. Raises UserError without them."""
-    if not config.loss.lpips_weight or config.objective:
-        return {}
-    if not config.loss.lpips_weights:
-        raise UserError(
-            f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
-            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.torch_io vgg16-397923af.pth "
-            "--out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
-        )
-    try:
-        weights = lpips.load(config.loss.lpips_weights, "vgg")
-    except (OSError, ValueError) as error:
-        raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
-    return {"lpips": {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}}
-
-
-def lpips_share(config: Any, judges: dict[str, Any], compiled: dict[int, Any]) -> float:
-    """Percent of the largest step's FLOPs that the perceptual loss and its gradient take."""
-    size = max(compiled)
-    images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
-    alone = jax.jit(jax.grad(losses.perceptual, argnums=1)).lower(judges["lpips"], images, images)
-    devices = len(next(iter(judges["lpips"].values())).sharding.device_set)
-    # XLA counts a partitioned program's FLOPs on one device.
-    whole = compiled[size].cost_analysis()["flops"] * devices
-    return 100 * alone.cost_analysis()["flops"] / whole
-
-
-def on_latents(config: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """(configuration, source, manifest) of a diffusion run, the first with what latents fix.
-
-    Raises UserError without latents, and where they do not fit.
-    """
-    if config.data.source != "latents":
-        raise UserError(
-            f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
-            "run configs/encode.py, then set data.source=latents and data.path to its workdir"
-        )
-    source = data.training_source(config.data)
-    return matching.complete(config, source.manifest), source, source.manifest
-
-
-def batch_sizes(config: Any) -> list[int]:
-    """Sizes a side, in pixels or latents, that a step is compiled for."""
-    if config.objective:
-        return [config.model.latent_size]
-    return sorted(set(config_lib.training_resolutions(config)))
-
-
-def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch of pictures or latents of `size` a side, as `data` delivers it."""
-    count = config.batch_size
-    shapes = {"label": ((count,), jnp.int32)}
-    if config.objective:
-        channels = config.model.latent_channels
-        shapes["latent"] = (count, size, size, channels), jnp.dtype(config.encode.dtype)
-    else:
-        shapes["image"] = (count, size, size, 3), jnp.uint8
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape)))
-        for name, (shape, dtype) in shapes.items()
-    }
-
-
-def _fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, str]:
-    """(the state before step 1, where its weights are from). Raises UserError."""
-    if not config.init_from:
-        if config.phase > 1 or config.needs_weights:
-            raise UserError(
-                f"init_from is empty, and {'phase ' + str(config.phase)} starts from weights; run "
-                f"configs/phase{config.phase - 1 or 1}.py first and name its workdir with "
-                "--config.init_from"
-            )
-        return state_lib.init_state(config, mesh, plan), f"random, seed {config.seed}"
-    kind = "generator" if config.objective else "autoencoder"
-    weights, saved = checkpoint.load_weights(config.init_from, config.weights, kind=kind)
-    theirs, ours = saved["model"]["variant"], config.model.variant
-    try:
-        state = state_lib.init_state(config, mesh, plan, weights)
-    except UserError as error:
-        if theirs == ours:
-            raise
-        raise UserError(
-            f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
-            f"--config=...:{theirs}"
-        ) from error
-    theirs, ours = saved["model"]["scaling_factor"], config.model.scaling_factor
-    if config.objective and theirs and theirs != ours:
-        raise UserError(
-            f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
-            f"{ours}; encode with the autoencoder that it was trained on"
-        )
-    # A path is kept whole, a hub name as it is.
-    there = os.path.exists(config.init_from)
-    origin = os.path.abspath(config.init_from) if there else config.init_from
-    return state, f"{config.weights} weights of {origin}"
-
-
-def check_identity(
-    saved: dict[str, Any] | None, config: Any, workdir: str, step: int
-) -> list[dict[str, Any]]:
-    """Raises UserError if `config` is not that of the run in `workdir`, allow_change aside.
-
-    Returns what was allowed to change at `step`, for config.json.
-    """
-    if saved is None or not isinstance(saved.get("config"), dict):
-        raise UserError(
-            f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
-        )
-    changes = config_lib.identity_changes(saved["config"], config_lib.to_json(config))
-    allowed = {key for key in changes if _allows(config.allow_change, key)}
-    refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
-    if refused:
-        raise UserError(
-            f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
-            "the keys in --config.allow_change"
-        )
-    return [
-        {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
-        for key in sorted(allowed)
-    ]
-
-
 def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
     """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
@@ -484,54 +325,6 @@ def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
 
 def _samples_file(workdir: str, step: int) -> str:
     return os.path.join(workdir, "images", f"step{step:07d}_samples.png")
-
-
-def _allows(allow_change: tuple[str, ...], key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_change)
-
-
-def versions(mesh: Mesh) -> dict[str, str]:
-    """What the run ran on, for config.json."""
-    packages = ("dcae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    found = {"python": host.python_version(), "platform": sharding.platform(mesh)}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def parameter_table(plan: Blueprint) -> str:
-    """Parameters trained and frozen, by top-level part."""
-    parts: dict[str, list[int]] = {}
-    for name, leaf in plan.params.items():
-        part = ".".join(name.split(".")[:2])
-        trained_frozen = parts.setdefault(part, [0, 0])
-        trained_frozen[name not in plan.trained] += leaf.size
-    rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
-    total = [sum(row[i] for row in rows) for i in (1, 2)]
-    return report.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])
-
-
-def memory_table(abstract: TrainState, mesh: Mesh) -> str:
-    """Megabytes of the state's parts on one device, and what a single device would hold."""
-    parts = {
-        "parameters": abstract.params,
-        "moments": abstract.opt_state,
-        "EMA": abstract.ema,
-        "discriminator": abstract.discriminator,
-        "other": (abstract.stats, abstract.step, abstract.skipped, abstract.skipped_in_row),
-    }
-    rows = []
-    for name, part in parts.items():
-        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
-        if whole:
-            rows.append([name, sharding.chip_bytes(part) / 1e6, whole / 1e6])
-    total = ["total", *(sum(row[i] for row in rows) for i in (1, 2))]
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    head = [f"MB, mesh {shape}", "a chip", "whole"]
-    return report.table([head, *rows, total])
 
 
 # --- metrics --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from dcae_jax import (
     checkpoint,
     diffusion,
     judge_samples,
+    preflight,
     report,
     sample,
     sharding,
@@ -123,8 +124,8 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
         return jnp.sum(model(x0, jnp.zeros(x0.shape[0]))), {}
 
     monkeypatch.setattr(diffusion, "loss", loss)
-    source = train.on_latents(config)[1]
-    config = train.on_latents(config)[0]
+    source = preflight.on_latents(config)[1]
+    config = preflight.on_latents(config)[0]
     plan = state.blueprint(config, one_device)
     values = np.stack([source[i][0][0] for i in range(len(source))])
     batch = {"latent": jnp.asarray(values), "label": jnp.zeros(len(values), jnp.int32)}
@@ -142,7 +143,7 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
 
 def test_microbatches_see_their_own_latents_and_labels(config, one_device):
     """Catches accumulation that is refused for latents, or splits labels another way."""
-    config, source, _ = train.on_latents(config)
+    config, source, _ = preflight.on_latents(config)
     batch = {
         "latent": jnp.asarray(np.stack([source[i][0][0] for i in range(8)])),
         "label": jnp.arange(8, dtype=jnp.int32) % 3,
@@ -197,7 +198,7 @@ def test_latents_that_do_not_fit_are_refused(config, latents, one, tmp_path, aut
         train.run(config, str(tmp_path / "run"))
     config.patch_size, config.mesh.spatial = 1, 2
     with pytest.raises(UserError, match="mesh.spatial=2"):
-        train.check(config, sharding.make_mesh(config_lib.default().mesh))
+        preflight.check(config, sharding.make_mesh(config_lib.default().mesh))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -228,7 +229,7 @@ def test_models_of_the_other_kind_are_refused(trained, autoencoder, config, one,
 
 def test_a_pattern_that_names_one_block_says_so(config, one_device):
     """Catches a block that a user freezes by its number and that trains on."""
-    config = train.on_latents(config)[0]
+    config = preflight.on_latents(config)[0]
     config.trainable = (r"in_blocks\.0\..*",)
     with pytest.raises(UserError, match="names one of several blocks.*in_blocks"):
         state.blueprint(config, one_device)

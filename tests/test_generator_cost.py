@@ -7,7 +7,7 @@ import jax
 from conftest import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import matching, state, steps, train
+from dcae_jax import matching, preflight, state, steps
 from dcae_jax.models import uvit
 
 
@@ -22,7 +22,7 @@ def planned(autoencoder, patch_size):
 def step_flops(config, mesh):
     plan = state.blueprint(config, mesh)
     abstract = state.abstract_state(config, mesh, plan)
-    batch = train.abstract_batch(config, config.model.latent_size, mesh)
+    batch = preflight.abstract_batch(config, config.model.latent_size, mesh)
     return (
         jax.jit(steps.make_step(config, plan)).lower(abstract, batch, {}).cost_analysis()["flops"]
     )

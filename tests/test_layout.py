@@ -12,6 +12,7 @@ FLOORS = [
     ["main", "demo_diffusion"],
     ["plan"],
     ["train", "encode"],
+    ["preflight"],
     ["evaluate", "sample", "export"],
     ["judge_samples"],
     ["judging"],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import checkpoint, data, losses, report, sharding, state, steps, train
+from dcae_jax import checkpoint, data, losses, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import dcae, layers, patchgan, sdvae
@@ -101,7 +101,7 @@ def _cost(config, mesh):
     plan = state.blueprint(config, mesh)
     step = jax.jit(steps.make_step(config, plan), donate_argnums=0)
     abstract = state.abstract_state(config, mesh, plan)
-    batch = train.abstract_batch(config, config.resolution, mesh)
+    batch = preflight.abstract_batch(config, config.resolution, mesh)
     compiled = step.lower(abstract, batch, {}).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
@@ -136,7 +136,7 @@ def _checkpoint(config, mesh, workdir, step):
     """Everything that the checkpoint of `step` holds: {path: array or number}."""
     plan = state.blueprint(config, mesh)
     abstract = state.abstract_state(config, mesh, plan)
-    batch = train.abstract_batch(config, 32, mesh)
+    batch = preflight.abstract_batch(config, 32, mesh)
     _, metrics = jax.eval_shape(steps.make_step(config, plan), abstract, batch, {})
     shapes = jax.eval_shape(lambda: train.empty_totals(metrics))
     manager = checkpoint.open_manager(workdir, config.keep)

@@ -14,7 +14,7 @@ import pytest
 from conftest import CONFIGS
 
 import dcae_jax
-from dcae_jax import checkpoint, sharding, state, steps, train
+from dcae_jax import checkpoint, preflight, sharding, state, steps
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
@@ -71,9 +71,9 @@ def _program(kind, axes):
     with mock.patch.object(sharding, "SMALL", SPLIT):
         plan = state.blueprint(config, mesh)
         abstract = state.abstract_state(config, mesh, plan)
-        (size,) = train.batch_sizes(config)
+        (size,) = preflight.batch_sizes(config)
         step = steps.jit_step(config, plan, abstract)
-        traced = step.trace(abstract, train.abstract_batch(config, size, mesh), {})
+        traced = step.trace(abstract, preflight.abstract_batch(config, size, mesh), {})
         return config, mesh, plan, abstract, traced.lower().compile()
 
 
@@ -205,7 +205,7 @@ def test_moments_averages_and_discriminator_lie_as_the_weights_do():
                 assert leaf.sharding == kept.sharding
             for name, leaf in abstract.params.items():
                 assert "*" not in name or leaf.sharding.spec[:1] in ((), (None,)), name
-    table = train.memory_table(abstract, mesh)
+    table = preflight.memory_table(abstract, mesh)
     assert "fsdp=2, tensor=4" in table and "moments" in table
     chip, whole = map(float, table.splitlines()[-1].split()[1:])
     assert 0.1 < chip / whole < 0.4
@@ -243,11 +243,11 @@ def test_a_mesh_that_does_not_suit_the_model_is_refused():
     config.resolution = 80
     mesh = _mesh((("spatial", 3),))
     with pytest.raises(UserError, match="resolution=80 .* multiple of 48, at least 96; try 96$"):
-        train.check(config, mesh)
+        preflight.check(config, mesh)
     config.resolution = 96
     config.evaluate.resolutions = (112,)
     with pytest.raises(UserError, match="evaluate.resolutions=112 .* try 96 or 144"):
-        train.check(config, mesh)
+        preflight.check(config, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
