@@ -192,7 +192,7 @@ def _facts(**changes):
     facts = dict(
         topology="v5e:2x2", chips=4, mesh={}, batch_size=64, batch_per_chip=16, size=256,
         arguments_bytes=1e9, output_bytes=1e9, temp_bytes=1e9, alias_bytes=1e9, peak_bytes=2e9,
-        flops=197e12, bytes_accessed=81.9e9, collectives={}, compile_s=1.0,
+        flops=197e12, bytes_accessed=81.9e9, collectives={}, compile_s=1.0, compile_cpu_s=2.0,
     )  # fmt: skip
     return facts | changes
 
