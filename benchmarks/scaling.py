@@ -75,18 +75,11 @@ def all_cells() -> list[Cell]:
         job = f"UViT-H fsdp={size}"
         overrides = (*latents, *mesh, "remat=blocks")
         found.append(Cell("fsdp", job, "uvit.py:h", "v5e:4x4", overrides))
-    for unroll in (False, True):
-        job = f"UViT-H {'unrolled' if unroll else 'scanned'}"
-        found.append(
-            Cell(
-                "loop",
-                job,
-                "uvit.py:h",
-                "v5e:4x4",
-                (*latents, *fsdp, "remat=blocks", f"unroll={unroll}"),
-                effort=0.0,  # as training compiles
-            )
-        )
+    for effort in (-1.0, 0.0):  # as the planner compiles, and as training does
+        for unroll in (False, True):
+            job = f"UViT-H {'unrolled' if unroll else 'scanned'} effort={effort:.0f}"
+            overrides = (*latents, *fsdp, "remat=blocks", f"unroll={unroll}")
+            found.append(Cell("loop", job, "uvit.py:h", "v5e:4x4", overrides, effort))
     for model in ("h", "2b"):
         for remat in ("none", "blocks"):
             job = f"UViT-{model.upper()} remat={remat}"
