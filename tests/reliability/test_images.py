@@ -167,14 +167,53 @@ def test_one_broken_picture_to_judge_is_a_users_mistake(small, tmp_path):
         evaluate.read_picture(str(tmp_path / "photo.png"))
 
 
+def _mend(content):
+    """A PNG whose chunks have the checksums of what they hold, as far as they can be told apart.
+
+    Without it Pillow looks at nothing but the checksum of a chunk that was changed.
+    """
+    content, at = bytearray(content), 8
+    while at + 12 <= len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        content[end : end + 4] = struct.pack(">I", zlib.crc32(content[at + 4 : end]))
+        at = end + 4
+    return bytes(content)
+
+
+def _with_chunks():
+    """A PNG with text, metadata and a frame's header behind its pixels."""
+    photo = _photo(icc_profile=b"\x00\x01no profile")
+    zipped = zlib.compress(b"a word " * 30)
+    parts = [
+        _chunk(b"tEXt", b"key\0value"),
+        _chunk(b"zTXt", b"key\0\0" + zipped),
+        _chunk(b"iTXt", b"key\0\1\0en\0key\0" + zipped),
+        _chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + bytes(4)),
+        _chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 48, 40, 0, 0, 1, 10, 0, 0)),
+    ]
+    return photo[:-12] + b"".join(parts) + photo[-12:]
+
+
+FIELDS = (16, 20, 24, 25, 28)  # of a PNG: where width, height, bits, colours, interlacing stand
+
+
 def _mutate(content, rng):
-    """A damaged copy: bytes changed, cut out, doubled, or the end cut off."""
+    """A damaged copy: bytes changed, cut out, doubled, or the end cut off.
+
+    Half of the PNGs keep their length and right checksums, and most of their damage is in headers.
+    """
     content = bytearray(content)
-    for _ in range(int(rng.integers(1, 6))):
+    deep = content[:4] == b"\x89PNG" and bool(rng.integers(2))
+    places = [i for i in range(len(content)) if i < 33 or i > len(content) - 300]
+    for _ in range(int(rng.integers(1, 3 if deep else 6))):
         if len(content) < 30:
             break
-        at = int(rng.integers(len(content)))
-        kind = rng.integers(5)
+        at = int(
+            rng.choice(FIELDS if rng.integers(2) else places)
+            if deep
+            else rng.integers(len(content))
+        )
+        kind = rng.integers(2 if deep else 5)
         if kind == 0:
             content[at] = int(rng.integers(256))
         elif kind == 1:
@@ -185,7 +224,7 @@ def _mutate(content, rng):
             content[at:at] = content[at : at + int(rng.integers(1, 64))]
         else:
             content = content[: max(at, 20)]
-    return bytes(content)
+    return _mend(content) if deep else bytes(content)
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -200,6 +239,7 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
         _photo(form="PNG", optimize=True, dpi=(72, 72)),
         _with_exif(b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + bytes(8)),
         _animated("PNG"),
+        _with_chunks(),
     ]
     for i in range(count):
         original = originals[i % len(originals)]
@@ -221,5 +261,6 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
     monkeypatch.setattr(data, "TRIES", 200)
     config = _config(tmp_path)
     batches = data.training_batches(config, source, 0)
-    for _ in range(count // 100):
-        assert next(batches)["image"].any()
+    # An epoch. Some files still decode, to black, and now and then a whole batch of them.
+    lit = [next(batches)["image"].any() for _ in range(count // 4)]
+    assert np.mean(lit) > 0.9
