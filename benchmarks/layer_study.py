@@ -30,7 +30,8 @@ MIDDLE = {
 OUTPUT = (r"decoder\.project_out\..*",)
 HEAD = {
     "project_out": OUTPUT,
-    "+ outermost stage": (*OUTPUT, r"decoder\.stages\.1\..*"),
+    "+ outermost blocks": (*OUTPUT, r"decoder\.stages\.1\.[1-9]\d*\..*"),
+    "+ their upsampling": (*OUTPUT, r"decoder\.stages\.1\..*"),
     "+ next stage": (*OUTPUT, r"decoder\.stages\.[12]\..*"),
     "whole decoder": (r"decoder\..*",),
 }

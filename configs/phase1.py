@@ -14,6 +14,8 @@ from dcae_jax import config as base
 def get_config(variant="f32c32"):
     config = base.default()
     config.model.variant = variant
+    if variant in ("f64c128", "f128c512"):
+        config.remat = "blocks"  # without, eight images a chip need 17 GB (docs/scaling.md)
     if variant == "tiny":
         config.steps = 1200
         config.batch_size = 4

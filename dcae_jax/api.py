@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, diffusion, matching, sampling, sharding, state, tiling
+from dcae_jax import checkpoint, diffusion, host_memory, matching, sampling, sharding, state, tiling
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, sdvae
@@ -221,6 +221,8 @@ def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
 
 def _placed(weights: Weights, mesh: Mesh) -> Weights:
     """`weights` on every device of the mesh; empties the dict, so that they never lie twice."""
+    if sharding.platform(mesh) == "cpu":
+        host_memory.keep()
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.

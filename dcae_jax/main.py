@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         config, workdir = parse(argv)
         use_compile_cache()
         hosts.start(given, preemptible=config.job in ("train", "phases", "sample"))
+        use_memory()
         hosts.agree(config_lib.flatten(config) | {"workdir": workdir})
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
@@ -113,6 +114,16 @@ def use_compile_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
+
+
+def use_memory() -> None:
+    """Keeps freed memory, where the programs run on this process's CPU."""
+    import jax
+
+    from dcae_jax import host_memory
+
+    if jax.default_backend() == "cpu":
+        host_memory.keep()
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ def _find_batch(plan_config: Any, job: Any, text: str) -> tuple[int, dict[tuple[
     if not best:
         raise UserError(
             f"topology {text!r}: not even batch_size={unit} fits; use more chips with mesh.fsdp, "
-            "or remat='blocks' for a transformer"
+            "or remat='blocks'"
         )
     return best, facts
 

@@ -208,6 +208,8 @@ def _reconstruction(
         weights = use(plan, _constant_where_frozen(plan, params))
         model = layers.merge(plan.graph, {**weights, **state.stats})
         layers.train_norms(model, plan.trained.__contains__)
+        if config.remat == "blocks":
+            layers.remat_blocks(model)
         output = model(images)
         return output, layers.split(model)[2]
 

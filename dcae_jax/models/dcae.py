@@ -217,12 +217,12 @@ class Encoder(nnx.Module):
             arch.widths[-1], arch.latent_channels, dtype=dtype, init=init
         )
         self.shortcut = arch.residual and arch.latent_shortcuts
+        self.remat = False
 
     def __call__(self, x: Array) -> Array:
         x = self.project_in(x)
         for stage in self.stages:
-            for block in stage:
-                x = block(x)
+            x = layers.run(stage, x, remat=self.remat)
         z = self.project_out(x)
         return z + layers.average_channels(x, z.shape[-1]) if self.shortcut else z
 
@@ -254,6 +254,7 @@ class Decoder(nnx.Module):
             outer, arch, upsamples=not arch.decoder_depths[0], dtype=dtype, init=init
         )
         self.shortcut = arch.residual and arch.latent_shortcuts
+        self.remat = False
         self.width = arch.widths[-1]
 
     def __call__(self, z: Array) -> Array:
@@ -261,8 +262,7 @@ class Decoder(nnx.Module):
         if self.shortcut:
             x = x + layers.duplicate_channels(z, self.width).astype(x.dtype)
         for stage in reversed(self.stages):
-            for block in stage:
-                x = block(x)
+            x = layers.run(stage, x, remat=self.remat)
         return self.project_out(x)
 
 

@@ -200,12 +200,12 @@ class Encoder(nnx.Module):
         self.middle = _middle(inputs, **kwargs)
         self.norm_out = GroupNorm(inputs, **kwargs)
         self.conv_out = layers.Conv(inputs, 2 * arch.latent_channels, dtype=dtype, init=init)
+        self.remat = False
 
     def __call__(self, x: Array) -> Array:
         x = self.conv_in(x)
         for stage in (*self.stages, self.middle):
-            for block in stage:
-                x = block(x)
+            x = layers.run(stage, x, remat=self.remat)
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
@@ -237,12 +237,12 @@ class Decoder(nnx.Module):
         self.stages = nnx.List(stages)
         self.norm_out = GroupNorm(inputs, **kwargs)
         self.conv_out = layers.Conv(inputs, 3, dtype=dtype, init=init)
+        self.remat = False
 
     def __call__(self, z: Array) -> Array:
         x = self.conv_in(z)
         for stage in (self.middle, *reversed(self.stages)):
-            for block in stage:
-                x = block(x)
+            x = layers.run(stage, x, remat=self.remat)
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
