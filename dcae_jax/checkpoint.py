@@ -26,11 +26,10 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dcae_jax import config as config_lib
@@ -38,6 +37,9 @@ from dcae_jax import integrity, published, report
 from dcae_jax.config import MachineError, UserError
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainState
+
+if TYPE_CHECKING:  # a tenth of a second, which readers of other formats need not wait for
+    import orbax.checkpoint as ocp
 
 CONFIG = "config.json"
 FOLDER = "checkpoints"
@@ -54,8 +56,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MIB = 2**20
 
 
-def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
+def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
     """The manager of WORKDIR/checkpoints: asynchronous saves, the newest `keep` kept."""
+    import orbax.checkpoint as ocp
+
     folder = os.path.join(os.path.abspath(workdir), FOLDER)
     # Called when the items of a checkpoint are complete and its folder has not yet its name.
     finish = functools.partial(_write_manifest, folder)
@@ -80,12 +84,14 @@ def _write_manifest(folder: str) -> None:
 
 
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, totals: Any, step: int, index: int
+    manager: "ocp.CheckpointManager", state: TrainState, totals: Any, step: int, index: int
 ) -> None:
     """Saves in the background; returns when the arrays may be changed again.
 
     totals: running means of the metrics since the last row. index: the next example's.
     """
+    import orbax.checkpoint as ocp
+
     weights, rest = _divide(state)
     manager.save(
         step,
@@ -98,9 +104,11 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, totals: Any
+    manager: "ocp.CheckpointManager", step: int, state: TrainState, totals: Any
 ) -> tuple[TrainState, Any, int]:
     """(state, totals, index) of checkpoint `step`, on the devices that the abstract trees name."""
+    import orbax.checkpoint as ocp
+
     weights, rest = _divide(state)
     restored = manager.restore(
         step,
@@ -207,6 +215,8 @@ def _read_numpy(path: str, which: str) -> Weights:
 
     Of a weight and its average only the one that is wanted is read. Raises UserError.
     """
+    import orbax.checkpoint as ocp
+
     try:
         with _little_memory(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
             return _read_tree(reader, path, which)
@@ -217,7 +227,9 @@ def _read_numpy(path: str, which: str) -> Weights:
         raise UserError(f"{path} is no readable checkpoint ({reason}); use a copy of it") from error
 
 
-def _read_tree(reader: ocp.PyTreeCheckpointer, path: str, which: str) -> Weights:
+def _read_tree(reader: "ocp.PyTreeCheckpointer", path: str, which: str) -> Weights:
+    import orbax.checkpoint as ocp
+
     tree = reader.metadata(path).item_metadata.tree
     tree = {name: tree.get(name) or {} for name in _WEIGHTS}
     # A few bytes of JSON can claim any shape, which would be filled with zeros.
@@ -276,6 +288,8 @@ def _without_warning() -> Iterator[None]:
 
 def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
     """Writes an export into `folder`, which exists: params/ (Orbax), then model.json."""
+    import orbax.checkpoint as ocp
+
     params = os.path.join(os.path.abspath(folder), "params")
     with ocp.StandardCheckpointer() as writer:
         writer.save(params, {"params": dict(weights)})

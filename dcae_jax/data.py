@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageEnhance, ImageOps
 
+from dcae_jax import host_memory
 from dcae_jax.config import UserError, training_resolutions
 from dcae_jax.latents import Latents, latents
 
@@ -55,7 +56,9 @@ HELD_OUT_PHOTOS = (
 
 
 # --- sources: random access to PIL images ---------------------------------------------------------
-# A source has len(), source[i] -> (RGB image, label), and name(i) for messages.
+# A source has len(), source[i] -> (RGB image, label), and name(i) for messages. What
+# source.read(i, least) gives may be smaller, its short side `least` pixels or more: a JPEG decoder
+# that halves an image skips most of its work.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Photos:
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.images[i], i
+
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
+        del least  # decoded already
+        return self[i]
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -99,11 +106,14 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return self.read(i, 0)
+
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         file = self.files[i]
         top = file.split(os.sep)[0] if os.sep in file else ""
         label = self.classes.index(top) if top else 0
         with Image.open(os.path.join(self.root, file), formats=FORMATS) as image:
-            return to_rgb(image), label
+            return to_rgb(_draft(image, least)), label
 
     def name(self, i: int) -> str:
         return os.path.join(self.root, self.files[i])
@@ -150,9 +160,12 @@ class Tfds:
         return len(self.records)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return self.read(i, 0)
+
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         record = self.records[i]
         with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
-            return to_rgb(image), int(record.get("label", 0))
+            return to_rgb(_draft(image, least)), int(record.get("label", 0))
 
     def name(self, i: int) -> str:
         return f"{self.title}, record {i}"
@@ -189,6 +202,9 @@ class Subset:
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.source[int(self.records[i])]
 
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
+        return self.source.read(int(self.records[i]), least)
+
     def name(self, i: int) -> str:
         return self.source.name(int(self.records[i]))
 
@@ -213,6 +229,10 @@ class Mixture:
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         part, record = self._locate(i)
         return part[record]
+
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
+        part, record = self._locate(i)
+        return part.read(record, least)
 
     def name(self, i: int) -> str:
         part, record = self._locate(i)
@@ -330,10 +350,18 @@ def _hold_out(source: Folder, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def _draft(image: Image.Image, least: int) -> Image.Image:
+    """An opened JPEG set to be decoded at 1/2, 1/4 or 1/8, its short side `least` or more; others
+    as they are, and with least=0."""
+    if least:
+        image.draft(None, (least, least))
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB: turned as its EXIF says, alpha over white, 16 bits scaled to 8."""
     try:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # the other form copies every image
     except OSError:  # of the pixels, which are read here
         raise
     except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
@@ -346,8 +374,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    # load() inside convert() reads the pixels, and raises for a truncated file.
-    return image.convert("RGB")
+    image.load()  # raises for a truncated file
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # --- crops ----------------------------------------------------------------------------------------
@@ -391,12 +419,31 @@ def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 
+def least_side(data: Any, size: int) -> int:
+    """Short side that an image must have for `augment` to lose nothing; 0: its own.
+
+    ADM's crop halves an image down to this anyway. What random_resized shrinks has twice the pixels
+    a side that it needs, for the smallest share of the area, before the bicubic filter.
+    """
+    outer = math.ceil(size * _turned(data.rotation))
+    if data.crop == "center":
+        return outer
+    if data.crop == "random_resized":
+        return math.ceil(2 * outer / math.sqrt(data.crop_area[0]))
+    return 0
+
+
+def _turned(degrees: float) -> float:
+    """Side of the square from which one of side 1, turned by so much, can be cut."""
+    turn = math.radians(abs(degrees))
+    return math.cos(turn) + math.sin(turn)
+
+
 def augment(image: Image.Image, size: int, data: Any, rng: np.random.Generator) -> np.ndarray:
     """A training example [size, size, 3] uint8, cropped and changed as config.data says."""
     # A rotated square needs a larger one to be cut from, or its corners would be empty.
     angle = rng.uniform(-data.rotation, data.rotation) if data.rotation else 0.0
-    turn = math.radians(abs(angle))
-    outer = math.ceil(size * (math.cos(turn) + math.sin(turn)))
+    outer = math.ceil(size * _turned(angle))
     if data.crop == "center":
         image = center_crop(image, outer)
     elif data.crop == "random_resized":
@@ -438,6 +485,7 @@ class _Load(grain.transforms.MapWithIndex):
     sizes: tuple[int, ...]
 
     def map_with_index(self, index: int, record: int) -> dict[str, np.ndarray]:
+        host_memory.keep()  # also where this is a worker: an image's pages are faulted in once
         read = self._latent if isinstance(self.source, Latents) else self._image
         unreadable = np.full(TRIES, -1, np.int64)
         for attempt in range(TRIES):
@@ -462,8 +510,9 @@ class _Load(grain.transforms.MapWithIndex):
         return np.random.default_rng((self.seed, 2, index))
 
     def _image(self, index: int, record: int) -> dict[str, np.ndarray]:
-        image, label = self.source[record]
-        pixels = augment(image, self._size(index), self.data, self._rng(index))
+        size = self._size(index)
+        image, label = self.source.read(record, least_side(self.data, size))
+        pixels = augment(image, size, self.data, self._rng(index))
         return {"image": pixels, "label": np.int32(label)}
 
     def _latent(self, index: int, record: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: two sides that take turns, and what the machine can do at best.
+
+Each side is a process of its own, as its users run it: neither sees the other's threads or the
+other's allocator. A script calls `compare` in the parent; started with `--side=NAME` it is that
+side, which prepares its cases and times one call whenever the parent asks for it.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+THREADS = os.cpu_count()
+WARM = 2  # calls before the first that counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Seconds of each side's calls, in turns, and what else it said of the case."""
+
+    case: str
+    ours: list[float]
+    theirs: list[float]
+    facts: dict[str, float]  # of ours: 'flops' and 'bytes' where they are known
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of ours / theirs."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
+
+
+class Side:
+    """A process that runs the cases of one side on request."""
+
+    def __init__(self, script: str, name: str):
+        self.process = subprocess.Popen(
+            [sys.executable, script, f"--side={name}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
+        )
+        self.name = name
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the side {self.name!r} ended; its message stands above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(prepare: Callable[[str], tuple[Callable[[], object], dict]]) -> None:
+    """The loop of a side. prepare(case) -> (one call, which returns when it is done; facts).
+
+    A call that returns a number has measured its own seconds.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is not an answer
+    run, facts = None, {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "prepare":
+            run = None  # what the last case held is free before the next is made
+            run, facts = prepare(request["case"])
+            for _ in range(WARM):
+                run()
+            answer = facts
+        else:
+            start = time.perf_counter()
+            own = run()
+            spent = time.perf_counter() - start
+            answer = {"seconds": own if isinstance(own, float) else spent}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def plot(path: str, title: str, panels: list[tuple[str, str, dict]]) -> None:
+    """Writes an SVG of panels side by side: (label of x, label of y, {curve: [(x, y), ...]}).
+
+    Both axes are logarithmic; the grey line has slope 1 through the first point: linear growth.
+    """
+    colours = ("#2563eb", "#d97706", "#059669", "#7c3aed")
+    parts, side, gap = [], 190, 70
+    for k, (x_label, y_label, curves) in enumerate(panels):
+        points = [p for curve in curves.values() for p in curve]
+        (x0, x1), (y0, y1) = (
+            (min(math.log(p[a]) for p in points), max(math.log(p[a]) for p in points))
+            for a in (0, 1)
+        )
+        left, top = gap + k * (side + gap), 40
+
+        def place(x, y, left=left, top=top, x0=x0, x1=x1, y0=y0, y1=y1):
+            across = (math.log(x) - x0) / ((x1 - x0) or 1)
+            up = (math.log(y) - y0) / ((y1 - y0) or 1)
+            return f"{left + side * across:.1f} {top + side * (1 - up):.1f}"
+
+        parts.append(
+            f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" stroke="#bbb"/>'
+        )
+        for n, (name, curve) in enumerate(curves.items()):
+            first, last = curve[0], curve[-1]
+            end = min(last[0] / first[0], math.exp(y1) / first[1])
+            parts.append(
+                f'<path d="M{place(*first)} L{place(first[0] * end, first[1] * end)}" '
+                'stroke="#ddd" fill="none"/>'
+                f'<path d="M{" L".join(place(*p) for p in curve)}" fill="none" '
+                f'stroke="{colours[n]}" stroke-width="1.5"/>'
+                f'<text x="{left + 6}" y="{top + 14 + 13 * n}" fill="{colours[n]}">{name}</text>'
+            )
+        ends = (math.exp(v) for v in (x0, x1, y0, y1))
+        texts = [f"{v:.3g}" for v in ends]
+        right, middle, below = left + side, left + side / 2, top + side
+        parts.append(
+            f'<text x="{left}" y="{below + 14}">{texts[0]}</text>'
+            f'<text x="{right}" y="{below + 14}" text-anchor="end">{texts[1]}</text>'
+            f'<text x="{middle}" y="{below + 28}" text-anchor="middle">{x_label}</text>'
+            f'<text x="{left - 4}" y="{below}" text-anchor="end">{texts[2]}</text>'
+            f'<text x="{left - 4}" y="{top + 10}" text-anchor="end">{texts[3]}</text>'
+            f'<text x="{middle}" y="{top - 6}" text-anchor="middle">{y_label}</text>'
+        )
+    width = gap + len(panels) * (side + gap)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="280" '
+        'font-family="system-ui" font-size="11"><rect width="100%" height="100%" fill="white"/>'
+        f'<text x="{width / 2}" y="16" text-anchor="middle">{title}</text>{"".join(parts)}</svg>'
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(svg)
+
+
+def compare(script: str, cases: list[str], rounds: int) -> Iterator[Result]:
+    """Runs each case on both sides of `script` in turns; one result a case."""
+    for case in cases:
+        # New processes for each case: what one leaves in memory is not the next one's.
+        sides = [Side(script, name) for name in ("ours", "theirs")]
+        facts = [side.ask(do="prepare", case=case) for side in sides]
+        seconds = ([], [])
+        for i in range(rounds):
+            for k in (0, 1) if i % 2 else (1, 0):
+                seconds[k].append(sides[k].ask(do="run")["seconds"])
+        for side in sides:
+            side.close()
+        yield Result(case, *seconds, facts[0])
+
+
+HEAD = ("case", "ours, s", "theirs, s", "ratio", "least", "most")
+SHARES = ("GFLOP/s", "of matmul peak", "GB/s", "of bandwidth")
+
+
+def row(result: Result, peak: tuple[float, float] | None = None) -> list:
+    """The cells of HEAD, and with peak = (FLOP/s, bytes/s) those of SHARES."""
+    ours = statistics.median(result.ours)
+    cells = [result.case, f"{ours:.4g}", f"{statistics.median(result.theirs):.4g}"]
+    cells += [f"{value:.2f}" for value in (result.ratio, min(result.ratios), max(result.ratios))]
+    if peak:
+        for key, limit in zip(("flops", "bytes"), peak, strict=True):
+            rate = result.facts[key] / ours
+            cells += [f"{rate / 1e9:.0f}", f"{rate / limit:.2f}"]
+    return cells
+
+
+def machine() -> str:
+    """One line: the machine and its versions."""
+    import jax
+
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return (
+        f"{THREADS} CPU cores ({model}), Python {platform.python_version()}, jax {jax.__version__};"
+        f" load before: {os.getloadavg()[0]:.1f}"
+    )
+
+
+def peaks() -> tuple[float, float]:
+    """(FLOP/s of a float32 matrix product of 4096, bytes/s of a copy), the best of a few here."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    size = 4096
+    x = jnp.asarray(np.random.default_rng(0).random((size, size), np.float32))
+    product = jax.jit(lambda a: a @ a)
+    flops = 2 * size**3 / _least(lambda: product(x).block_until_ready())
+    source, target = np.ones(1 << 26, np.float32), np.zeros(1 << 26, np.float32)
+    parts = [
+        slice(i * (1 << 26) // THREADS, (i + 1) * (1 << 26) // THREADS) for i in range(THREADS)
+    ]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        seconds = _least(
+            lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+        )
+    return flops, 2 * source.nbytes / seconds
+
+
+def _least(run: Callable[[], object], repeats: int = 7) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def arguments(doc: str, rounds: int) -> argparse.Namespace:
+    """--rounds, and --side where the script is one of the two sides."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each side")
+    parser.add_argument("--only", default="", help="regular expression of the cases' names")
+    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    return parser.parse_args()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: runs the benchmarks one after the other and puts what they print into
+docs/benchmarks.md.
+
+    python benchmarks/run.py [--only=loader]
+
+What the peers need: torch and diffusers (and torch-fidelity for the judge), as README says.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DOC = os.path.join(HERE, os.pardir, "docs", "benchmarks.md")
+SCRIPTS = ("autoencoder", "transformer", "loader", "judge", "startup", "memory", "growth")
+
+
+def put(name: str, printed: str) -> None:
+    """Puts the output of benchmarks/NAME.py between its marks in the document."""
+    from dcae_jax import report
+
+    with open(DOC, encoding="utf-8") as file:
+        text = file.read()
+    marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
+    if not all(mark in text for mark in marks):
+        raise SystemExit(f"docs/benchmarks.md has no marks {marks}")
+    before, rest = text.split(marks[0])
+    after = rest.split(marks[1])[1]
+    text = f"{before}{marks[0]}```\n{printed.strip()}\n```\n{marks[1]}{after}"
+    report.write_file(DOC, text.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="regular expression of the scripts' names")
+    given = parser.parse_args()
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ
+    for name in SCRIPTS:
+        if re.search(given.only, name):
+            print(f"== benchmarks/{name}.py", flush=True)
+            command = [sys.executable, os.path.join(HERE, f"{name}.py")]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+            print(done.stdout, flush=True)
+            if done.returncode:
+                raise SystemExit(f"benchmarks/{name}.py ended with {done.returncode}")
+            put(name, done.stdout)
+
+
+if __name__ == "__main__":
+    main()
