@@ -57,9 +57,9 @@ def _our_step():
     import jax
 
     from dcae_jax import config as config_lib
-    from dcae_jax import main, preflight, sharding, state, steps
+    from dcae_jax import host_memory, preflight, sharding, state, steps
 
-    main.use_memory()
+    host_memory.keep()  # as main.py does
     configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
     config = config_lib.load_file(os.path.join(configs, "phase1.py"), "f64c128")
     config.model.widths, config.model.latent_channels = WIDTHS, LATENT

@@ -4,7 +4,8 @@
     python benchmarks/loader.py
 
 Both decode, crop to 256 pixels, flip and stack batches of 16, with the same number of workers:
-threads here, as `data.workers=0` has it, processes there. Seconds are of a fixed number of batches after those that were read ahead.
+threads here, as `data.workers=0` has it, processes there. Seconds are of a fixed number of
+batches after those that were read ahead.
 """
 
 import os

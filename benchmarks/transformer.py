@@ -23,10 +23,10 @@ def ours(case: str):
     import jax.numpy as jnp
 
     from dcae_jax import config as config_lib
-    from dcae_jax import main, matching, preflight, sharding, state, steps
+    from dcae_jax import host_memory, matching, preflight, sharding, state, steps
     from dcae_jax.models import layers
 
-    main.use_memory()
+    host_memory.keep()  # as main.py does
     what, tokens = case.split(", ")
     side = int(int(tokens.split()[0]) ** 0.5)
     configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")

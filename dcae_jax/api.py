@@ -171,6 +171,7 @@ def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
+    host_memory.keep()
     config = _config(dtype)
     config.model.variant = variant
     mesh = mesh or sharding.make_mesh(config.mesh)
@@ -194,6 +195,7 @@ def load_autoencoder(
     a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
     Raises UserError, a ValueError, when there is nothing to load.
     """
+    host_memory.keep()
     values, saved = checkpoint.load_weights(path, weights, variant)
     config = _config(dtype)
     config.model.update(saved["model"])
@@ -221,8 +223,6 @@ def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
 
 def _placed(weights: Weights, mesh: Mesh) -> Weights:
     """`weights` on every device of the mesh; empties the dict, so that they never lie twice."""
-    if sharding.platform(mesh) == "cpu":
-        host_memory.keep()
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.

@@ -16,8 +16,9 @@ def keep() -> bool:
     XLA's buffers on a CPU are allocated anew by each call of a program. By default glibc returns
     blocks of that size to the kernel when they are freed, and every page of them is faulted in and
     cleared again at the next call, which takes a quarter of the time of f32c32's encoder
-    (docs/benchmarks.md). The process stays as large as its largest moment. Returns whether the
-    setting was taken; elsewhere than with glibc nothing happens.
+    (docs/benchmarks.md). The process stays as large as its largest moment. To be called before JAX
+    starts its threads; those that run already keep giving back. Returns whether the setting was
+    taken; elsewhere than with glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
-from dcae_jax import failures, preemption
+from dcae_jax import failures, host_memory, preemption
 from dcae_jax.config import UserError
 
 # Job -> module and function (config, workdir) -> exit status.
@@ -39,6 +39,7 @@ FAILED, MISTAKE = 1, 2
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that config.job names; returns the exit status."""
     set_up_logging()
+    host_memory.keep()  # before JAX starts threads, each of which would have memory of its own
     argv = sys.argv if argv is None else argv
     if {"--help", "-h"} & set(argv):
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
@@ -50,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
         config, workdir = parse(argv)
         use_compile_cache()
         hosts.start(given, preemptible=config.job in ("train", "phases", "sample"))
-        use_memory()
         hosts.agree(config_lib.flatten(config) | {"workdir": workdir})
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
@@ -114,16 +114,6 @@ def use_compile_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
-
-
-def use_memory() -> None:
-    """Keeps freed memory, where the programs run on this process's CPU."""
-    import jax
-
-    from dcae_jax import host_memory
-
-    if jax.default_backend() == "cpu":
-        host_memory.keep()
 
 
 if __name__ == "__main__":
