@@ -32,8 +32,8 @@ lint: $(VENV)/installed
 soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
 	$(PY) tests/reliability/soak.py --kills=200
 
-bench: $(VENV)/installed
-	for script in benchmarks/*.py; do $(PY) $$script; done
+bench: $(VENV)/installed  ## beside PyTorch, which must be installed in .venv; into docs/benchmarks.md
+	$(PY) benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -3,6 +3,7 @@
 
 import io
 import itertools
+import math
 import os
 import sys
 
@@ -346,3 +347,31 @@ def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
     records = [source[i] for i in range(5)]
     seen = sorted((image.getpixel((0, 0))[0], image.size, label) for image, label in records)
     assert seen == [(i * 10, (9, 8), i % 3) for i in range(5)]
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+def test_a_jpeg_is_decoded_at_a_fraction_where_the_crop_halves_it_anyway(tmp_path, turned):
+    """Catches a fraction below what the crop needs, and one for crops at the image's own scale."""
+    photo = data.photos()[0][0].resize((640, 512))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    photo.save(tmp_path / "b.png")
+    source = data.folder(str(tmp_path))
+    sides = {least: min(source.read(0, least)[0].size) for least in (0, 64, 65, 256, 257, 600)}
+    assert sides == {0: 512, 64: 64, 65: 128, 256: 256, 257: 512, 600: 512}
+    assert min(source.read(1, 64)[0].size) == 512
+
+    settings = config_lib.default().data
+    settings.crop = "random"
+    assert data.least_side(settings, 128) == 0
+    settings.crop = "center"
+    assert data.least_side(settings, 128) == 128
+    settings.rotation = 45.0
+    assert data.least_side(settings, 128) == math.ceil(128 * math.sqrt(2))
+    settings.crop, settings.crop_area, settings.rotation = "random_resized", (0.25, 1.0), 0.0
+    assert data.least_side(settings, 128) == 512
+
+    whole, part = (data.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
+    difference = np.abs(np.asarray(whole, np.float32) - np.asarray(part, np.float32))
+    assert difference.mean() < 2  # of 255

@@ -219,3 +219,26 @@ def test_initial_weights_are_pytorchs_and_depend_on_the_seed_alone():
     assert abs(kernels[0].std() - bound / np.sqrt(3)) < 0.02 * bound
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert np.abs(kernels[0] - kernels[2]).max() > 0.1 * bound
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_a_small_map_runs_as_a_product_with_the_same_numbers(side):
+    """Catches patches in another order than the kernel's, in values or in gradients."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, side, side, 6), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 6, 5), np.float32))
+    assert x.shape[1] * x.shape[2] <= layers.SMALL_MAP
+
+    def loss(form):
+        return lambda x, kernel: jnp.sum(jnp.sin(form(x, kernel)))
+
+    def ours(x, kernel):
+        return layers.convolution(x, kernel, 1)
+
+    for form in (loss(ours), jax.grad(loss(ours), argnums=(0, 1))):
+        assert "convolution" not in jax.jit(form).lower(x, kernel).as_text()
+    want = jax.value_and_grad(loss(layers._as_convolution), argnums=(0, 1))(x, kernel)
+    found = jax.value_and_grad(loss(ours), argnums=(0, 1))(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, want)
+    large = jnp.zeros((1, 2 * side, 4 * side, 6))
+    assert "convolution" in jax.jit(ours).lower(large, kernel).as_text()

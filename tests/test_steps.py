@@ -139,3 +139,20 @@ def test_the_abstract_state_is_the_real_one(small, one_device):
 
     jax.tree.map(same, abstract, real)
     jax.tree.map(same, abstract, out)
+
+
+def test_blocks_that_are_computed_again_give_the_same_step(small, one_device):
+    """Catches `remat` that nobody reads, and BatchNorm's statistics lost inside it."""
+    batch = _batch(small)
+    found = {}
+    for small.remat in ("none", "blocks"):
+        plan = state.blueprint(small, one_device)
+        start = state.init_state(small, one_device, plan)
+        text = str(jax.make_jaxpr(steps.make_step(small, plan))(start, batch, {}))
+        assert ("remat" in text) == (small.remat == "blocks")
+        _, after, metrics = _run(small, one_device, [batch])
+        found[small.remat] = after, metrics[0]
+    (plain, values), (again, same) = found.values()
+    assert same["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-4)
+    for name, value in plain.stats.items():
+        np.testing.assert_allclose(again.stats[name], value, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the process does with memory that programs give back."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, threading
+import numpy as np
+from dcae_jax import host_memory
+
+def work():
+    for call in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(1 << 24, np.float32)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+faults = []
+if {keep}:
+    assert host_memory.keep()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again_without_faults():
+    """Catches a setting that glibc refuses, or that does not reach the threads of programs: each
+    call would fault in its 64 MB again."""
+    faults = {}
+    for keep in (False, True):
+        command = [sys.executable, "-c", SCRIPT.format(keep=keep)]
+        faults[keep] = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert faults[False] > 30  # 2 MB pages at the largest
+    assert faults[True] < 30
