@@ -95,7 +95,10 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
         ({"config": SAMPLE}, ["plan.generator", "configs/uvit.py:h"]),
         ({"config": SAMPLE, "generator": "/none.py"}, ["plan.generator", "/none.py"]),
         ({"config": SAMPLE, "generator": PHASE1}, ["plan.generator", "phase1.py", "diffusion"]),
-        ({"config": SAMPLE, "generator": UVIT, "overrides": ()}, ["autoencoder=''", "plan.overrides"]),
+        (
+            {"config": SAMPLE, "generator": UVIT, "overrides": ()},
+            ["autoencoder=''", "plan.overrides"],
+        ),
         ({"generator": UVIT}, ["plan.generator", "uvit.py:tiny"]),
         (
             {
