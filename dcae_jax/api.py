@@ -209,20 +209,30 @@ def _config(dtype: str | None):
     return config
 
 
-def build_autoencoder(config: Any, weights: Weights, mesh: Mesh) -> Autoencoder:
+def build_autoencoder(config: Any, weights: Weights | None, mesh: Mesh) -> Autoencoder:
     """The model of config.model with `weights`, checked and placed on every device of the mesh.
 
-    Empties `weights` on the way, so that they are never in memory twice.
+    Empties `weights` on the way, so that they are never in memory twice. None: their shapes
+    instead, for planning.
     """
     graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
-    state.check_weights(weights, {**params, **stats})
-    placed = _placed(weights, mesh)
+    placed = _placed(weights, {**params, **stats}, mesh)
     arch = state.model_module(config.model).architecture(config.model)
     return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
 
 
-def _placed(weights: Weights, mesh: Mesh) -> Weights:
-    """`weights` on every device of the mesh; empties the dict, so that they never lie twice."""
+def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
+    """`weights` on every device of the mesh; empties the dict, so that they never lie twice.
+
+    None: shapes, of what is `wanted`. Raises UserError for weights of another model.
+    """
+    if weights is None:
+        place = sharding.replicated(mesh)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for name, leaf in wanted.items()
+        }
+    state.check_weights(weights, wanted)
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
@@ -325,8 +335,50 @@ class Generator:
             raise UserError(f"interval={interval} must be 0 <= low <= high <= 1")
         if not (0 <= seed and 0 <= first):
             raise UserError(f"seed={seed} and first={first} must be at least 0")
+        run = self._program(guidance, steps, sampler, interval, decode=decode)
+        # Filled up to what the mesh divides by: the number of a sample fixes it, not its row.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
+        keys = jax.random.key_data(sampling.sample_keys(seed, jnp.asarray(first + rows)))
+        place = sharding.batch_sharding(self.mesh, 2)
+        out, finite = run(
+            self.weights,
+            self.autoencoder.weights,
+            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
+            sharding.put(keys, place),
+            sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
+        )
+        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
+
+    def program(
+        self,
+        count: int,
+        guidance: float,
+        steps: int,
+        sampler: str = "",
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> tuple[Callable, tuple]:
+        """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
+
+        The weights are in the arguments as they are in the generator. The rest as in `sample`.
+        """
+
+        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            whole = sharding.replicated(self.mesh)
+            place = sharding.batch_sharding(self.mesh, len(sizes)) if sizes else whole
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        return self._program(guidance, steps, sampler, interval, decode=True), (
+            self.weights,
+            self.autoencoder.weights,
+            shape(count, dtype=jnp.int32),
+            shape(count, 2, dtype=jnp.uint32),
+            shape(dtype=jnp.float32),
+        )
+
+    def _program(self, guidance, steps, sampler, interval, *, decode: bool) -> Callable:
         arch = self.architecture
-        run = _sample_fn(
+        return _sample_fn(
             self.graph,
             self.autoencoder.graph,
             self.mesh,
@@ -342,19 +394,6 @@ class Generator:
                 decode=decode,
             ),
         )
-        # Filled up to what the mesh divides by: the number of a sample fixes it, not its row.
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
-        keys = jax.random.key_data(sampling.sample_keys(seed, jnp.asarray(first + rows)))
-        place = sharding.batch_sharding(self.mesh, 2)
-        out, finite = run(
-            self.weights,
-            self.autoencoder.weights,
-            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
-            sharding.put(keys, place),
-            sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
-        )
-        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +446,8 @@ def _sample_fn(
         levels = jnp.where(finite[:, None, None, None], levels, 0)
         return levels.astype(jnp.uint8), finite
 
-    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+    # The encoder's weights too, which lie there all the same: a plan counts their memory.
+    return jax.jit(run, out_shardings=sharding.replicated(mesh), keep_unused=True)
 
 
 def load_generator(
@@ -452,13 +492,26 @@ def load_generator(
     return build_generator(config, values, inner, mesh)
 
 
+def abstract_generator(config: Any, mesh: Mesh) -> Generator:
+    """What `load_generator` makes, with shapes for weights.
+
+    config: of the run that trains it, completed (`matching.complete`); its autoencoder is a
+    VARIANT, its dtype that of the sampling.
+    """
+    inner, outer = _config(config.dtype), _config(config.dtype)
+    inner.model.variant, inner.model.depthwise = config.autoencoder, config.model.depthwise
+    outer.model = config.model
+    outer.objective, outer.patch_size = config.objective, config.patch_size
+    return build_generator(outer, None, build_autoencoder(inner, None, mesh), mesh)
+
+
 def build_generator(
-    config: Any, weights: Weights, autoencoder: Autoencoder, mesh: Mesh
+    config: Any, weights: Weights | None, autoencoder: Autoencoder, mesh: Mesh
 ) -> Generator:
     """The diffusion model of config.model with `weights`, checked and placed on the mesh.
 
-    Empties `weights` if they are host arrays, as `build_autoencoder` does. Raises UserError where
-    the model's latents are not those of the autoencoder.
+    Empties `weights` if they are host arrays, and takes None, as `build_autoencoder` does. Raises
+    UserError where the model's latents are not those of the autoencoder.
     """
     arch = state.architecture(config)
     if arch.latent_channels != autoencoder.latent_channels:
@@ -467,8 +520,7 @@ def build_generator(
             f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
         )
     graph, params, _ = layers.split(state.create_model(config, mesh, layers.shapes))
-    state.check_weights(weights, params)
-    placed = _placed(weights, mesh)
+    placed = _placed(weights, params, mesh)
     return Generator(
         graph, placed, arch, config.model.to_dict(), config.objective, autoencoder, mesh
     )

@@ -173,8 +173,9 @@ def default() -> ConfigDict:
     m.batch_size = 16  # images at a time, over all devices and processes
 
     m = c.plan = ConfigDict()
-    m.config = ""  # file of the job to plan, with :VARIANT
-    m.overrides = ()  # its keys, as ('batch_size=64', ...)
+    m.config = ""  # file of the job to plan, with :VARIANT: of training, or configs/sample.py
+    m.generator = ""  # of a job sample: file of the job that trains its model, with :VARIANT
+    m.overrides = ()  # keys of both, as ('batch_size=64', ...)
     m.topologies = ("v5e:2x2",)  # v4, v5e, v5p or v6e with the chips along each axis; or cpu
     m.find_batch = False  # search the largest batch that fits
     m.effort = -1.0  # of the compiler: 0 as in a run; -1 is 6 times faster (docs/scaling.md)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `plan`: what a job costs on chips that need not be here.
 
-Compiles the very step that train.py runs, for a compile-only TPU client or for this host's own
-processor. A TPU program's memory, FLOPs and collectives are then those of the real run; its time is
-an estimate from the chip's published peaks.
+Compiles the very step that train.py runs, or what the job `sample` runs for a batch, for a
+compile-only TPU client or for this host's own processor. A TPU program's memory, FLOPs and
+collectives are then those of the real run; its time is an estimate from the chip's published peaks.
 
 Each compile runs in a process of its own, `python -m dcae_jax.plan REQUEST`, since a process holds
 libtpu's lock for life, and a compile that takes too much memory kills its process alone.
@@ -22,16 +22,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from dcae_jax import chips, hlo, matching, preflight, report, sharding, steps
+from dcae_jax import api, chips, hlo, matching, preflight, report, sampling, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, lpips
+from dcae_jax.models import dcae, lpips, sdvae
 
 Row = dict[str, Any]
 
@@ -72,29 +73,78 @@ def target(plan_config: Any) -> Any:
     """The configuration of the job to plan, as its own command line would make it."""
     if not plan_config.config:
         raise UserError("plan.config is empty; name the file of a job, as in configs/phase1.py")
-    return overridden(plan_config.config, plan_config.overrides)
+    return overridden(plan_config.config, plan_config.overrides, plan_config.generator)
 
 
-def overridden(file: str, overrides: tuple[str, ...]) -> Any:
-    """The configuration of `--config=file --config.KEY=VALUE ...`. Raises UserError."""
-    values = flags.FlagValues()
-    argv = ["plan", f"--config={file}", *(f"--config.{override}" for override in overrides)]
-    flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
-    try:
-        values(argv)
-        config = flag.value
-        job = config.job
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"plan.config={file!r}: {config_lib.explain(error, argv)}") from error
+def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Any:
+    """The configuration of `--config=file --config.KEY=VALUE ...`. Raises UserError.
+
+    generator: of a job sample, the file of the job that trains its model; see `_sampling`.
+    """
+    config, job = _read("plan.config", file, overrides)
+    if job == "sample":
+        return _sampling(config, generator, overrides)
     if job != "train":
-        raise UserError(f"plan.config={file!r} is of the job {job}, which has no step to plan")
+        raise UserError(f"plan.config={file!r} is of the job {job}, which has nothing to plan")
+    if generator:
+        raise UserError(
+            f"plan.generator={generator!r} is for a job sample, and plan.config={file!r} is of "
+            "training; leave one out"
+        )
     if config.objective:
         # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
         on_disk = bool(config.data.path)
         config = preflight.on_latents(config)[0] if on_disk else matching.complete(config, None)
     return config
+
+
+def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
+    """The configuration of training from `file`, with what a job sample, `config`, sets itself.
+
+    batch_size and steps become those of the sampling, in images and in batches.
+    """
+    if not file:
+        raise UserError(
+            "plan.generator is empty; name the file of the job that trains the model, as in "
+            "configs/uvit.py:h"
+        )
+    model, job = _read("plan.generator", file, overrides)
+    if job != "train" or not model.objective:
+        raise UserError(
+            f"plan.generator={file!r} trains no diffusion model; name a file that does, as "
+            "configs/uvit.py:h"
+        )
+    known = (*dcae.VARIANTS, *dcae.PUBLISHED, *sdvae.VARIANTS)
+    if model.autoencoder not in known:
+        raise UserError(
+            f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
+            "'autoencoder=f64c128' or another into plan.overrides"
+        )
+    model = matching.complete(model, None)
+    s = config.sample
+    if (s.sampler or sampling.SAMPLERS[model.objective][0]) == "dopri5":
+        raise UserError(
+            f"sample.sampler={s.sampler!r}: dopri5 decides as it runs how often it evaluates the "
+            "network; plan with 'sample.sampler=heun' and as many 'sample.steps' as you expect"
+        )
+    for key in ("job", "dtype", "mesh", "sample"):
+        model[key] = config[key]
+    model.batch_size, model.accumulate = s.batch_size, 1
+    return model
+
+
+def _read(key: str, file: str, overrides: tuple[str, ...]) -> tuple[Any, str]:
+    """(configuration, its job) of a file that the user named as `key`. Raises UserError."""
+    values = flags.FlagValues()
+    argv = ["plan", f"--config={file}", *(f"--config.{override}" for override in overrides)]
+    flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
+    try:
+        values(argv)
+        return flag.value, flag.value.job
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{key}={file!r}: {config_lib.explain(error, argv)}") from error
 
 
 def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
@@ -106,12 +156,19 @@ def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
     rows = []
     for size in sorted(sizes):
         facts = known.get((batch, size)) or compiled(plan_config, text, size, batch)
-        rows.append(priced(facts, job.steps, plan_config.watts))
+        rows.append(priced(facts, calls(job, batch), plan_config.watts))
     return rows if len(rows) == 1 else [*rows, mean(rows, sizes, job.steps)]
 
 
+def calls(job: Any, batch: int) -> int:
+    """How often the job runs its program: steps, or batches of samples."""
+    return math.ceil(job.sample.count / batch) if job.job == "sample" else job.steps
+
+
 def shares(job: Any) -> dict[int, float]:
-    """{size a side, in pixels or latents: share of the steps that has it}."""
+    """{size a side, in pixels or, of a diffusion model's training, latents: its share of steps}."""
+    if job.job == "sample":
+        return {job.resolution: 1.0}
     if job.objective:
         return dict.fromkeys(preflight.batch_sizes(job), 1.0)
     drawn = config_lib.training_resolutions(job)
@@ -123,9 +180,11 @@ def shares(job: Any) -> dict[int, float]:
 
 def compiled(plan_config: Any, text: str, size: int, batch: int) -> Row:
     """What the compiler says of the step at `size` on topology `text`; see `measure`."""
+    key = "sample.batch_size" if plan_config.generator else "batch_size"
     request = {
         "config": plan_config.config,
-        "overrides": [*plan_config.overrides, f"batch_size={batch}"],
+        "generator": plan_config.generator,
+        "overrides": [*plan_config.overrides, f"{key}={batch}"],
         "topology": text,
         "size": size,
         "effort": plan_config.effort,
@@ -154,21 +213,25 @@ def answer(request: Row) -> Row:
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_exec_time_optimization_effort", request["effort"])
     try:
-        config = overridden(request["config"], tuple(request["overrides"]))
+        config = overridden(request["config"], tuple(request["overrides"]), request["generator"])
         return measure(config, request["topology"], request["size"])
     except UserError as error:
         return {"error": str(error)}
 
 
 def measure(config: Any, text: str, size: int) -> Row:
-    """Compiles the step of `config` at `size` for topology `text`.
+    """Compiles the step of `config` at `size`, or its sampling of a batch, for topology `text`.
 
     Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is
     arguments + output + temporaries - aliased. Where XLA finds that the program does not fit,
     peak_bytes is what it says it needs, and what only a compiled program has is None.
     """
     mesh = sharding.make_mesh(config.mesh, chips.devices(text))
-    preflight.check(config, mesh)
+    if config.job == "sample":
+        config_lib.check(config)
+        sharding.check_batch(config.batch_size, mesh, key="sample.batch_size")
+    else:
+        preflight.check(config, mesh)
     batch = config.batch_size
     facts = {
         "topology": text,
@@ -245,7 +308,12 @@ def bytes_of(arguments: Any) -> int:
 
 
 def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
-    """train.py's step, jitted, and its abstract arguments, laid out on `mesh`."""
+    """train.py's step, jitted, and its abstract arguments, laid out on `mesh`; or a sampler's."""
+    if config.job == "sample":
+        s = config.sample
+        return api.abstract_generator(config, mesh).program(
+            config.batch_size, s.guidance, s.steps, s.sampler, s.guidance_interval
+        )
     blueprint = state_lib.blueprint(config, mesh)
     state = state_lib.abstract_state(config, mesh, blueprint)
     batch = preflight.abstract_batch(config, size, mesh)
@@ -256,8 +324,9 @@ def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
 def flops(config: Any, mesh: Mesh, size: int) -> float:
     """FLOPs of a step over all chips, as XLA counts them.
 
-    XLA counts the body of a loop once, so loops are laid out in a row here, and the program is
-    lowered only. It is the one of the mesh's platform; only the counting is this host's.
+    XLA counts the body of a loop once, so a step's loops are laid out in a row here, and the rounds
+    of a sampler's are added. The program is that of the mesh's platform, and lowered only; the
+    counting is this host's.
     """
     config = config.copy_and_resolve_references()
     config.unroll = True
@@ -266,7 +335,31 @@ def flops(config: Any, mesh: Mesh, size: int) -> float:
     config.mesh = config_lib.default().mesh
     here = sharding.make_mesh(config.mesh, jax.devices("cpu")[:1])
     step, arguments = step_and_arguments(config, here, size)
-    return step.lower(*arguments).cost_analysis()["flops"]
+    traced, platform = step.trace(*arguments), sharding.platform(mesh)
+    once = _counted(traced, platform)
+    return once + repeated_flops(traced.jaxpr, platform) if config.job == "sample" else once
+
+
+def _counted(traced: Any, platform: str) -> float:
+    """XLA's count of FLOPs of a traced function, as it is for devices of `platform`."""
+    name = "cuda" if platform == "gpu" else platform
+    return traced.lower(lowering_platforms=(name,)).cost_analysis()["flops"]
+
+
+def repeated_flops(jaxpr: Any, platform: str) -> float:
+    """FLOPs of the loops in a traced program, in their rounds after the first."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name != "scan":
+            inner = jax.extend.core.jaxprs_in_params(equation.params)
+            total += sum(repeated_flops(part, platform) for part in inner)
+            continue
+        body, rounds = equation.params["jaxpr"], equation.params["length"]
+        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in body.in_avals]
+        traced = jax.jit(jax.extend.core.jaxpr_as_fun(body)).trace(*shapes)
+        total += (rounds - 1) * _counted(traced, platform)
+        total += rounds * repeated_flops(body, platform)
+    return total
 
 
 def abstract_judges(config: Any, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

@@ -33,7 +33,7 @@ FLOORS = [
     ["data", "sharding", "optim", "metrics", "tiling", "chips", "hlo"],
     ["latents"],
     ["preemption"],
-    ["hosts", "report", "lock", "failures"],
+    ["hosts", "report", "lock", "failures", "host_memory"],
     ["config"],
     ["values"],
 ]

@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import chips, main, plan, state, train
+from dcae_jax import api, checkpoint, chips, main, plan, sample, sharding, state, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
+from dcae_jax.models import layers
 
 # The fixture `small` as overrides of phase1.py:tiny, one image a device.
 SMALL = (
@@ -26,6 +29,16 @@ SMALL = (
     "evaluate.resolutions=(32,)",
 )
 PHASE1 = os.path.join(CONFIGS, "phase1.py:tiny")
+SAMPLE, UVIT = os.path.join(CONFIGS, "sample.py"), os.path.join(CONFIGS, "uvit.py:tiny")
+# Latents of 4 x 4, guided, one image a device.
+SAMPLING = (
+    "autoencoder=tiny",
+    "resolution=64",
+    "sample.steps=4",
+    "sample.guidance=2.0",
+    "sample.count=20",
+    "sample.batch_size=8",
+)
 PROMISED = {  # the contract of plan.json
     "topology", "chips", "batch_per_chip", "fits", "arguments_bytes", "output_bytes", "temp_bytes",
     "alias_bytes", "peak_bytes", "flops", "bytes_accessed", "collectives", "compile_s",
@@ -79,6 +92,22 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
         ({"config": os.path.join(CONFIGS, "evaluate.py")}, ["evaluate"]),
         ({"overrides": ("batch_sise=3",)}, ["batch_sise"]),
         ({"overrides": ("batch_size=three",)}, ["three"]),
+        ({"config": SAMPLE}, ["plan.generator", "configs/uvit.py:h"]),
+        ({"config": SAMPLE, "generator": "/none.py"}, ["plan.generator", "/none.py"]),
+        ({"config": SAMPLE, "generator": PHASE1}, ["plan.generator", "phase1.py", "diffusion"]),
+        (
+            {"config": SAMPLE, "generator": UVIT, "overrides": ()},
+            ["autoencoder=''", "plan.overrides"],
+        ),
+        ({"generator": UVIT}, ["plan.generator", "uvit.py:tiny"]),
+        (
+            {
+                "config": SAMPLE,
+                "generator": os.path.join(CONFIGS, "usit.py:h"),
+                "overrides": SAMPLING,
+            },
+            ["sample.sampler=''", "dopri5", "heun"],
+        ),
         ({"watts": -1.0}, ["plan.watts=-1"]),
         ({"effort": 2.0}, ["plan.effort=2"]),
         (
@@ -131,6 +160,98 @@ def test_flops_of_a_transformer_grow_with_its_depth(one_device):
     assert counts[1] > 1.5 * counts[0]
 
 
+def test_flops_are_of_the_form_that_the_platform_runs(small, one_device, monkeypatch):
+    """Catches a TPU's FLOPs counted on this host's own form of a small map's convolution."""
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
+    counted = plan.flops(small, one_device, 32)
+    monkeypatch.setattr(layers, "SMALL_MAP", 0)
+    assert counted == plan.flops(small, one_device, 32)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monkeypatch):
+    """Catches a planner of another sampler: without the decoder, or another batch or layout."""
+    arguments = _arguments(
+        tmp_path / "plan", config=SAMPLE, generator=UVIT, overrides=SAMPLING, topologies=("cpu",)
+    )
+    assert main.main(arguments) == 0
+    (row,) = json.loads((tmp_path / "plan" / plan.PLAN).read_text())
+    assert row.keys() >= PROMISED
+
+    job = plan.overridden(SAMPLE, SAMPLING, UVIT)
+    model = api.abstract_generator(job, sharding.make_mesh(job.mesh))
+    saved = {"model": job.model.to_dict(), "objective": job.objective, "patch_size": 1}
+    files = {
+        "run": (model.weights, saved | {"autoencoder": "autoencoder"}),
+        "autoencoder": (model.autoencoder.weights, {"model": model.autoencoder.model}),
+    }
+
+    def load_weights(path, *_, **__):
+        shapes, settings = files[path]
+        return {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}, settings
+
+    monkeypatch.setattr(checkpoint, "load_weights", load_weights)
+    made, seen = api._sample_fn, []
+
+    def sample_fn(*key):
+        run = made(*key)
+
+        def call(*arguments):
+            seen.append(run.lower(*arguments).compile())
+            return run(*arguments)
+
+        return call
+
+    monkeypatch.setattr(api, "_sample_fn", sample_fn)
+    config = config_lib.load_file(SAMPLE)
+    config.init_from, config.sample = "run", job.sample
+    assert sample.run(config, str(tmp_path / "samples")) == 0
+    assert row["steps"] == len(seen) == 3 and row["batch_size"] == 8 and row["size"] == 64
+    memory = seen[0].memory_analysis()
+    assert row["arguments_bytes"] == memory.argument_size_in_bytes
+    assert row["output_bytes"] == memory.output_size_in_bytes
+    assert row["temp_bytes"] == memory.temp_size_in_bytes
+    weights = [*model.weights.values(), *model.autoencoder.weights.values()]
+    assert row["arguments_bytes"] >= sum(leaf.size for leaf in weights) * 4  # the encoder's too
+    assert row["collectives"] and row["fits"] and "-" in plan.cells(row)
+
+
+def test_flops_count_every_evaluation_of_the_network(one_device):
+    """Catches a sampler's loop, or the loop over blocks inside it, counted as one round."""
+
+    def flops(file, *overrides):
+        job = plan.overridden(SAMPLE, (*SAMPLING, *overrides), os.path.join(CONFIGS, file))
+        return plan.flops(job, one_device, 64)
+
+    def an_evaluation(file, *overrides):
+        few, more, most = (flops(file, *overrides, f"sample.steps={steps}") for steps in (4, 8, 16))
+        assert most - more == pytest.approx(2 * (more - few))
+        return (more - few) / 4
+
+    job = plan.overridden(SAMPLE, SAMPLING, UVIT)
+    job.unroll = True
+    model = state.create_model(job, one_device, layers.shapes)
+    graph, weights, _ = layers.split(model)
+    x, label = jnp.zeros((8, 4, 4, 32)), jnp.zeros(8, jnp.int32)
+    network = jax.jit(lambda w: layers.merge(graph, w)(x, jnp.zeros(8), label))
+    alone = network.lower(weights).cost_analysis()["flops"]
+    assert an_evaluation("uvit.py:tiny", "sample.guidance=1.0") == pytest.approx(alone, rel=0.02)
+    for file, sampler in (("uvit.py", "ddim"), ("dit.py", "ddpm"), ("usit.py", "heun")):
+        settings = (f"{file}:tiny", f"sample.sampler={sampler}")
+        single = an_evaluation(*settings, "sample.guidance=1.0")
+        assert an_evaluation(*settings) == pytest.approx(2 * single, rel=0.02)
+
+
+def test_samples_that_do_not_divide_are_refused():
+    """Catches a searched batch that does not reach the sampler, or that no run would take."""
+    settings = config_lib.default().plan
+    settings.config, settings.generator, settings.overrides = SAMPLE, UVIT, SAMPLING
+    with pytest.raises(UserError, match="sample.batch_size=12.*try 8 or 16"):
+        plan.compiled(settings, "cpu", 64, 12)
+
+
 def test_without_averages_the_state_has_none(small, one_device):
     """Catches ema_decay=0 that keeps a copy of the weights all the same."""
     small.ema_decay = 0.0
@@ -168,9 +289,16 @@ def test_no_batch_fits():
     assert tries == [32, 16, 8]
 
 
-def test_find_batch_plans_what_it_found(monkeypatch):
+@pytest.mark.parametrize(
+    "settings, steps",
+    [
+        ({"config": PHASE1, "overrides": SMALL}, 1200),
+        ({"config": SAMPLE, "generator": UVIT, "overrides": SAMPLING}, 2),  # 20 images
+    ],
+)
+def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
     """Catches a search whose result is not the batch of the row, or which compiles it twice."""
-    seen = []
+    given, seen = settings, []
 
     def fake(settings, text, size, batch):
         seen.append(batch)
@@ -178,9 +306,10 @@ def test_find_batch_plans_what_it_found(monkeypatch):
 
     monkeypatch.setattr(plan, "compiled", fake)
     settings = config_lib.default().plan
-    settings.config, settings.overrides, settings.find_batch = PHASE1, SMALL, True
+    settings.update(given | {"find_batch": True})
     (row,) = plan.plan(settings, plan.target(settings), "v5e:2x2")
     assert row["batch_size"] == 16 and row["fits"]  # the last multiple of 4 below 16.6 GB
+    assert row["steps"] == steps
     assert len(seen) == len(set(seen))
 
 
@@ -297,6 +426,25 @@ def test_a_tpu_program_is_planned_on_this_host(tmp_path):
     assert [row["chips"] for row in rows] == [4, 1] and all(row["fits"] for row in rows)
     assert all(row["step_s_roofline"] > 0 and row["kwh"] > 0 for row in rows)
     assert rows[0]["collectives"]["all-reduce"]["bytes"] > 0 and not rows[1]["collectives"]
+
+
+@pytest.mark.slow
+def test_a_tpu_program_that_samples_is_planned_on_this_host(tmp_path):
+    """Catches a sampler that is compiled for this host, or one whose loop XLA's count misses."""
+    pytest.importorskip("libtpu", exc_type=ImportError)
+    moved = []
+    for steps in (4, 8, 12):
+        settings = {"config": SAMPLE, "generator": UVIT, "topologies": ("v5e:2x2",)}
+        overrides = (*SAMPLING, f"sample.steps={steps}")
+        assert main.main(_arguments(tmp_path, **settings, overrides=overrides)) == 0
+        (row,) = json.loads((tmp_path / plan.PLAN).read_text())
+        assert row["chips"] == 4 and row["fits"] and row["kwh"] > 0
+        assert row["images_per_s"] == pytest.approx(8 / row["step_s_roofline"])
+        assert row["collectives"]["all-gather"]["bytes"] >= 8 * 64 * 64 * 3  # images of 8 bits
+        moved.append(row["bytes_accessed"])
+    assert (
+        moved[2] - moved[1] == pytest.approx(moved[1] - moved[0], rel=0.02) and moved[1] > moved[0]
+    )
 
 
 @pytest.mark.slow
