@@ -10,6 +10,8 @@ import importlib.metadata
 import os
 import re
 
+from packaging.requirements import Requirement
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -18,19 +20,22 @@ def canonical(name: str) -> str:
 
 
 def needed() -> dict[str, importlib.metadata.Distribution]:
-    """Distributions by name that dcae_jax requires, extras left out."""
-    found, waiting = {}, ["dcae_jax"]
+    """Distributions by name that dcae_jax requires, with the extras that another one asks for."""
+    found, seen, waiting = {}, set(), [("dcae_jax", "")]
     while waiting:
-        name = canonical(waiting.pop())
-        if name in found:
+        name, extra = waiting.pop()
+        name = canonical(name)
+        if (name, extra) in seen:
             continue
+        seen.add((name, extra))
         try:
             found[name] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:  # for another system or Python
             continue
         for line in found[name].requires or []:
-            if "extra ==" not in line:
-                waiting.append(re.match(r"[\w.-]+", line)[0])
+            wanted = Requirement(line)
+            if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                waiting += [(wanted.name, more) for more in ("", *wanted.extras)]
     return found
 
 
