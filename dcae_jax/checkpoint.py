@@ -13,7 +13,6 @@ SOURCE is a workdir, all of whose whole checkpoints are copied, or one WORKDIR/c
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import glob
@@ -33,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dcae_jax import config as config_lib
-from dcae_jax import integrity, published, report
+from dcae_jax import host_memory, integrity, published, report
 from dcae_jax.config import MachineError, UserError
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainState
@@ -50,10 +49,6 @@ AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its
 # What an export says of a diffusion model; `latents` holds the checksum of the encoder.
 GENERATOR_KEYS = ("model", "objective", "patch_size", "latents")
 _WEIGHTS = ("params", "stats", "ema")
-
-# Of glibc's mallopt, <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MIB = 2**20
 
 
 def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
@@ -218,7 +213,7 @@ def _read_numpy(path: str, which: str) -> Weights:
     import orbax.checkpoint as ocp
 
     try:
-        with _little_memory(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
+        with host_memory.given_back(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
             return _read_tree(reader, path, which)
     except UserError:
         raise
@@ -248,27 +243,6 @@ def _read_tree(reader: "ocp.PyTreeCheckpointer", path: str, which: str) -> Weigh
     request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
     restored = reader.restore(path, args=request)
     return {name: value for part in restored.values() for name, value in part.items()}
-
-
-@contextlib.contextmanager
-def _little_memory() -> Iterator[None]:
-    """Large blocks that are freed meanwhile, or allocated meanwhile and freed later, go back to
-    the system at once.
-
-    Orbax decodes arrays in threads. glibc would keep what each frees for that thread's next
-    blocks, up to half the size of the weights. With other C libraries nothing is changed.
-    """
-    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(allocator, "mallopt"):
-        yield
-        return
-    allocator.mallopt(_MMAP_THRESHOLD, _MIB // 4)
-    try:
-        yield
-    finally:
-        # What glibc's own adjustment reaches in a program with arrays as large as weights.
-        allocator.mallopt(_MMAP_THRESHOLD, 32 * _MIB)
-        allocator.mallopt(_TRIM_THRESHOLD, 64 * _MIB)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the C library does with memory that programs on the CPU give back."""
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Callable, Iterator
 
 # From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_TOP_PAD = 64 << 20  # bytes asked of the kernel beyond what is needed; untouched ones cost nothing
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
+_MIB = 1 << 20
+_BLOCKS = 65536  # glibc's default of M_MMAP_MAX
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    """glibc's; None with another C library (musl, macOS, Windows)."""
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 @functools.cache
@@ -19,16 +31,44 @@ def keep() -> bool:
     (docs/benchmarks.md). The process stays as large as its largest moment. To be called before JAX
     starts its threads; those that run already keep giving back. Returns whether the setting was
     taken; elsewhere than with glibc nothing happens.
+
+    One arena: what one thread frees, another one's program can take.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # musl, macOS, Windows
-        return False
+    return bool(_mallopt()) and bool(_mallopt()(_M_ARENA_MAX, 1)) and _keep()
+
+
+def _keep() -> bool:
+    mallopt = _mallopt()
     return all(
         (
             mallopt(_M_MMAP_MAX, 0),
             mallopt(_M_TRIM_THRESHOLD, -1),
-            mallopt(_M_TOP_PAD, _TOP_PAD),
-            mallopt(_M_ARENA_MAX, 1),  # what one thread frees, another one's program can take
+            mallopt(
+                _M_TOP_PAD, 64 * _MIB
+            ),  # beyond the need; untouched, it is free
         )
     )
+
+
+@contextlib.contextmanager
+def given_back() -> Iterator[None]:
+    """Large blocks that are freed meanwhile, or allocated meanwhile and freed later, go back to
+    the system at once.
+
+    Orbax decodes arrays in threads. Kept, what each frees would be half the size of the weights
+    and more.
+    """
+    mallopt = _mallopt()
+    if not mallopt:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, _BLOCKS)
+    mallopt(_M_MMAP_THRESHOLD, _MIB // 4)
+    try:
+        yield
+    finally:
+        # What glibc's own adjustment reaches in a program with arrays as large as weights.
+        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
+        mallopt(_M_TRIM_THRESHOLD, 64 * _MIB)
+        if keep.cache_info().currsize:
+            _keep()
