@@ -43,9 +43,7 @@ def _keep() -> bool:
         (
             mallopt(_M_MMAP_MAX, 0),
             mallopt(_M_TRIM_THRESHOLD, -1),
-            mallopt(
-                _M_TOP_PAD, 64 * _MIB
-            ),  # beyond the need; untouched, it is free
+            mallopt(_M_TOP_PAD, 64 * _MIB),  # beyond the need; untouched, it is free
         )
     )
 
