@@ -53,8 +53,8 @@ def all_cells() -> list[Cell]:
     fsdp = ("mesh.data=1", "mesh.fsdp=-1")
     latents = ("autoencoder=f64c128", "resolution=512", "batch_size=1024")
     diffusion = (
-        ("UViT-H f64", "uvit.py:h", (*latents, "remat=blocks")),
-        ("UViT-2B f64", "uvit.py:2b", (*latents, "remat=blocks")),
+        ("UViT-H f64", "uvit.py:h", latents),
+        ("UViT-2B f64", "uvit.py:2b", latents),
         ("DiT-XL f32", "dit.py:xl", ("autoencoder=f32c32", "resolution=512")),
     )
     jobs = []
@@ -73,19 +73,18 @@ def all_cells() -> list[Cell]:
     for size in (1, 4, 16):
         mesh = ("mesh.data=-1", f"mesh.fsdp={size}")
         job = f"UViT-H fsdp={size}"
-        overrides = (*latents, *mesh, "remat=blocks")
+        overrides = (*latents, *mesh)
         found.append(Cell("fsdp", job, "uvit.py:h", "v5e:4x4", overrides))
     for effort in (-1.0, 0.0):  # as the planner compiles, and as training does
         for unroll in (False, True):
             job = f"UViT-H {'unrolled' if unroll else 'scanned'} effort={effort:.0f}"
-            overrides = (*latents, *fsdp, "remat=blocks", f"unroll={unroll}")
+            overrides = (*latents, *fsdp, f"unroll={unroll}")
             found.append(Cell("loop", job, "uvit.py:h", "v5e:4x4", overrides, effort))
-    for model in ("h", "2b"):
+    for model, config, overrides in diffusion:
         for remat in ("none", "blocks"):
-            job = f"UViT-{model.upper()} remat={remat}"
-            config = f"uvit.py:{model}"
-            overrides = (*latents, *fsdp, f"remat={remat}")
-            found.append(Cell("remat", job, config, "v5e:4x4", overrides))
+            job = f"{model} remat={remat}"
+            changed = (*overrides, *fsdp, f"remat={remat}")
+            found.append(Cell("remat", job, config, "v5e:4x4", changed))
     return found
 
 

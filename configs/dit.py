@@ -25,6 +25,8 @@ def get_config(variant="xl"):
     config.sample.steps = 250
     config.sample.guidance = 1.3
     config.evaluate_every = 10_000
+    if variant == "xl":
+        config.remat = "blocks"  # with 16 samples a chip 2 GB instead of 16 (docs/scaling.md)
     if variant == "tiny":
         config.batch_size = 64
         config.steps = 1500

@@ -26,6 +26,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 
 
 def collective_bytes(text: str) -> dict[str, dict[str, int]]:
@@ -33,7 +34,7 @@ def collective_bytes(text: str) -> dict[str, dict[str, int]]:
 
     text: of the optimised HLO module. Bytes are of the whole array of each collective as one chip
     sees it: the larger of what it gives and what it gets. What is in a loop counts as often as the
-    loop turns where XLA knows how often, else once.
+    loop turns where the text says how often, else once; see `_rounds`.
     """
     bodies = _computations(text)
     totals: dict[str, Any] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
@@ -75,28 +76,55 @@ def accessed_bytes(bodies: "_Bodies", name: str) -> int:
 def _accessed(op: "_Op", bodies: "_Bodies", sizes: dict[str, int]) -> int:
     if op.opcode in _FREE or op.opcode.endswith("-done"):
         return 0
+    if op.opcode == "custom-call" and not op.operands:  # memory set aside for a loop to fill
+        return 0
     given = [sizes.get(operand, 0) for operand in op.operands]
-    if op.opcode == "dynamic-slice":
+    if op.opcode.endswith("-start") and op.shape.startswith("("):  # which holds its operands, too
+        return sizes[op.name]
+    if op.opcode in ("slice", "dynamic-slice"):
         return 2 * sizes[op.name]
     if op.opcode == "dynamic-update-slice":
         return 2 * given[1]
-    inner = next((bodies[other] for other in op.called if other in bodies), None)
-    if op.opcode != "fusion" or inner is None:
+    if op.opcode != "fusion" or not _fused(op, bodies):
         return sizes[op.name] + sum(given)
-    inside = {other.name: _bytes(other.shape) for other in inner}
-    parameters = {int(other.number): other.name for other in inner if other.opcode == "parameter"}
-    total, written = 0, sizes[op.name]
-    for number, size in enumerate(given):
-        name = parameters.get(number, "")
-        users = [other for other in inner if name in other.operands]
-        if users and all(user.opcode == "dynamic-slice" for user in users):
-            size = sum(inside[user.name] for user in users)
-        elif len(users) == 1 and users[0].opcode == "dynamic-update-slice":
-            if users[0].operands[0] == name:  # in place: the update alone is read and written
-                update = inside[users[0].operands[1]]
-                size, written = 0, written - size + update
-        total += size
-    return total + max(written, 0)
+    uses = [_use(op, number, size, bodies) for number, size in enumerate(given)]
+    read, kept = (sum(part) for part in zip(*uses, strict=True)) if uses else (0, 0)
+    return read + max(sizes[op.name] - kept, 0)
+
+
+def _fused(op: "_Op", bodies: "_Bodies") -> "list[_Op]":
+    return next((bodies[name] for name in op.called if name in bodies), [])
+
+
+def _use(fusion: "_Op", number: int, size: int, bodies: "_Bodies") -> tuple[int, int]:
+    """(bytes read of a fusion's operand, bytes of it that stand in the result as they were).
+
+    Of what is sliced only the slice is read, in fusions within the fusion, too; of what is updated
+    in place only the update.
+    """
+    inner = _fused(fusion, bodies)
+    names = [op.name for op in inner if op.opcode == "parameter" and int(op.inside) == number]
+    read = kept = 0
+    while names:
+        name = names.pop()
+        for user in inner:
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode == "dynamic-slice":
+                read += _bytes(user.shape)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                update = next(op for op in inner if op.name == user.operands[1])
+                kept += size - _bytes(update.shape)
+            elif user.opcode == "fusion" and _fused(user, bodies):
+                for place, operand in enumerate(user.operands):
+                    if operand == name:
+                        part = _use(user, place, size, bodies)
+                        read, kept = read + part[0], kept + part[1]
+            else:
+                return size, 0
+    return min(read, size), min(kept, size)
 
 
 _FREE = (
@@ -120,8 +148,10 @@ class _Op:
     opcode: str
     operands: tuple[str, ...]
     called: tuple[str, ...]  # computations
-    rounds: int  # of a loop, 1 where unknown
-    number: str  # of a parameter
+    condition: str  # of a loop: the computation that ends it
+    rounds: int  # of a loop, as XLA knows it; 0 where it does not
+    inside: str  # of its brackets: the number of a parameter, the value of a constant
+    counts_up: bool  # a comparison with LT
 
 
 _Bodies = dict[str, list[_Op]]
@@ -156,10 +186,35 @@ def _op(name: str, rest: str) -> _Op:
     called = _CALLED.findall(rest)
     for group in _BRANCHES.findall(rest):
         called += [part.strip().lstrip("%") for part in group.split(",")]
-    known = _ROUNDS.search(rest)
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    rounds = int(known[1]) if known else 1
-    return _Op(name, rest[:end], opcode, operands, tuple(called), rounds, inside)
+    known, condition = _ROUNDS.search(rest), _CONDITION.search(rest)
+    return _Op(
+        name=name,
+        shape=rest[:end],
+        opcode=opcode,
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        called=tuple(called),
+        condition=condition[1] if condition else "",
+        rounds=int(known[1]) if known else 0,
+        inside=inside,
+        counts_up="direction=LT" in rest,
+    )
+
+
+def _rounds(op: _Op, bodies: _Bodies) -> int:
+    """How often a loop turns, and 1 for what is no loop or is not known.
+
+    XLA for TPUs writes no trip counts into its text. The loops of JAX's `scan` and `fori_loop` with
+    fixed bounds count up by one, from 0 in this project, to a constant in the loop's condition.
+    """
+    if op.rounds or op.opcode != "while" or op.condition not in bodies:
+        return op.rounds or 1
+    inside = {other.name: other for other in bodies[op.condition]}
+    last = bodies[op.condition][-1]
+    bounds = [inside[name] for name in last.operands if name in inside]
+    counted = last.opcode == "compare" and last.counts_up and len(bounds) == 2
+    if not counted or bounds[1].opcode != "constant" or not bounds[1].inside.isdigit():
+        return 1
+    return max(int(bounds[1].inside), 1)
 
 
 def _times(bodies: _Bodies, *, fusions: bool) -> dict[str, int]:
@@ -172,7 +227,7 @@ def _times(bodies: _Bodies, *, fusions: bool) -> dict[str, int]:
             if fusions or op.opcode in ("while", "conditional", "call", "async-start"):
                 for other in op.called:
                     if other in bodies:
-                        visit(other, often * op.rounds)
+                        visit(other, often * _rounds(op, bodies))
 
     visit("", 1)
     return times

@@ -68,3 +68,93 @@ ENTRY %main (p: bf16[4,8], q: f32[16]) -> f32[4] {
         "collective-permute": {"count": 1, "bytes": 16 * 4 + 8},
         "reduce-scatter": {"count": 1, "bytes": 16 * 4},
     }
+
+
+# As XLA for TPUs writes a `scan`: no trip count, the rounds stand in the condition alone.
+_TPU_LOOP = """HloModule m
+
+%body (state: (s32[], f32[16], f32[7,16])) -> (s32[], f32[16], f32[7,16]) {
+  %state = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = f32[16]{0:T(128)} get-tuple-element(%state), index=1
+  %w = f32[7,16]{1,0:T(8,128)} get-tuple-element(%state), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %y = f32[16]{0:T(128)} all-reduce(%x), to_apply=%sum
+  ROOT %out = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) tuple(%next, %y, %w)
+}
+
+%condition (state.1: (s32[], f32[16], f32[7,16])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(7), metadata={op_name="jit(f)/while/cond"}
+  %state.1 = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %bound), direction=LT, metadata={op_name="lt"}
+}
+
+ENTRY %main (p: (s32[], f32[16], f32[7,16])) -> (s32[], f32[16], f32[7,16]) {
+  %p = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_rounds_of_a_tpu_loop_are_those_of_its_condition():
+    """Catches TPU loops counted once, since their text has no trip count as a CPU's has."""
+    assert hlo.collective_bytes(_TPU_LOOP) == {"all-reduce": {"count": 7, "bytes": 7 * 64}}
+    a_round = 2 * 64 + 3 * 4 + (2 * 4 + 1)  # all-reduce, addition and comparison
+    assert hlo.repeated_bytes(_TPU_LOOP) == 6 * a_round
+
+
+def test_a_loop_without_a_fixed_bound_counts_once():
+    """Catches a count made up for a loop that ends as the data say."""
+    for old, new in (("LT", "NE"), ("%bound)", "%j)"), ("constant(7)", "copy(%state.1)")):
+        text = _TPU_LOOP.replace(old, new)
+        assert text != _TPU_LOOP
+        assert hlo.collective_bytes(text)["all-reduce"]["count"] == 1, new
+        assert hlo.repeated_bytes(text) == 0, new
+
+
+def test_fusions_within_fusions_read_and_write_slices():
+    """Catches a stack of all layers counted in each round, where a TPU's fusion slices it inside."""
+    text = """HloModule m
+
+%slice (stack: f32[7,16], i: s32[]) -> f32[16] {
+  %stack = f32[7,16]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[1,16]{1,0} dynamic-slice(%stack, %i), dynamic_slice_sizes={1,16}
+  ROOT %flat = f32[16]{0} bitcast(%row)
+}
+
+%outer (stack.1: f32[7,16], i.1: s32[], whole: f32[16], into: f32[7,16]) -> f32[7,16] {
+  %stack.1 = f32[7,16]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %whole = f32[16]{0} parameter(2)
+  %into = f32[7,16]{1,0} parameter(3)
+  %part = f32[16]{0} fusion(%stack.1, %i.1), kind=kLoop, calls=%slice
+  %sum = f32[16]{0} add(%part, %whole)
+  %update = f32[1,16]{1,0} bitcast(%sum)
+  %flat.1 = f32[7,16]{1,0} bitcast(%into)
+  ROOT %updated = f32[7,16]{1,0} dynamic-update-slice(%flat.1, %update, %i.1)
+}
+
+ENTRY %main (a: f32[7,16], b: s32[], c: f32[16], d: f32[7,16]) -> f32[7,16] {
+  %a = f32[7,16]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %c = f32[16]{0} parameter(2)
+  %d = f32[7,16]{1,0} parameter(3)
+  %room = f32[7,16]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %p = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%c)
+  ROOT %f = f32[7,16]{1,0} fusion(%a, %b, %c, %d), kind=kOutput, calls=%outer
+}
+"""
+    bodies = hlo._computations(text)
+    fusion = 64 + 4 + 64 + 64  # slice, index, whole operand, update
+    assert hlo.accessed_bytes(bodies, "") == fusion + 64 + 64 + 4
+
+
+def test_bytes_are_counted_as_xla_counts_them():
+    """Catches a count of loops that is of another kind than the count it is added to."""
+    program = _compiled(True)
+    bodies = hlo._computations(program.as_text())
+    mine = hlo.accessed_bytes(bodies, "")
+    assert mine == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.2)
