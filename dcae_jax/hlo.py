@@ -81,7 +81,7 @@ def _accessed(op: "_Op", bodies: "_Bodies", sizes: dict[str, int]) -> int:
     given = [sizes.get(operand, 0) for operand in op.operands]
     if op.opcode.endswith("-start") and op.shape.startswith("("):  # which holds its operands, too
         return sizes[op.name]
-    if op.opcode in ("slice", "dynamic-slice"):
+    if op.opcode in _SLICES:
         return 2 * sizes[op.name]
     if op.opcode == "dynamic-update-slice":
         return 2 * given[1]
@@ -112,7 +112,7 @@ def _use(fusion: "_Op", number: int, size: int, bodies: "_Bodies") -> tuple[int,
                 continue
             if user.opcode == "bitcast":
                 names.append(user.name)
-            elif user.opcode == "dynamic-slice":
+            elif user.opcode in _SLICES:
                 read += _bytes(user.shape)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 update = next(op for op in inner if op.name == user.operands[1])
@@ -127,6 +127,7 @@ def _use(fusion: "_Op", number: int, size: int, bodies: "_Bodies") -> tuple[int,
     return min(read, size), min(kept, size)
 
 
+_SLICES = ("slice", "dynamic-slice")
 _FREE = (
     "parameter",
     "constant",
