@@ -9,8 +9,6 @@ clipping and AdamW at widths 16 to 256, one block a stage, batch 8 at 128 pixels
 the step that train.py runs.
 """
 
-import re
-
 import common
 import numpy as np
 
@@ -148,23 +146,15 @@ def _their_step():
     return run, {}
 
 
-def main() -> None:
-    given = common.arguments(__doc__, rounds=3)
-    if given.side:
-        return common.serve({"ours": ours, "theirs": theirs}[given.side])
-    from dcae_jax import report
-
-    print(common.machine())
-    peak = common.peaks()
-    print(f"matmul peak {peak[0] / 1e9:.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s\n")
-    rows = [(*common.HEAD, *common.SHARES)]
-    for case in (*CASES, TRAIN):
-        if re.search(given.only, case):
-            rounds = given.rounds * (5 if case == TRAIN else 1)  # a step takes half a second
-            (result,) = common.compare(__file__, [case], rounds)
-            rows.append(common.row(result, peak))
-    print(report.table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    # A training step takes half a second, the rest of the cases up to ten.
+    turns = {TRAIN: 5}
+    common.beside(
+        __file__,
+        __doc__,
+        [*CASES, TRAIN],
+        ours,
+        theirs,
+        rounds=lambda c: turns.get(c, 1),
+        default=3,
+    )

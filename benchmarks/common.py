@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -223,6 +224,52 @@ def _least(run: Callable[[], object], repeats: int = 7) -> float:
         run()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def put(doc: str, name: str, printed: str) -> None:
+    """Puts a benchmark's output between its marks `<!-- name -->` in the document at path `doc`."""
+    from dcae_jax import report
+
+    with open(doc, encoding="utf-8") as file:
+        text = file.read()
+    marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
+    if not all(mark in text for mark in marks):
+        raise SystemExit(f"{os.path.basename(doc)} has no marks {marks}")
+    before, rest = text.split(marks[0])
+    after = rest.split(marks[1])[1]
+    text = f"{before}{marks[0]}```\n{printed.strip()}\n```\n{marks[1]}{after}"
+    report.write_file(doc, text.encode())
+
+
+def beside(
+    script: str,
+    doc: str,
+    cases: list[str],
+    ours: Callable,
+    theirs: Callable,
+    *,
+    rounds: Callable[[str], int] = lambda case: 1,
+    default: int,
+) -> None:
+    """The `main` of a script of two sides, each with a share of the machine's peaks beside it.
+
+    ours(case), theirs(case): as `serve` takes them. rounds(case): how many times `--rounds`,
+    `default` where not given, turns of a case there are.
+    """
+    given = arguments(doc, default)
+    if given.side:
+        return serve({"ours": ours, "theirs": theirs}[given.side])
+    from dcae_jax import report
+
+    print(machine())
+    peak = peaks()
+    print(f"matmul peak {peak[0] / 1e9:.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s\n")
+    rows = [(*HEAD, *SHARES)]
+    for case in cases:
+        if re.search(given.only, case):
+            (result,) = compare(script, [case], given.rounds * rounds(case))
+            rows.append(row(result, peak))
+    print(report.table(rows))
 
 
 def arguments(doc: str, rounds: int) -> argparse.Namespace:

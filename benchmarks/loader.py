@@ -34,12 +34,12 @@ def folder(pixels: int) -> str:
     """JPEGs of the embedded photographs, enlarged; made once."""
     path = os.path.join(tempfile.gettempdir(), f"dcae_jax-jpegs-{pixels}")
     if not os.path.isdir(path):
-        from dcae_jax import data
+        from dcae_jax import crops, sources
 
         os.makedirs(beside := f"{path}.{os.getpid()}")
-        photos = data.photos()
+        photos = sources.photos()
         for i in range(FILES):
-            image = data.center_crop(photos[i % len(photos)][0], 400)
+            image = crops.center_crop(photos[i % len(photos)][0], 400)
             image = image.rotate(90 * (i % 4)).resize((pixels, pixels), Image.Resampling.BICUBIC)
             image.save(os.path.join(beside, f"{i:03d}.jpg"), quality=90)
         os.rename(beside, path)
@@ -48,7 +48,7 @@ def folder(pixels: int) -> str:
 
 def ours(case: str):
     from dcae_jax import config as config_lib
-    from dcae_jax import data
+    from dcae_jax import data, sources
 
     crop, pixels, batches = _case(case)
     config = config_lib.default()
@@ -58,7 +58,7 @@ def ours(case: str):
     config.data.threads, config.data.prefetch = WORKERS, WORKERS * AHEAD
 
     def run():
-        stream = data.training_batches(config, data.training_source(config.data), 0)
+        stream = data.training_batches(config, sources.training_source(config.data), 0)
         return _seconds(stream, batches)
 
     return run, {}

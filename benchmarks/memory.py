@@ -50,13 +50,13 @@ def job(*arguments: str, watch: list | None = None) -> float:
 
 def main() -> None:
     common.arguments(__doc__, rounds=1)
-    from dcae_jax import data, report
+    from dcae_jax import report, sources
 
     print(common.machine(), "\n")
     with tempfile.TemporaryDirectory() as root:
         run, pictures = os.path.join(root, "run"), os.path.join(root, "pictures")
         os.makedirs(pictures)
-        photos = data.photos()
+        photos = sources.photos()
         for i, name in enumerate(photos.names):
             photos[i][0].save(os.path.join(pictures, os.path.splitext(name)[0] + ".png"))
         memory: list[tuple[float, float]] = []

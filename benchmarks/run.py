@@ -13,24 +13,11 @@ import re
 import subprocess
 import sys
 
+import common
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 DOC = os.path.join(HERE, os.pardir, "docs", "benchmarks.md")
 SCRIPTS = ("autoencoder", "transformer", "loader", "judge", "startup", "memory", "growth")
-
-
-def put(name: str, printed: str) -> None:
-    """Puts the output of benchmarks/NAME.py between its marks in the document."""
-    from dcae_jax import report
-
-    with open(DOC, encoding="utf-8") as file:
-        text = file.read()
-    marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
-    if not all(mark in text for mark in marks):
-        raise SystemExit(f"docs/benchmarks.md has no marks {marks}")
-    before, rest = text.split(marks[0])
-    after = rest.split(marks[1])[1]
-    text = f"{before}{marks[0]}```\n{printed.strip()}\n```\n{marks[1]}{after}"
-    report.write_file(DOC, text.encode())
 
 
 def main() -> None:
@@ -46,7 +33,7 @@ def main() -> None:
             print(done.stdout, flush=True)
             if done.returncode:
                 raise SystemExit(f"benchmarks/{name}.py ended with {done.returncode}")
-            put(name, done.stdout)
+            common.put(DOC, name, done.stdout)
 
 
 if __name__ == "__main__":

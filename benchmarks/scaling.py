@@ -15,8 +15,10 @@ import logging
 import os
 import re
 
+import common
+
 from dcae_jax import config as config_lib
-from dcae_jax import plan, report
+from dcae_jax import plan, program, report
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(HERE, os.pardir, "configs")
@@ -97,7 +99,7 @@ def planned(cell: Cell) -> dict:
     settings = config_lib.default().plan
     settings.config = os.path.join(CONFIGS, cell.config)
     settings.overrides, settings.effort = cell.overrides, cell.effort
-    job = plan.target(settings)
+    job = program.target(settings)
     kept = {
         "job": cell.job,
         "config": f"configs/{cell.config}",
@@ -123,17 +125,8 @@ def table(cells: list[Cell]) -> str:
 
 def write(cells: list[Cell]) -> None:
     """Puts each table between its marks in docs/scaling.md."""
-    with open(DOC, encoding="utf-8") as file:
-        text = file.read()
     for name in dict.fromkeys(cell.table for cell in cells):
-        made = table([cell for cell in cells if cell.table == name])
-        marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
-        if not all(mark in text for mark in marks):
-            raise SystemExit(f"docs/scaling.md has no marks {marks}")
-        before, rest = text.split(marks[0])
-        after = rest.split(marks[1])[1]
-        text = f"{before}{marks[0]}```\n{made}\n```\n{marks[1]}{after}"
-    report.write_file(DOC, text.encode())
+        common.put(DOC, name, table([cell for cell in cells if cell.table == name]))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import dcae_jax
-from dcae_jax import api, data, report, sharding, tiling
+from dcae_jax import api, report, sharding, sources, tiling
 from dcae_jax import config as config_lib
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     given = parser.parse_args()
     mesh = sharding.make_mesh(config_lib.default().mesh)
     ae = dcae_jax.load_autoencoder(given.run, mesh=mesh)
-    photos = data.photos((*data.PHOTOS, *data.HELD_OUT_PHOTOS))
+    photos = sources.photos((*sources.PHOTOS, *sources.HELD_OUT_PHOTOS))
     every = [["photograph", "border", "at", "tiled", "whole", "added"]]
     largest = [["photograph", "borders", "above 2", "whole above 2", "tiled", "whole", "added"]]
     for i, name in enumerate(photos.names):

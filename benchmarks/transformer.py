@@ -9,7 +9,6 @@ that train.py runs, with averages off. The peer uses `scaled_dot_product_attenti
 """
 
 import os
-import re
 
 import common
 import numpy as np
@@ -159,21 +158,5 @@ def theirs(case: str):
     return run, {}
 
 
-def main() -> None:
-    given = common.arguments(__doc__, rounds=11)
-    if given.side:
-        return common.serve({"ours": ours, "theirs": theirs}[given.side])
-    from dcae_jax import report
-
-    print(common.machine())
-    peak = common.peaks()
-    print(f"matmul peak {peak[0] / 1e9:.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s\n")
-    rows = [(*common.HEAD, *common.SHARES)]
-    cases = [case for case in CASES if re.search(given.only, case)]
-    for result in common.compare(__file__, cases, given.rounds):
-        rows.append(common.row(result, peak))
-    print(report.table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    common.beside(__file__, __doc__, CASES, ours, theirs, default=11)

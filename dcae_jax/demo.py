@@ -20,7 +20,19 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dcae_jax import api, data, demo_diffusion, evaluate, main, metrics, report, sharding, train
+from dcae_jax import (
+    api,
+    crops,
+    data,
+    demo_diffusion,
+    evaluate,
+    main,
+    metrics,
+    report,
+    sharding,
+    sources,
+    train,
+)
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
@@ -57,7 +69,7 @@ def run(workdir: str) -> int:
 def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
     mesh = sharding.make_mesh(config.mesh)
-    source = data.held_out_source(config.data)
+    source = sources.held_out_source(config.data)
     models = [api.load_autoencoder(os.path.join(workdir, phase), mesh=mesh) for phase in PHASES]
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
@@ -83,10 +95,10 @@ def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, flo
     """
     from sklearn.decomposition import PCA
 
-    images = data.training_source(config.data)
+    images = sources.training_source(config.data)
     rng = np.random.default_rng(config.seed)
     patches = [
-        np.asarray(data.random_crop(images[i % len(images)][0], f, rng)).reshape(-1)
+        np.asarray(crops.random_crop(images[i % len(images)][0], f, rng)).reshape(-1)
         for i in range(PCA_PATCHES)
     ]
     pca = PCA(channels, random_state=0).fit(np.stack(patches).astype(np.float32))

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from dcae_jax import api, data, encode, latents, report, train
+from dcae_jax import api, data, encode, latents, report, sources, train
 from dcae_jax import config as config_lib
 
 RUN = "usit"  # folder of the diffusion model's run
@@ -79,7 +79,7 @@ def held_out(model: api.Generator, first: int, count: int) -> tuple[np.ndarray, 
     """(latents, labels) of `count` crops from number `first`, which training did not see."""
     numbers = np.arange(first, first + count)
     batches = data.fixed_crops(
-        data.photos(), numbers, size=model.resolution, batch_size=model.num_classes, crops=2
+        sources.photos(), numbers, size=model.resolution, batch_size=model.num_classes, crops=2
     )
     images = [batch["image"].astype(np.float32) / 127.5 - 1 for batch in batches]
     z = [np.asarray(model.autoencoder.encode(x)) for x in images]

@@ -25,7 +25,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dcae_jax import api, checkpoint, data, evaluate, latents, lock, preemption, report, sharding
+from dcae_jax import (
+    api,
+    checkpoint,
+    data,
+    evaluate,
+    latents,
+    lock,
+    preemption,
+    report,
+    sharding,
+    sources,
+)
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers
@@ -64,7 +75,7 @@ def run(config: Any, workdir: str) -> int:
     sizes = config_lib.default().mesh
     sharding.check_batch(settings.batch_size, sharding.make_mesh(sizes), key="encode.batch_size")
     mesh = sharding.make_mesh(sizes, jax.local_devices())
-    source = data.encoding_source(config.data)
+    source = sources.encoding_source(config.data)
     model = api.load_autoencoder(
         config.init_from, config.dtype, mesh, config.weights, config.model.variant
     )
@@ -370,7 +381,7 @@ def finish(
     count = sum(sums["records"] for sums in every)
     if not count:
         raise UserError("no image could be read; see the log for their names")
-    names = data.class_names(source)
+    names = sources.class_names(source)
     flips = 1 + config.encode.flip
     size = config.resolution // model.compression
     stats = statistics(every, flips * size * size)

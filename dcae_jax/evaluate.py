@@ -32,6 +32,7 @@ from dcae_jax import (
     metrics,
     report,
     sharding,
+    sources,
 )
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
@@ -345,7 +346,7 @@ def _run(config: Any, workdir: str) -> int:
                 f"evaluate.resolutions={size} is too small for LPIPS, which needs "
                 f"{lpips.MIN_SIZE['alex']} pixels; leave evaluate.lpips_weights empty"
             )
-    source = data.evaluation_source(config.data)
+    source = sources.evaluation_source(config.data)
     if config.evaluate.protocol:
         _warn_of_count(config.evaluate.protocol, len(source), "images")
     results = evaluate(config, model.graph, model.weights, mesh, source, judges)
@@ -499,7 +500,7 @@ def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) 
 def read_picture(path: str) -> np.ndarray:
     """The image file `path` as [H, W, 3] uint8. Raises UserError."""
     try:
-        return np.asarray(data.folder(path)[0][0])
+        return np.asarray(sources.folder(path)[0][0])
     except UserError:
         raise
     except Exception as error:  # whatever a decoder raises

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from dcae_jax import data, judging, metrics, report, sharding
+from dcae_jax import judging, metrics, report, sharding, sources
 from dcae_jax.config import UserError
 from dcae_jax.models import inception
 from dcae_jax.models.layers import Array, Weights
@@ -209,7 +209,7 @@ def image_source(path: str, key: str) -> Any:
     """A folder of images or the arr_0 of an .npz, as a source of `data`. Raises UserError."""
     if os.path.isdir(path):
         try:
-            return data.folder(path)
+            return sources.folder(path)
         except UserError as error:
             raise UserError(str(error).replace("data.path", key)) from error
     names = array_names(path, key)
@@ -247,7 +247,7 @@ def _map_array(path: str, name: str) -> np.ndarray:
 
 def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
     """Names the statistics of a set of images: another set, size or network has another name."""
-    if isinstance(source, data.Folder):
+    if isinstance(source, sources.Folder):
         files = [os.path.join(source.root, file) for file in source.files]
     else:
         files = [path]

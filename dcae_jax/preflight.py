@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, data, evaluate, losses, matching, report, sharding
+from dcae_jax import checkpoint, evaluate, losses, matching, report, sharding, sources
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
@@ -91,7 +91,7 @@ def on_latents(config: Any) -> tuple[Any, Any, dict[str, Any]]:
             f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
             "run configs/encode.py, then set data.source=latents and data.path to its workdir"
         )
-    source = data.training_source(config.data)
+    source = sources.training_source(config.data)
     return matching.complete(config, source.manifest), source, source.manifest
 
 

@@ -36,6 +36,7 @@ from dcae_jax import (
     report,
     sample,
     sharding,
+    sources,
     steps,
 )
 from dcae_jax import config as config_lib
@@ -88,7 +89,7 @@ def _run(
     # What the user can have got wrong is opened before anything is compiled.
     plan = state_lib.blueprint(config, mesh)
     sharding.check_tensor(plan.params, config.sharding, mesh)
-    source = source or data.training_source(config.data)
+    source = source or sources.training_source(config.data)
     hosts.agree({"step": start or 0})
     judges = preflight.load_judges(config, mesh)
     look = (
@@ -272,7 +273,7 @@ Look = Callable[["_Writer", int, TrainState], None]
 
 def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
     """Scores the averaged weights on the held-out images, into the row of the step."""
-    held_out = data.held_out_source(config.data)
+    held_out = sources.held_out_source(config.data)
     scorers = evaluate.load_judges(config, mesh)
 
     def look(writer: "_Writer", step: int, state: TrainState) -> None:

@@ -13,7 +13,7 @@ from conftest import CONFIGS
 from PIL import Image
 
 from dcae_jax import config as config_lib
-from dcae_jax import data
+from dcae_jax import crops, data, sources
 from dcae_jax.config import UserError
 
 
@@ -38,7 +38,7 @@ def pictures(tmp_path):
 
 
 def _take(config, count, start=0, process=0, processes=1):
-    source = data.training_source(config.data)
+    source = sources.training_source(config.data)
     batches = data.training_batches(config, source, start, process, processes)
     return list(itertools.islice(batches, count))
 
@@ -99,12 +99,12 @@ def test_held_out_files_are_not_trained_on_and_stay_when_others_come(pictures):
     def names(source):
         return {source.name(i) for i in range(len(source))}
 
-    held = names(data.held_out_source(settings))
+    held = names(sources.held_out_source(settings))
     assert len(held) == 3
-    assert not held & names(data.training_source(settings))
+    assert not held & names(sources.training_source(settings))
     Image.new("RGB", (9, 9)).save(os.path.join(pictures, "new.png"))
     settings.held_out = 3 / 13
-    assert len(held & names(data.held_out_source(settings))) >= 2
+    assert len(held & names(sources.held_out_source(settings))) >= 2
 
 
 def test_center_crop_is_adms():
@@ -116,8 +116,8 @@ def test_center_crop_is_adms():
     small = half.resize((round(65 * scale), 32), Image.Resampling.BICUBIC)
     left = (small.width - 32) // 2
     want = np.asarray(small)[:, left : left + 32]
-    np.testing.assert_array_equal(np.asarray(data.center_crop(image, 32)), want)
-    assert data.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
+    np.testing.assert_array_equal(np.asarray(crops.center_crop(image, 32)), want)
+    assert crops.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
 
 
 @pytest.mark.parametrize("crop", ["random", "random_resized", "center"])
@@ -127,7 +127,7 @@ def test_every_crop_has_the_asked_size(crop, size):
     settings = _config(data__crop=crop, data__rotation=20.0, data__color_jitter=0.1).data
     image = Image.new("RGB", size, (200, 200, 200))
     for seed in range(8):
-        out = data.augment(image, 16, settings, np.random.default_rng(seed))
+        out = crops.augment(image, 16, settings, np.random.default_rng(seed))
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8
         assert out.min() > 100  # a black corner would be 0
 
@@ -141,7 +141,7 @@ def test_flips_and_jitter_happen_only_when_asked_for():
     def variants(**changes):
         settings = _config(data__crop="center", **changes).data
         rngs = (np.random.default_rng(seed) for seed in range(20))
-        return {data.augment(image, 16, settings, rng).tobytes() for rng in rngs}
+        return {crops.augment(image, 16, settings, rng).tobytes() for rng in rngs}
 
     assert variants(data__flip=False) == {pixels.tobytes()}
     assert variants() == {pixels.tobytes(), pixels[:, ::-1].tobytes()}
@@ -169,7 +169,7 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
     image, want = _modes()[mode]
     extension = "tif" if mode == "cmyk" else "png"
     image.save(tmp_path / f"x.{extension}")
-    got, _ = data.folder(str(tmp_path))[0]
+    got, _ = sources.folder(str(tmp_path))[0]
     assert got.mode == "RGB"
     assert np.abs(np.asarray(got).astype(int) - want).max() <= 1
 
@@ -180,7 +180,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert data.folder(str(tmp_path))[0][0].size == (10, 30)
+    assert sources.folder(str(tmp_path))[0][0].size == (10, 30)
 
 
 def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(pictures, tmp_path):
@@ -198,7 +198,9 @@ def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(pictures,
         joined = np.concatenate([hosts[0][k]["image"], hosts[1][k]["image"]])
         np.testing.assert_array_equal(joined, whole[k]["image"])
     np.testing.assert_array_equal(_joined(_take(config, 10, start=160)), _joined(whole[40:]))
-    held = data.held_out_source(_config(**{"data__source": "mixture", "data__parts": parts}).data)
+    held = sources.held_out_source(
+        _config(**{"data__source": "mixture", "data__parts": parts}).data
+    )
     assert len(held) == 2  # one of each part
 
 
@@ -229,7 +231,7 @@ def test_the_papers_mix_is_its_phase_on_four_folders(phase, tmp_path):
 def test_an_impossible_part_of_a_mixture_is_named(part):
     """Catches a part of weight 0, or of a source that does not exist, taken in silence."""
     with pytest.raises(UserError, match="data.parts"):
-        data.training_source(_config(data__source="mixture", data__parts=(part,)).data)
+        sources.training_source(_config(data__source="mixture", data__parts=(part,)).data)
 
 
 def test_an_unreadable_file_is_replaced_counted_and_named_once(pictures, caplog):
@@ -271,12 +273,12 @@ def test_no_images_is_an_error_that_names_the_path(missing, tmp_path):
     """Catches an endless loop, or a traceback, on an empty or missing folder."""
     path = str(tmp_path / "nothing") if missing else str(tmp_path)
     with pytest.raises(UserError, match=path):
-        data.folder(path)
+        sources.folder(path)
 
 
 def test_evaluation_reads_each_image_once_and_masks_the_rest(pictures):
     """Catches the last images counted twice, or dropped, when the batch does not divide."""
-    source = data.folder(pictures)
+    source = sources.folder(pictures)
     for processes in (1, 2):
         seen = []
         for process in range(processes):
@@ -291,7 +293,7 @@ def test_evaluation_reads_each_image_once_and_masks_the_rest(pictures):
 
 def test_fixed_crops_are_the_same_each_time():
     """Catches evaluation on other crops at every step, which makes its curve meaningless."""
-    source = data.photos(data.HELD_OUT_PHOTOS)
+    source = sources.photos(sources.HELD_OUT_PHOTOS)
     runs = [
         list(data.evaluation_batches(source, size=32, batch_size=4, count=8, crops=4))
         for _ in range(2)
@@ -303,15 +305,15 @@ def test_fixed_crops_are_the_same_each_time():
 
 def test_held_out_photographs_are_no_training_photographs():
     """Catches figures of the demo that were measured on what it trained on."""
-    assert not set(data.PHOTOS) & set(data.HELD_OUT_PHOTOS)
-    assert {name for _, name in data.HELD_OUT_PHOTOS} == {"flower.jpg", "chelsea.png"}
-    assert len(data.photos()) == len(data.PHOTOS)
+    assert not set(sources.PHOTOS) & set(sources.HELD_OUT_PHOTOS)
+    assert {name for _, name in sources.HELD_OUT_PHOTOS} == {"flower.jpg", "chelsea.png"}
+    assert len(sources.photos()) == len(sources.PHOTOS)
 
 
 def test_a_tfds_set_that_is_not_prepared_says_how():
     """Catches tfds's own page of alternatives in place of one line."""
     with pytest.raises(UserError, match="array_record"):
-        data.tfds("mnist", "train", "/nonexistent")
+        sources.tfds("mnist", "train", "/nonexistent")
 
 
 def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
@@ -341,9 +343,9 @@ def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
                 yield i, {"image": file, "label": i % 3}
 
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    source = data.tfds("tiny", "train", str(tmp_path))
+    source = sources.tfds("tiny", "train", str(tmp_path))
     assert len(source) == 5 and "tensorflow" not in sys.modules
-    assert data.class_names(source) == ("0", "1", "2")
+    assert sources.class_names(source) == ("0", "1", "2")
     records = [source[i] for i in range(5)]
     seen = sorted((image.getpixel((0, 0))[0], image.size, label) for image, label in records)
     assert seen == [(i * 10, (9, 8), i % 3) for i in range(5)]
@@ -352,26 +354,26 @@ def test_a_prepared_tfds_set_is_read_without_tensorflow(tmp_path):
 @pytest.mark.parametrize("turned", [1, 6])
 def test_a_jpeg_is_decoded_at_a_fraction_where_the_crop_halves_it_anyway(tmp_path, turned):
     """Catches a fraction below what the crop needs, and one for crops at the image's own scale."""
-    photo = data.photos()[0][0].resize((640, 512))
+    photo = sources.photos()[0][0].resize((640, 512))
     exif = Image.Exif()
     exif[0x0112] = turned
     photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
     photo.save(tmp_path / "b.png")
-    source = data.folder(str(tmp_path))
+    source = sources.folder(str(tmp_path))
     sides = {least: min(source.read(0, least)[0].size) for least in (0, 64, 65, 256, 257, 600)}
     assert sides == {0: 512, 64: 64, 65: 128, 256: 256, 257: 512, 600: 512}
     assert min(source.read(1, 64)[0].size) == 512
 
     settings = config_lib.default().data
     settings.crop = "random"
-    assert data.least_side(settings, 128) == 0
+    assert crops.least_side(settings, 128) == 0
     settings.crop = "center"
-    assert data.least_side(settings, 128) == 128
+    assert crops.least_side(settings, 128) == 128
     settings.rotation = 45.0
-    assert data.least_side(settings, 128) == math.ceil(128 * math.sqrt(2))
+    assert crops.least_side(settings, 128) == math.ceil(128 * math.sqrt(2))
     settings.crop, settings.crop_area, settings.rotation = "random_resized", (0.25, 1.0), 0.0
-    assert data.least_side(settings, 128) == 512
+    assert crops.least_side(settings, 128) == 512
 
-    whole, part = (data.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
+    whole, part = (crops.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
     difference = np.abs(np.asarray(whole, np.float32) - np.asarray(part, np.float32))
     assert difference.mean() < 2  # of 255

@@ -7,7 +7,7 @@ import numpy as np
 from conftest import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, demo, demo_diffusion, report
+from dcae_jax import demo, demo_diffusion, report, sources
 
 
 def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
@@ -42,7 +42,7 @@ def test_pca_is_the_best_linear_code_of_its_size():
     fewer it is worse, and no better than the phases' own score on other crops."""
     config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
     config.evaluate.count, config.evaluate.resolutions = 8, (32,)
-    source = data.held_out_source(config.data)
+    source = sources.held_out_source(config.data)
     exact = demo.pca_scores(config, source, 4, 48)["psnr_32"]
     few, more = (demo.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))
     assert few < more < exact and exact > 50

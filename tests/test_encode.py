@@ -19,7 +19,7 @@ from PIL import Image
 from small_judges import two_processes
 
 import dcae_jax
-from dcae_jax import checkpoint, data, encode, latents, main, preemption, report, sharding
+from dcae_jax import checkpoint, crops, encode, latents, main, preemption, report, sharding, sources
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
@@ -100,13 +100,13 @@ def _assert_same_files(left, right):
 
 def test_latents_are_those_of_the_images_and_of_their_mirror_images(whole, model, pictures):
     """Catches latents that are scaled, of other crops, mirrored after encoding, or mislabelled."""
-    source = data.folder(pictures)
+    source = sources.folder(pictures)
     ae = dcae_jax.load_autoencoder(model)
     records = _records(whole)
     assert sorted(records) == list(range(COUNT))
     for number, (values, label) in records.items():
         image, want = source[number]
-        x = np.asarray(data.center_crop(image, SIZE))[None].astype(np.float32) / 127.5 - 1
+        x = np.asarray(crops.center_crop(image, SIZE))[None].astype(np.float32) / 127.5 - 1
         for variant, pixels in enumerate((x, x[:, :, ::-1])):
             z = np.asarray(ae.encode(np.ascontiguousarray(pixels)))[0]
             np.testing.assert_allclose(
@@ -175,10 +175,10 @@ def test_fixed_crops_are_those_of_evaluation(config, tmp_path, alone):
     assert encode.run(config, str(tmp_path)) == encode.DONE
     records = _records(str(tmp_path))
     assert {number: label for number, (_, label) in records.items()} == {
-        n: n % len(data.PHOTOS) for n in range(20)
+        n: n % len(sources.PHOTOS) for n in range(20)
     }
-    images = data.photos()
-    crop = data.random_crop(images[16 % len(images)][0], SIZE, np.random.default_rng((4, 16)))
+    images = sources.photos()
+    crop = crops.random_crop(images[16 % len(images)][0], SIZE, np.random.default_rng((4, 16)))
     x = np.asarray(crop)[None].astype(np.float32) / 127.5 - 1
     z = np.asarray(dcae_jax.load_autoencoder(config.init_from).encode(x))[0]
     got = records[16][0][0].astype(np.float32)
@@ -353,7 +353,7 @@ def test_a_broken_image_is_left_out_named_and_counted(config, pictures, tmp_path
     """Catches a job that stops at one bad file, or stores latents of zeros for it."""
     root = tmp_path / "pictures"
     root.mkdir()
-    for i, file in enumerate(data.folder(pictures).files):
+    for i, file in enumerate(sources.folder(pictures).files):
         (root / f"{i:02d}.png").write_bytes(pathlib.Path(pictures, file).read_bytes())
     (root / "07.png").write_bytes(b"\x89PNG not really")
     config.data.path = str(root)

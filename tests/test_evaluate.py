@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import dcae_jax
-from dcae_jax import data, evaluate, main, metrics, report, sharding, train
+from dcae_jax import evaluate, main, metrics, report, sharding, sources, train
 from dcae_jax.config import UserError
 from dcae_jax.models import inception, lpips
 
@@ -35,7 +35,7 @@ def judge(config, devices=1, source=None):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config)
-    source = source or data.evaluation_source(config.data)
+    source = source or sources.evaluation_source(config.data)
     return evaluate.evaluate(config, model.graph, model.weights, mesh, source)[32]
 
 
@@ -94,10 +94,10 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     config = evaluate.resolve(judge_config)
     judges = evaluate.load_judges(config, one_device)
     model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), one_device)
-    source = data.evaluation_source(config.data)
+    source = sources.evaluation_source(config.data)
     parts = [
         evaluate.measure(config, model.graph, model.weights, one_device, part, judges, 32)
-        for part in (source, *(data.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))))
+        for part in (source, *(sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))))
     ]
     for name, total in parts[0].sums.items():
         assert parts[1].sums[name] + parts[2].sums[name] == pytest.approx(total, rel=1e-5), name

@@ -84,7 +84,7 @@ _TPU_LOOP = """HloModule m
   ROOT %out = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) tuple(%next, %y, %w)
 }
 
-%condition (state.1: (s32[], f32[16], f32[7,16])) -> pred[] {
+%until (state.1: (s32[], f32[16], f32[7,16])) -> pred[] {
   %bound = s32[]{:T(128)} constant(7), metadata={op_name="jit(f)/while/cond"}
   %state.1 = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) parameter(0)
   %j = s32[]{:T(128)} get-tuple-element(%state.1), index=0
@@ -93,7 +93,7 @@ _TPU_LOOP = """HloModule m
 
 ENTRY %main (p: (s32[], f32[16], f32[7,16])) -> (s32[], f32[16], f32[7,16]) {
   %p = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) parameter(0)
-  ROOT %loop = (s32[]{:T(128)}, f32[16]{0:T(128)}, f32[7,16]{1,0:T(8,128)}) while(%p), condition=%condition, body=%body
+  ROOT %loop = (s32[]{:T(128)}, f32[16]{0}, f32[7,16]{1,0}) while(%p), condition=%until, body=%body
 }
 """
 
@@ -115,7 +115,7 @@ def test_a_loop_without_a_fixed_bound_counts_once():
 
 
 def test_fusions_within_fusions_read_and_write_slices():
-    """Catches a stack of all layers counted in each round, where a TPU's fusion slices it inside."""
+    """Catches a stack of all layers counted in each round, where a fusion slices it inside."""
     text = """HloModule m
 
 %slice (stack: f32[7,16], i: s32[]) -> f32[16] {

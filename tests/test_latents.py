@@ -12,7 +12,7 @@ import pytest
 from array_record.python import array_record_module
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, latents
+from dcae_jax import data, latents, sources
 from dcae_jax.config import UserError
 
 SHAPE = (2, 3, 3, 4)  # flips, h, w, c
@@ -63,7 +63,7 @@ def _config(path, **changes):
 
 
 def _take(config, count, start=0, process=0, processes=1):
-    source = data.training_source(config.data)
+    source = sources.training_source(config.data)
     batches = data.training_batches(config, source, start, process, processes)
     return list(itertools.islice(batches, count))
 
@@ -134,7 +134,7 @@ def test_a_damaged_record_is_replaced_and_named_once(tmp_path, caplog):
     """Catches a run that stops, or trains on noise, where a disk flipped a bit."""
     # In bfloat16, 149.5 would be 150.
     path = write(tmp_path / "z", count=300, shard_size=300, dtype="float16")
-    (shard,) = data.training_source(_config(path).data).manifest["shards"]
+    (shard,) = sources.training_source(_config(path).data).manifest["shards"]
     file = os.path.join(path, shard["file"])
     with open(file, "r+b") as opened:
         record = latents.pack(_values(150, "float16"), 0, 150)
@@ -185,15 +185,15 @@ def test_what_is_not_whole_is_refused_in_one_line(tmp_path, damage, words):
     path = write(tmp_path / "z")
     damage(path)
     with pytest.raises(UserError, match=words) as caught:
-        data.training_source(_config(path).data)
+        sources.training_source(_config(path).data)
     assert "\n" not in str(caught.value) and path in str(caught.value)
 
 
 def test_latents_are_for_training_alone(tmp_path):
     """Catches an evaluation, or an encoding, that takes latents for pictures."""
     settings = _config(str(tmp_path)).data
-    assert data.held_out_source(settings) is None
-    for source in (data.evaluation_source, data.encoding_source):
+    assert sources.held_out_source(settings) is None
+    for source in (sources.evaluation_source, sources.encoding_source):
         with pytest.raises(UserError, match="has no images"):
             source(settings)
 

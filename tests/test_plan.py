@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import api, checkpoint, chips, main, plan, sample, sharding, state, train
+from dcae_jax import api, checkpoint, chips, main, plan, program, sample, sharding, state, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers
@@ -61,7 +61,7 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(train, "_loop", lambda *a: seen.update(a[4]) or 0)
-    assert train.run(plan.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
+    assert train.run(program.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
     memory = seen[32].memory_analysis()
     assert row["arguments_bytes"] == memory.argument_size_in_bytes
     assert row["output_bytes"] == memory.output_size_in_bytes
@@ -137,35 +137,35 @@ def test_a_mistake_in_the_planned_job_comes_back_from_its_process():
     settings.config = PHASE1
     settings.overrides = (*SMALL, "mesh.fsdp=3")
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        plan.compiled(settings, "cpu", 32, 8)
+        program.compiled(settings, "cpu", 32, 8)
 
 
 def test_flops_count_every_microbatch(small, one_device):
     """Catches FLOPs of one round of a loop told as those of all."""
     small.batch_size = 4
-    whole = plan.flops(small, one_device, 32)
+    whole = program.flops(small, one_device, 32)
     small.accumulate = 2
-    assert plan.flops(small, one_device, 32) == pytest.approx(whole, rel=0.02)
+    assert program.flops(small, one_device, 32) == pytest.approx(whole, rel=0.02)
 
 
 def test_flops_of_a_transformer_grow_with_its_depth(one_device):
     """Catches a scanned transformer counted as one block deep."""
     counts = []
     for depth in (4, 8):
-        config = plan.overridden(
+        config = program.overridden(
             os.path.join(CONFIGS, "uvit.py:tiny"),
             ("autoencoder=f32c32", "resolution=256", f"model.depth={depth}", "batch_size=8"),
         )
-        counts.append(plan.flops(config, one_device, 8))
+        counts.append(program.flops(config, one_device, 8))
     assert counts[1] > 1.5 * counts[0]
 
 
 def test_flops_are_of_the_form_that_the_platform_runs(small, one_device, monkeypatch):
     """Catches a TPU's FLOPs counted on this host's own form of a small map's convolution."""
     monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
-    counted = plan.flops(small, one_device, 32)
+    counted = program.flops(small, one_device, 32)
     monkeypatch.setattr(layers, "SMALL_MAP", 0)
-    assert counted == plan.flops(small, one_device, 32)
+    assert counted == program.flops(small, one_device, 32)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
     (row,) = json.loads((tmp_path / "plan" / plan.PLAN).read_text())
     assert row.keys() >= PROMISED
 
-    job = plan.overridden(SAMPLE, SAMPLING, UVIT)
+    job = program.overridden(SAMPLE, SAMPLING, UVIT)
     model = api.abstract_generator(job, sharding.make_mesh(job.mesh))
     saved = {"model": job.model.to_dict(), "objective": job.objective, "patch_size": 1}
     files = {
@@ -222,15 +222,15 @@ def test_flops_count_every_evaluation_of_the_network(one_device):
     """Catches a sampler's loop, or the loop over blocks inside it, counted as one round."""
 
     def flops(file, *overrides):
-        job = plan.overridden(SAMPLE, (*SAMPLING, *overrides), os.path.join(CONFIGS, file))
-        return plan.flops(job, one_device, 64)
+        job = program.overridden(SAMPLE, (*SAMPLING, *overrides), os.path.join(CONFIGS, file))
+        return program.flops(job, one_device, 64)
 
     def an_evaluation(file, *overrides):
         few, more, most = (flops(file, *overrides, f"sample.steps={steps}") for steps in (4, 8, 16))
         assert most - more == pytest.approx(2 * (more - few))
         return (more - few) / 4
 
-    job = plan.overridden(SAMPLE, SAMPLING, UVIT)
+    job = program.overridden(SAMPLE, SAMPLING, UVIT)
     job.unroll = True
     model = state.create_model(job, one_device, layers.shapes)
     graph, weights, _ = layers.split(model)
@@ -249,7 +249,7 @@ def test_samples_that_do_not_divide_are_refused():
     settings = config_lib.default().plan
     settings.config, settings.generator, settings.overrides = SAMPLE, UVIT, SAMPLING
     with pytest.raises(UserError, match="sample.batch_size=12.*try 8 or 16"):
-        plan.compiled(settings, "cpu", 64, 12)
+        program.compiled(settings, "cpu", 64, 12)
 
 
 def test_without_averages_the_state_has_none(small, one_device):
@@ -304,10 +304,10 @@ def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
         seen.append(batch)
         return _facts(topology=text, size=size, batch_size=batch, peak_bytes=batch * 1e9)
 
-    monkeypatch.setattr(plan, "compiled", fake)
+    monkeypatch.setattr(program, "compiled", fake)
     settings = config_lib.default().plan
     settings.update(given | {"find_batch": True})
-    (row,) = plan.plan(settings, plan.target(settings), "v5e:2x2")
+    (row,) = plan.plan(settings, program.target(settings), "v5e:2x2")
     assert row["batch_size"] == 16 and row["fits"]  # the last multiple of 4 below 16.6 GB
     assert row["steps"] == steps
     assert len(seen) == len(set(seen))
@@ -317,7 +317,7 @@ def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
 
 
 def _facts(**changes):
-    """What `plan.measure` gives, of a made-up program on four v5e."""
+    """What `program.measure` gives, of a made-up program on four v5e."""
     facts = dict(
         topology="v5e:2x2", chips=4, mesh={}, batch_size=64, batch_per_chip=16, size=256,
         arguments_bytes=1e9, output_bytes=1e9, temp_bytes=1e9, alias_bytes=1e9, peak_bytes=2e9,
@@ -359,7 +359,7 @@ def test_a_drawn_resolution_is_priced_by_its_share():
     assert row["size"] == plan.MEAN and row["peak_bytes"] == 20e9 and not row["fits"]
     assert row["step_s_roofline"] == pytest.approx(0.25 + 0.75 * 4)
     assert row["chip_hours"] == pytest.approx(4 * row["step_s_roofline"])
-    job = plan.overridden(os.path.join(CONFIGS, "phase2.py"), ())
+    job = program.overridden(os.path.join(CONFIGS, "phase2.py"), ())
     assert plan.shares(job) == {256: 0.25, 512: 0.5, 1024: 0.25}
 
 
@@ -381,23 +381,23 @@ def test_a_drawn_resolution_is_priced_by_its_share():
 )
 def test_too_much_memory_is_a_finding(message, needed):
     """Catches 'does not fit' told as a crash, or without what it needs."""
-    assert plan.needed_bytes(jax.errors.JaxRuntimeError(message), 7) == needed
+    assert program.needed_bytes(jax.errors.JaxRuntimeError(message), 7) == needed
 
 
 def test_another_error_of_the_compiler_is_raised():
     """Catches every failure told as 'does not fit'."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        plan.needed_bytes(jax.errors.JaxRuntimeError("Mosaic failed"), 0)
+        program.needed_bytes(jax.errors.JaxRuntimeError("Mosaic failed"), 0)
 
 
 # --- for TPUs -------------------------------------------------------------------------------------
 
 _TPU = """
 import json, sys
-from dcae_jax import chips, plan, sharding
-config = plan.overridden(sys.argv[1], tuple(json.loads(sys.argv[2])))
+from dcae_jax import chips, program, sharding
+config = program.overridden(sys.argv[1], tuple(json.loads(sys.argv[2])))
 mesh = sharding.make_mesh(config.mesh, chips.devices("v5e:2x2"))
-step, arguments = plan.step_and_arguments(config, mesh, 32)
+step, arguments = program.step_and_arguments(config, mesh, 32)
 print(json.dumps([sharding.platform(mesh), step.lower(*arguments).as_text()]))
 """
 
@@ -406,7 +406,7 @@ print(json.dumps([sharding.platform(mesh), step.lower(*arguments).as_text()]))
 def test_a_tpu_program_is_planned_on_this_host(tmp_path):
     """Catches the host's own choices, float32 and shifted multiply-adds, in a TPU's program."""
     pytest.importorskip("libtpu", exc_type=ImportError)
-    environment = os.environ | plan.ENVIRONMENT
+    environment = os.environ | program.ENVIRONMENT
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", _TPU, PHASE1, json.dumps(SMALL)],
@@ -415,8 +415,8 @@ def test_a_tpu_program_is_planned_on_this_host(tmp_path):
         text=True,
         check=True,
     )
-    name, program = json.loads(done.stdout.splitlines()[-1])
-    convolutions = [line for line in program.splitlines() if "stablehlo.convolution" in line]
+    name, text = json.loads(done.stdout.splitlines()[-1])
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert name == "tpu" and convolutions
     assert all("bf16" in line for line in convolutions)
     assert any("feature_group_count = 256" in line for line in convolutions)  # 8 x 32 channels

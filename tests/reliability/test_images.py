@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, evaluate
+from dcae_jax import data, evaluate, sources
 from dcae_jax.config import UserError
 
 RNG = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_odd_files_are_read(tmp_path, crop, caplog):
     """Catches good pixels that are thrown away for their name, metadata or size."""
     _write(tmp_path, GOOD)
     config = _config(tmp_path, crop=crop)
-    source = data.training_source(config.data)
+    source = sources.training_source(config.data)
     batches = data.training_batches(config, source, 0)
     for _ in range(2 * len(source) // 4):
         assert next(batches)["image"].shape == (4, 64, 64, 3)
@@ -116,7 +116,7 @@ def test_odd_files_are_read(tmp_path, crop, caplog):
 def test_broken_files_are_left_out_by_name_in_little_time_and_memory(tmp_path, caplog):
     """Catches a decoder's crash, and a bomb of 900 million pixels that is unpacked first."""
     _write(tmp_path, {**GOOD, **BAD})
-    source = data.folder(str(tmp_path))
+    source = sources.folder(str(tmp_path))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     masks = [
         batch["mask"] for batch in data.evaluation_batches(source, size=64, batch_size=8, threads=2)
@@ -139,7 +139,7 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
     (tmp_path / "a.png").write_bytes(EPS)
     with pytest.raises(OSError, match="cannot identify"):
-        data.folder(str(tmp_path))[0]
+        sources.folder(str(tmp_path))[0]
 
 
 def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
@@ -153,7 +153,7 @@ def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
     os.symlink("self.png", root / "self.png")
     os.symlink(outside, root / "cats")
     os.symlink(outside, root / "more cats")
-    source = data.folder(str(root))
+    source = sources.folder(str(root))
     assert source.files == ("cats/c.png", "dogs/a.png", "self.png")
     assert source.classes == ("cats", "dogs")
     batches = list(data.evaluation_batches(source, size=32, batch_size=4))
@@ -245,7 +245,7 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
         original = originals[i % len(originals)]
         suffix = "png" if original[:4] == b"\x89PNG" else "jpg"
         (tmp_path / f"{i:05d}.{suffix}").write_bytes(_mutate(original, rng))
-    source = data.folder(str(tmp_path))
+    source = sources.folder(str(tmp_path))
     assert len(source) == count
     slowest, read = 0.0, 0
     for batch in data.evaluation_batches(source, size=32, batch_size=50, threads=2):

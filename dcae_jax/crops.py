@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Squares cut from images: ADM's centre crop, random crops, and what training changes in them."""
+
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+MOST_PIXELS = 2**26  # of an image while it is resized: a sliver 1 x 30,000 is no photograph
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve with BOX while possible, BICUBIC to `size`, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = _resize_short_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A square of `size` at the image's own scale; smaller images are enlarged first."""
+    if min(image.size) < size:
+        image = _resize_short_side(image, size)
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, area: tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
+    """A square that covers a share of the image's area drawn from `area`, resized to `size`."""
+    side = math.sqrt(image.width * image.height * rng.uniform(*area))
+    side = int(np.clip(round(side), 1, min(image.size)))
+    left = int(rng.integers(image.width - side + 1))
+    top = int(rng.integers(image.height - side + 1))
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    if shape[0] * shape[1] > MOST_PIXELS:
+        raise ValueError(f"an image of {image.width}x{image.height} is too long to be enlarged")
+    return image.resize(shape, Image.Resampling.BICUBIC)
+
+
+def least_side(data: Any, size: int) -> int:
+    """Short side that an image must have for `augment` to lose nothing; 0: its own.
+
+    ADM's crop halves an image down to this anyway. What random_resized shrinks has twice the pixels
+    a side that it needs, for the smallest share of the area, before the bicubic filter.
+    """
+    outer = math.ceil(size * _turned(data.rotation))
+    if data.crop == "center":
+        return outer
+    if data.crop == "random_resized":
+        return math.ceil(2 * outer / math.sqrt(data.crop_area[0]))
+    return 0
+
+
+def _turned(degrees: float) -> float:
+    """Side of the square from which one of side 1, turned by so much, can be cut."""
+    turn = math.radians(abs(degrees))
+    return math.cos(turn) + math.sin(turn)
+
+
+def augment(image: Image.Image, size: int, data: Any, rng: np.random.Generator) -> np.ndarray:
+    """A training example [size, size, 3] uint8, cropped and changed as config.data says."""
+    # A rotated square needs a larger one to be cut from, or its corners would be empty.
+    angle = rng.uniform(-data.rotation, data.rotation) if data.rotation else 0.0
+    outer = math.ceil(size * _turned(angle))
+    if data.crop == "center":
+        image = center_crop(image, outer)
+    elif data.crop == "random_resized":
+        image = random_resized_crop(image, outer, data.crop_area, rng)
+    else:
+        image = random_crop(image, outer, rng)
+    if outer > size:
+        image = image.rotate(angle, Image.Resampling.BICUBIC)
+        margin = (outer - size) // 2
+        image = image.crop((margin, margin, margin + size, margin + size))
+    if data.flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if data.color_jitter:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + rng.uniform(-data.color_jitter, data.color_jitter))
+    return np.asarray(image)
