@@ -73,8 +73,9 @@ def priced(facts: Row, steps_: int, watts: float) -> Row:
     """The facts with what follows from the chip's published figures.
 
     fits: peak_bytes leave chips.RESERVE free. step_s_roofline: the larger of FLOPs over the peak
-    and bytes over the bandwidth, which no run beats and few come near; None where the program did
-    not compile, or the chip's peaks are not known (cpu).
+    and bytes over the bandwidth, without the time between chips; None where the program did not
+    compile, or the chip's peaks are not known (cpu). XLA's bytes hold what a run may keep in the
+    chip's own vector memory, so that where 'bound' is 'memory' a run may be faster than this.
     """
     chip = chips.topology(facts["topology"]).chip
     row = facts | {
