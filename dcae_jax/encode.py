@@ -73,6 +73,11 @@ def run(config: Any, workdir: str) -> int:
     settings = config.encode
     # A process encodes its shards alone, so no batch is ever split over the devices of another.
     sizes = config_lib.default().mesh
+    if config.mesh.to_dict() != sizes.to_dict():
+        raise UserError(
+            f"mesh={config.mesh.to_dict()} is not for the job encode, which splits each batch over "
+            "all devices of its process; leave mesh.* out"
+        )
     sharding.check_batch(settings.batch_size, sharding.make_mesh(sizes), key="encode.batch_size")
     mesh = sharding.make_mesh(sizes, jax.local_devices())
     source = sources.encoding_source(config.data)

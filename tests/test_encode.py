@@ -392,6 +392,7 @@ def test_an_overflow_of_float16_names_bfloat16(config, exported, tmp_path, alone
         (["--config.encode.batch_size=12"], ["encode.batch_size=12", "8 or 16"]),
         (["--config.encode.dtype=float64"], ["encode.dtype='float64'", "float16"]),
         (["--config.data.source=latents"], ["has no images"]),
+        (["--config.mesh.spatial=2"], ["'spatial': 2", "leave mesh.* out"]),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(config, tmp_path, capsys, arguments, words):
