@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIGS
+from tensorboardX.proto import event_pb2
 
 from dcae_jax import checkpoint, divergence, preemption, report, train
 from dcae_jax.config import UserError
@@ -120,7 +121,26 @@ def test_a_run_leaves_what_the_docs_promise(whole):
     assert saved["config"]["batch_size"] == 4 and saved["versions"]["jax"] == jax.__version__
     assert saved["weights"] == "random, seed 0"
     assert (whole / "images" / "step0000040_32.png").exists()
-    assert any(p.name.startswith("events.out.tfevents") for p in whole.iterdir())
+
+
+def test_tensorboard_shows_the_rows(whole):
+    """Catches scalars that are missing, of another step or value, and pictures left out."""
+    scalars, pictures = {}, set()
+    for path in whole.glob("events.out.tfevents*"):
+        data = path.read_bytes()
+        while data:  # a record: its length, a checksum of that, an event, a checksum of that
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    pictures.add((event.step, value.tag, value.image.height > 0))
+                else:
+                    scalars[event.step, value.tag] = value.simple_value
+            data = data[16 + size :]
+    rows = report.read_rows(str(whole))
+    wanted = {(row["step"], k): v for row in rows for k, v in row.items() if k != "step"}
+    assert scalars == {key: pytest.approx(value, rel=1e-6) for key, value in wanted.items()}
+    assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
