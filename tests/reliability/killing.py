@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny run that can be killed anywhere, and whether two runs left the same."""
+"""Tiny jobs that can be killed anywhere, and whether two of them left the same."""
 
 import json
 import os
@@ -11,10 +11,11 @@ import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
+import small_models
 from conftest import CONFIGS
 from PIL import Image
 
-from dcae_jax import checkpoint, report
+from dcae_jax import checkpoint, report, train
 
 HERE = pathlib.Path(__file__).parent
 TIMES = ("_s", "_per_s")
@@ -35,6 +36,15 @@ SETTINGS = {
     "data.source": "folder",
     "data.held_out": 0.2,
 }
+
+
+# Places of a kill in the jobs encode and sample: each file that a job writes whole; the moment when
+# a file is complete and has not its name yet; the result of `sample`, begun and not complete.
+WATCHED = [
+    ("dcae_jax.report", "write_file", "file"),
+    ("os", "replace", "rename"),
+    ("numpy.lib.format", "write_array_header_1_0", "result"),
+]
 
 
 class Forks:
@@ -90,7 +100,7 @@ def arguments(workdir, data, config="phase1.py:tiny", **changes):
 
 
 def draw_kill(rng: random.Random):
-    """(place, count, delay, SIGKILL): a moment in one of the things that a run does."""
+    """(place, count, delay, SIGKILL): a moment in one of the things that training does."""
     place, most, delay = rng.choice(
         [
             ("read", 40, 0.0),
@@ -104,7 +114,7 @@ def draw_kill(rng: random.Random):
 
 
 def survive(forks, argv, workdir, kills, rng):
-    """Kills the run `kills` times, then lets it end. -> Counter-like dict of what was hit."""
+    """Kills training `kills` times, then lets it end. -> Counter-like dict of what was hit."""
     hit = {}
     for _ in range(kills):
         kill = draw_kill(rng)
@@ -177,3 +187,60 @@ def assert_same(a, b):
         assert (a / "images" / name).read_bytes() == (b / "images" / name).read_bytes(), name
     left, right = (json.loads((d / "config.json").read_text()) for d in (a, b))
     assert left == right
+
+
+def commands(folder):
+    """{'encode' and 'sample': a command line without the workdir}, with what they read."""
+    autoencoder = small_models.export_autoencoder(str(folder / "autoencoder"))
+    images, latents = str(folder / "images"), str(folder / "latents")
+    small_models.write_latents(latents, autoencoder, images)
+    config = small_models.diffusion_config(latents)
+    config.steps, config.batch_size = 1, 8
+    assert train.run(config, str(folder / "uvit")) == train.DONE
+    settings = {
+        "encode": {
+            "init_from": autoencoder,
+            "resolution": 32,
+            "data.source": "folder",
+            "data.path": images,
+            "encode.shard_size": 2,
+            "encode.batch_size": 2,
+        },
+        "sample": {
+            "init_from": str(folder / "uvit"),
+            "sample.count": 12,
+            "sample.steps": 2,
+            "sample.batch_size": 2,
+            "sample.format": "npz",
+        },
+    }
+    return {
+        job: [f"--config={os.path.join(CONFIGS, job)}.py"]
+        + [f"--config.{key}={value}" for key, value in keys.items()]
+        for job, keys in settings.items()
+    }
+
+
+def survive_job(forks, job, argv, workdir, rng):
+    """Kills encode or sample three or four times, then lets it end. -> dict of what was hit."""
+    # A delay at the first file only: after the others so small a job could end meanwhile.
+    count, delay = rng.choice([(1, 0.0), (1, rng.uniform(0, 0.05)), (2, 0.0), (3, 0.0)])
+    kills = [("file", count, delay), ("rename", 2, 0.0), ("rename", 2, 0.0)]
+    kills += [("result", 1, 0.0)] if job == "sample" else []
+    log, hit = f"{workdir}.log", {}
+    for kill in kills:
+        status, _, said = forks(argv, [(*kill, signal.SIGKILL)], stderr=log, more=WATCHED)
+        assert status == -signal.SIGKILL, (kill, status, said[-3000:])
+        hit[f"{job}: {kill[0]}"] = hit.get(f"{job}: {kill[0]}", 0) + 1
+    status, _, said = forks(argv, stderr=log)
+    assert status == 0, said[-3000:]
+    return hit
+
+
+def files(folder):
+    """{path within the folder: bytes} of all files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
