@@ -72,11 +72,11 @@ def all_cells() -> list[Cell]:
     # The first of each kind on the smallest chips, then the rest.
     found += sorted(jobs, key=lambda cell: (cell.topology[:3] != "v5e", "phase 2" in cell.job))
 
-    for size in (1, 4, 16):
-        mesh = ("mesh.data=-1", f"mesh.fsdp={size}")
-        job = f"UViT-H fsdp={size}"
-        overrides = (*latents, *mesh)
-        found.append(Cell("fsdp", job, "uvit.py:h", "v5e:4x4", overrides))
+    for model, config, overrides in (diffusion[0], diffusion[2]):
+        for size in (1, 4, 16):
+            mesh = ("mesh.data=-1", f"mesh.fsdp={size}")
+            job = f"{model.split()[0]} fsdp={size}"
+            found.append(Cell("fsdp", job, config, "v5e:4x4", (*overrides, *mesh)))
     for effort in (-1.0, 0.0):  # as the planner compiles, and as training does
         for unroll in (False, True):
             job = f"UViT-H {'unrolled' if unroll else 'scanned'} effort={effort:.0f}"
