@@ -236,7 +236,7 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
-        value = np.array(weights.pop(name), np.float32, order="C")
+        value = host_memory.owned(weights.pop(name))
         placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
     return placed
 

@@ -44,6 +44,9 @@ CONFIG = "config.json"
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where a run that resumes moves checkpoints that are not whole
 EXPORT = "model.json"  # of an export
+# Bytes of arrays decoded together. Orbax reads at once whatever it is asked for, and holds what is
+# stored of each array beside what it becomes.
+READ_AT_ONCE = 2**27
 MOST_EXPANSION = 1000  # what zstd makes of weights that are all equal
 AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its autoencoder
 # What an export says of a diffusion model; `latents` holds the checksum of the encoder.
@@ -234,15 +237,25 @@ def _read_tree(reader: "ocp.PyTreeCheckpointer", path: str, which: str) -> Weigh
         raise UserError(f"{path} has {stored} bytes and claims arrays of {claimed}; do not use it")
     if which != "ema":
         tree["ema"] = {}
-    wanted = {
-        part: {name: 0 for name in tree[part] if part == "ema" or name not in tree["ema"]}
+    wanted = [
+        (part, name, math.prod(leaf.shape) * 4)
         for part in _WEIGHTS
-    }
-    wanted = {part: names for part, names in wanted.items() if names}
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), wanted)
-    request = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
-    restored = reader.restore(path, args=request)
-    return {name: value for part in restored.values() for name, value in part.items()}
+        for name, leaf in tree[part].items()
+        if part == "ema" or name not in tree["ema"]
+    ]
+    found: Weights = {}
+    while wanted:
+        now: dict[str, dict[str, int]] = {}
+        size = 0
+        while wanted and (not now or size + wanted[-1][2] <= READ_AT_ONCE):
+            part, name, more = wanted.pop()
+            now.setdefault(part, {})[name] = 0
+            size += more
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), now)
+        request = ocp.args.PyTreeRestore(item=now, restore_args=args, partial_restore=True)
+        for values in reader.restore(path, args=request).values():
+            found |= values
+    return found
 
 
 @contextlib.contextmanager

@@ -4,12 +4,16 @@
 import contextlib
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 _MIB = 1 << 20
 _BLOCKS = 65536  # glibc's default of M_MMAP_MAX
+_ALIGNED = 64  # bytes, what XLA's CPU client asks of an array that it takes over
 
 
 @functools.cache
@@ -70,3 +74,17 @@ def given_back() -> Iterator[None]:
         mallopt(_M_TRIM_THRESHOLD, 64 * _MIB)
         if keep.cache_info().currsize:
             _keep()
+
+
+def owned(value: np.ndarray) -> np.ndarray:
+    """A float32 copy in C order that JAX on a CPU takes over as it is, to be written no more.
+
+    What NumPy allocates begins where XLA cannot use it, so JAX copies it a second time and its
+    threads free the first copy when they find the time.
+    """
+    size = 4 * math.prod(value.shape)
+    room = np.empty(size + _ALIGNED, np.uint8)
+    first = -room.ctypes.data % _ALIGNED
+    copy = room[first : first + size].view(np.float32).reshape(value.shape)
+    copy[...] = value
+    return copy

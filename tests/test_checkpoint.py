@@ -38,8 +38,12 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypat
     manager.close()
 
 
-def test_weights_are_read_without_the_optimizer(small, one_device, tmp_path, caplog):
-    """Catches 'ema' that returns raw weights, statistics left out, and warnings of Orbax's own."""
+@pytest.mark.parametrize("at_once", [1, 2000, 2**27])  # each array alone, a few, all
+def test_weights_are_read_without_the_optimizer(
+    small, one_device, tmp_path, caplog, monkeypatch, at_once
+):
+    """Catches 'ema' that returns raw weights, what is left out between reads, Orbax's warnings."""
+    monkeypatch.setattr(checkpoint, "READ_AT_ONCE", at_once)
     plan = state.blueprint(small, one_device)
     fresh = state.init_state(small, one_device, plan)
     fresh = state.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})

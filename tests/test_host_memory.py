@@ -5,7 +5,12 @@ import platform
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from dcae_jax import config as config_lib
+from dcae_jax import host_memory, sharding
 
 SCRIPT = """
 import resource, threading
@@ -38,3 +43,14 @@ def test_freed_memory_is_used_again_without_faults():
         faults[keep] = int(subprocess.run(command, capture_output=True, check=True).stdout)
     assert faults[False] > 30  # 2 MB pages at the largest
     assert faults[True] < 30
+
+
+def test_jax_takes_an_owned_copy_over_as_it_is():
+    """Catches weights that lie in memory twice while placed, or that a caller can change."""
+    mesh = sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+    value = np.arange(12.0, dtype=np.float16).reshape(3, 4).T
+    copy = host_memory.owned(value)
+    placed = sharding.put(copy, sharding.replicated(mesh))
+    assert placed.addressable_data(0).unsafe_buffer_pointer() == copy.ctypes.data
+    value += 1
+    np.testing.assert_array_equal(placed, value.astype(np.float32) - 1)
