@@ -414,6 +414,10 @@ def copy(source: str, workdir: str) -> list[int]:
             copied.append(step)
         except ValueError as error:
             logging.warning("not copied, it is damaged: %s (%s)", here, error)
+        except OSError:
+            if os.path.isdir(here):
+                raise
+            logging.warning("not copied, its run has removed it meanwhile: %s", here)
     if not copied:
         raise UserError(f"no checkpoint of {source!r} is whole; nothing was copied")
     for name in (CONFIG, report.METRICS):
@@ -442,11 +446,19 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
+            return 1
         sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
         return 0
-    worst = 0
-    for step in saved_steps(flags.workdir):
-        wrong = integrity.damage(os.path.join(flags.workdir, FOLDER, str(step)))
+    worst, workdir = 0, os.path.expanduser(flags.workdir)
+    steps = saved_steps(workdir)
+    if not steps:
+        sys.stderr.write(f"error: {workdir!r} holds no finished checkpoint; name a workdir\n")
+        return 2
+    for step in steps:
+        wrong = integrity.damage(os.path.join(workdir, FOLDER, str(step)))
         worst = max(worst, bool(wrong))
         sys.stdout.write(f"{step}: {wrong or 'whole'}\n")
     return worst

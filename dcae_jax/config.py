@@ -143,7 +143,7 @@ def default() -> ConfigDict:
     m.prefetch = 4  # batches read ahead (of each worker)
 
     m = c.evaluate = ConfigDict()
-    m.resolutions = (256,)  # pixels a side; (): the protocol's, or `resolution`
+    m.resolutions = (256,)  # pixels a side; (), in job evaluate: the protocol's, or `resolution`
     m.batch_size = 32  # images a step, over all devices and processes
     m.count = 1000  # images at most; 0: all
     m.crops = 1  # a picture: 1 is the ADM centre crop, more are fixed random crops
@@ -250,6 +250,9 @@ def unknown_key(error: BaseException, argv: list[str]) -> str:
     last = str(inner.args[0]).split("'")[1]  # all that the library tells
     keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
     key = next((key for key in keys if last in key.split(".")), last)
+    if key in default():
+        within = ", ".join(f"phase{n}.{key}" for n in (1, 2, 3))
+        return f"there is no key {key} in a chain of phases; each has its own: {within}"
     return f"there is no key {key}; {suggest(key, default())}"
 
 

@@ -54,7 +54,7 @@ def least_side(data: Any, size: int) -> int:
     ADM's crop halves an image down to this anyway. What random_resized shrinks has twice the pixels
     a side that it needs, for the smallest share of the area, before the bicubic filter.
     """
-    outer = math.ceil(size * _turned(data.rotation))
+    outer = math.ceil(size * _turned(min(data.rotation, 45.0)))  # most is needed at 45 degrees
     if data.crop == "center":
         return outer
     if data.crop == "random_resized":
@@ -65,7 +65,7 @@ def least_side(data: Any, size: int) -> int:
 def _turned(degrees: float) -> float:
     """Side of the square from which one of side 1, turned by so much, can be cut."""
     turn = math.radians(abs(degrees))
-    return math.cos(turn) + math.sin(turn)
+    return abs(math.cos(turn)) + abs(math.sin(turn))
 
 
 def augment(image: Image.Image, size: int, data: Any, rng: np.random.Generator) -> np.ndarray:

@@ -137,7 +137,8 @@ def detect(environ: Mapping[str, str]) -> str | None:
         return "gketpu"
     if not cpu_only and not workers and "TPU_SKIP_MDS_QUERY" not in environ and _tpu_chips():
         return "gcetpu"
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+    indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
+    if indexed and not workers:  # a slice of one TPU host is whole by itself
         return "k8s"
     return None
 
@@ -160,17 +161,38 @@ def _from_jax(method: str, environ: Mapping[str, str]) -> Cluster | None:
     from jax._src.clusters import ClusterEnv
 
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, method, ARRIVE_S
-        )
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        if method == "k8s":
+            coordinator, count, process = _from_kubernetes(environ)
+        else:
+            coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, method, ARRIVE_S
+            )
+    except Exception as error:  # of JAX, of the network, of Kubernetes' client
         raise UserError(_unknown(method, str(error))) from error
-    coordinator, count, process, _ = found
-    if count == 1 or (coordinator is None and method in ("gcetpu", "k8s")):
+    if count == 1 or (coordinator is None and method == "gcetpu"):
         return None
     if None in (coordinator, count, process):
         raise UserError(_unknown(method, "it does not say where process 0 is"))
     return Cluster(coordinator, count, process, _one_each(environ))
+
+
+def _from_kubernetes(environ: Mapping[str, str]) -> tuple[str | None, int, int]:
+    """(coordinator, number of processes, this one's) of an indexed Job or JobSet.
+
+    JAX's choice by name does not know this cluster, which has no name there.
+    """
+    from jax._src.clusters.k8s_cluster import K8sCluster
+
+    if not K8sCluster.is_env_present():
+        raise RuntimeError("Kubernetes' client is missing: pip install kubernetes")
+    count, process = K8sCluster.get_process_count(), K8sCluster.get_process_id()
+    if count == 1:
+        return None, count, process
+    port = environ.get("JAX_COORDINATOR_PORT")
+    address = K8sCluster.get_coordinator_address(
+        timeout_secs=ARRIVE_S, override_coordinator_port=port
+    )
+    return address, count, process
 
 
 def _unknown(method: str, why: str) -> str:

@@ -40,6 +40,11 @@ def check(config: Any, mesh: Mesh) -> None:
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
         sharding.check_height(size, mesh, key=key, compression=arch.compression)
+    if not config.evaluate.resolutions and not config.objective:
+        raise UserError(
+            "evaluate.resolutions=() names no size to evaluate training at; give "
+            f"evaluate.resolutions=({config.resolution},)"
+        )
     for size in config.evaluate.resolutions:
         evaluate.check_resolution(size, arch.compression, "evaluate.resolutions")
         sharding.check_height(size, mesh, key="evaluate.resolutions", compression=arch.compression)

@@ -116,6 +116,7 @@ def _claim(config: Any, model: api.Generator, workdir: str) -> None:
     settings = {
         "sample": {k: v for k, v in config.sample.to_dict().items() if k != "batch_size"},
         "seed": config.seed,
+        "resolution": model.resolution,  # which the weights of some models leave open
         "weights": checkpoint.checksum(model.weights),
         "autoencoder": checkpoint.checksum(model.autoencoder.weights),
         "scaling_factor_multiplies_latent": model.scaling_factor,

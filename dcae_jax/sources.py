@@ -7,6 +7,7 @@ that halves an image skips most of its work.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -194,7 +195,10 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources one after the other; training draws from each by its weight."""
+    """Several sources one after the other; training draws from each by its weight.
+
+    The labels of a part are those after the labels of the parts before it.
+    """
 
     parts: tuple[Any, ...]
     weights: tuple[float, ...]
@@ -209,13 +213,23 @@ class Mixture:
             i -= len(part)
         raise IndexError(i)
 
+    @functools.cached_property
+    def classes(self) -> tuple[tuple[str, ...], ...]:
+        """The classes of each part; of one that knows none, the part itself."""
+        return tuple(class_names(p) or (f"part {n}",) for n, p in enumerate(self.parts))
+
+    def _label(self, part: Any, label: int) -> int:
+        """A part's classes come after those of the parts before it."""
+        number = next(n for n, other in enumerate(self.parts) if other is part)
+        return sum(map(len, self.classes[:number])) + label
+
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        part, record = self._locate(i)
-        return part[record]
+        return self.read(i, 0)
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         part, record = self._locate(i)
-        return part.read(record, least)
+        image, label = part.read(record, least)
+        return image, self._label(part, label)
 
     def name(self, i: int) -> str:
         part, record = self._locate(i)
@@ -229,6 +243,11 @@ def _mixture(data: Any, open_source: Any) -> Mixture:
     """
     if not data.parts:
         raise UserError("data.parts is empty; give (weight, source, path) for each part")
+    if data.held_out_path:
+        raise UserError(
+            f"data.held_out_path={data.held_out_path!r} is not for a mixture, whose parts hold out "
+            "data.held_out each; leave it out"
+        )
     parts, weights = [], []
     for entry in data.parts:
         if len(entry) != 3 or entry[1] not in ("photos", "folder", "tfds") or not entry[0] > 0:
@@ -309,6 +328,8 @@ def class_names(source: Any) -> tuple[str, ...]:
     """The names of the labels 0, 1, ...; () where the source does not know them."""
     if isinstance(source, Subset):
         return class_names(source.source)
+    if isinstance(source, Mixture):
+        return tuple(name for names in source.classes for name in names)
     if isinstance(source, Photos):
         return source.names
     if isinstance(source, Folder):

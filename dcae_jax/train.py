@@ -41,6 +41,7 @@ from dcae_jax import (
 )
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
+from dcae_jax.config import UserError
 from dcae_jax.divergence import Watch
 from dcae_jax.state import Blueprint, TrainState
 
@@ -188,7 +189,13 @@ def run_phases(config: Any, workdir: str) -> int:
 
     A phase that is done is not run again, so that the same command resumes the chain.
     """
-    before = ""
+    for phase in PHASES[1:]:
+        if config[phase].init_from:
+            raise UserError(
+                f"{phase}.init_from={config[phase].init_from!r}: in the chain a phase starts from "
+                "the one before; leave it out, or run the phase by itself"
+            )
+    before = config[PHASES[0]].init_from
     for phase in PHASES:
         folder = os.path.join(workdir, phase)
         one = config[phase].copy_and_resolve_references()

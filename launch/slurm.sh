@@ -36,7 +36,7 @@ ${PARTITION:+#SBATCH --partition=$PARTITION}
 first=$NAME-\$SLURM_JOB_ID.status
 rm -f "\$first"
 status=0
-srun --kill-on-bad-exit=1 bash -c 'trap : TERM; "\$@" || { s=\$?; echo \$s >> "\$0"; exit \$s; }' \\
+srun --cpus-per-task=$CPUS --kill-on-bad-exit=1 bash -c 'trap : TERM; "\$@" || { s=\$?; echo \$s >> "\$0"; exit \$s; }' \\
   "\$first" $(printf '%q ' "$PYTHON" -m dcae_jax.main "$@") || status=\$?
 if [[ -s \$first ]]; then read -r status < "\$first"; fi
 case \$status in 0 | 1 | 2) exit "\$status" ;; esac  # 1 and 2 would only come again

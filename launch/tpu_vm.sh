@@ -16,22 +16,22 @@ RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # runtime version that belongs to the t
 SPOT=${SPOT:-yes}                        # cheaper, and can be taken away
 RESTARTS=${RESTARTS:-20}
 POLL=${POLL:-30}                         # seconds between looks at a resource not yet there
-DRY=
-if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
+DRY=; if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
 (($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
 
 tpu() {
   set -- gcloud compute tpus "$@" --zone="$ZONE" --quiet
   if [[ $DRY ]]; then printf '%q ' "$@" >&2 && echo >&2; else "$@"; fi
 }
-state() { tpu queued-resources describe "$NAME" --format='value(state.state)' || echo NONE; }
+# Empty where there is none; UNKNOWN where the question failed, which is asked again.
+state() { tpu queued-resources list --filter="name~/$NAME\$" --format='value(state.state)' || echo UNKNOWN; }
 worker() { tpu tpu-vm ssh "$NAME" --worker=all --command="$1"; }
 
 ready() {  # waits for the slice; asks for it where there is none, and again where it was taken away
   local now
   while now=$(state) && [[ $now != ACTIVE ]]; do
     case $now in
-      NONE | "")
+      "")
         tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
           --runtime-version="$RUNTIME" ${SPOT:+$([[ $SPOT == yes ]] && echo --spot)} ;;
       SUSPENDED | FAILED) tpu queued-resources delete "$NAME" --force ;;
@@ -50,7 +50,7 @@ for ((run = 0; run <= RESTARTS; run++)); do
   status=0
   { tpu tpu-vm scp "$archive" "$NAME:" --worker=all && worker "set -e
     mkdir -p ~/dcae_jax ~/bucket && tar -xf dcae_jax.tar -C ~/dcae_jax && cd ~/dcae_jax
-    mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket
+    mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET ~/bucket
     ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
     worker "$job"; } || status=$?
   case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only come again

@@ -70,3 +70,17 @@ def test_nothing_to_load_is_said_in_one_line(tmp_path):
         checkpoint.load_weights(str(tmp_path))
     with pytest.raises(UserError, match="there are"):
         checkpoint.load_weights(str(tmp_path / "checkpoints" / "7"))
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
+    """Catches a mistyped path that passes for whole, and a traceback of a target that cannot be."""
+    assert checkpoint.main(["check", str(tmp_path / "none")]) == 2
+    assert "holds no finished checkpoint" in capsys.readouterr().err
+    done = tmp_path / "run" / "checkpoints" / "3"
+    done.mkdir(parents=True)
+    (done / "_CHECKPOINT_METADATA").write_text("{}")
+    assert checkpoint.saved_steps(str(tmp_path / "run")) == [3]
+    (tmp_path / "file").write_text("")
+    assert checkpoint.main(["copy", str(tmp_path / "run"), str(tmp_path / "file" / "x")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: not copied (") and len(said.splitlines()) == 1

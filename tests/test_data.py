@@ -377,3 +377,33 @@ def test_a_jpeg_is_decoded_at_a_fraction_where_the_crop_halves_it_anyway(tmp_pat
     whole, part = (crops.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
     difference = np.abs(np.asarray(whole, np.float32) - np.asarray(part, np.float32))
     assert difference.mean() < 2  # of 255
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
+def test_a_picture_turned_by_any_angle_has_its_size(crop):
+    """Catches a square around a turned one that shrinks above 90 degrees."""
+    settings = _config(data__rotation=180.0, data__crop=crop).data
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    for seed in range(40):
+        out = crops.augment(image, 32, settings, np.random.default_rng(seed))
+        assert out.shape == (32, 32, 3), seed
+    settings.crop = "center"
+    assert crops.least_side(settings, 64) == math.ceil(64 * math.sqrt(2))  # as for 45 degrees
+
+
+def test_the_labels_of_a_mixture_are_those_of_all_parts(tmp_path):
+    """Catches classes of two parts that become one, and a held-out folder that nobody reads."""
+    for part, names in (("a", ("cat", "dog")), ("b", ("car", "van", "bus"))):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+    parts = tuple((1.0, "folder", str(tmp_path / part)) for part in "ab")
+    settings = {"data__source": "mixture", "data__parts": parts, "data__held_out": 0.0}
+    mixture = sources.encoding_source(_config(**settings).data)
+    names = sources.class_names(mixture)
+    assert names == ("cat", "dog", "bus", "car", "van")
+    found = [mixture[i][1] for i in range(5)]
+    assert found == [0, 1, 2, 3, 4] == [mixture.read(i, 4)[1] for i in range(5)]
+    assert all(f"/{names[label]}/" in mixture.name(i) for i, label in enumerate(found))
+    with pytest.raises(UserError, match="held_out_path='x'"):
+        sources.training_source(_config(**settings, data__held_out_path="x").data)

@@ -70,6 +70,23 @@ def test_clusters_are_recognised(monkeypatch):
     assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}) is None
     indexed = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
     assert hosts.detect(indexed) == "k8s"
+    assert hosts.detect(indexed | {"TPU_WORKER_HOSTNAMES": "alone"}) is None
+
+
+def test_pods_of_an_indexed_job_find_each_other(monkeypatch):
+    """Catches pods of which each trains by itself in the one workdir."""
+    from jax._src.clusters.k8s_cluster import K8sCluster
+
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    monkeypatch.setattr(K8sCluster, "is_env_present", lambda: False)
+    with pytest.raises(UserError, match="pip install kubernetes; give --coordinator"):
+        hosts.find({}, pod)
+    monkeypatch.setattr(K8sCluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(K8sCluster, "get_process_id", lambda: 1)
+    monkeypatch.setattr(K8sCluster, "get_coordinator_address", lambda **_: "job-0.net:55527")
+    for count, found in ((4, hosts.Cluster("job-0.net:55527", 4, 1)), (1, None)):
+        monkeypatch.setattr(K8sCluster, "get_process_count", lambda count=count: count)
+        assert hosts.find({}, pod) == found
 
 
 def test_flags_name_the_cluster_or_are_refused():

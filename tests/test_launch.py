@@ -171,10 +171,13 @@ SLICE = """
 state = os.path.join(os.environ["HOME"], "state")
 there = os.path.exists(state)
 job = any("exec .venv/bin/python" in argument for argument in sys.argv)
-if "describe" in sys.argv:
-    if not there: sys.exit(1)
-    print(open(state).read())
+if "list" in sys.argv:
+    asked = os.path.join(os.environ["HOME"], "asked")
+    with open(asked, "a") as file: file.write(".")
+    if os.path.getsize(asked) == 3: sys.exit(1)  # a failed call, of a slice that is there
+    if there: print(open(state).read())
 elif "create" in sys.argv:
+    if there: sys.exit(1)
     open(state, "w").write("ACTIVE")
 elif "delete" in sys.argv:
     os.remove(state)
@@ -199,7 +202,8 @@ elif job:
     ],
 )
 def test_a_tpu_slice_is_made_used_and_made_again(launch, tmp_path, ends, verbs):
-    """Catches a job that stays dead after a preemption, and a mistake that is run twenty times."""
+    """Catches a job that stays dead after a preemption or a failed question, and a mistake that is
+    run twenty times."""
     (tmp_path / "ends").write_text(ends)
     status, said, calls = launch(LAUNCH / "tpu_vm.sh", *JOB, body=SLICE, **SETTINGS["tpu_vm.sh"])
     assert status == int(ends.split()[-1]), said

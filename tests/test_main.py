@@ -36,6 +36,7 @@ def run(tmp_path, capsys):
         (["--config.batch_size=three"], ["batch_size", "three"]),
         (["--config.resolution=72"], ["resolution=72", "f=16", "64 or 80"]),
         (["--config.evaluate.resolutions=(64,100)"], ["evaluate.resolutions=100", "96 or 112"]),
+        (["--config.evaluate.resolutions=()"], ["names no size", "evaluate.resolutions=(64,)"]),
         (["--config.mesh.data=8", "--config.batch_size=12"], ["batch_size=12", "8 or 16"]),
         (["--config.mesh.fsdp=3"], ["mesh", "8 devices"]),
         (["--config.data.source=folder"], ["data.path=''"]),
@@ -69,6 +70,8 @@ def test_a_mistake_is_one_line_and_status_2(run, arguments, words):
         ({"config": "phase9.py"}, "phase9.py"),
         ({"config": "finetune.py:tiny,encoder"}, "VARIANT,decoder"),
         ({"config": "phase2.py:tiny"}, "init_from"),
+        # which the fixture gives a batch_size
+        ({"config": "phases.py:tiny"}, "phase1.batch_size, phase2.batch_size"),
         ({"config": "evaluate.py"}, "init_from"),
     ],
 )
@@ -76,6 +79,14 @@ def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
     """Catches absl's usage text, or its status 1, for what the user can mend."""
     status, said = run(**options)
     assert status == main.MISTAKE and said.count("\n") == 1 and word in said, said
+
+
+def test_a_chain_refuses_weights_in_its_middle_and_takes_them_at_its_start(tmp_path, capsys):
+    """Catches --config.phaseN.init_from that nobody reads."""
+    argv = ["main", f"--config={os.path.join(CONFIGS, 'phases.py')}:tiny", f"--workdir={tmp_path}"]
+    for phase, word in (("phase1", "'/none'"), ("phase2", "phase2.init_from='/none'")):
+        assert main.main([*argv, f"--config.{phase}.init_from=/none"]) == main.MISTAKE
+        assert word in capsys.readouterr().err
 
 
 def test_a_refused_run_leaves_no_workdir(run, tmp_path):
