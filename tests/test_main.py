@@ -84,6 +84,7 @@ def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
 def test_a_chain_refuses_weights_in_its_middle_and_takes_them_at_its_start(tmp_path, capsys):
     """Catches --config.phaseN.init_from that nobody reads."""
     argv = ["main", f"--config={os.path.join(CONFIGS, 'phases.py')}:tiny", f"--workdir={tmp_path}"]
+    argv.append("--config.phase1.batch_size=8")
     for phase, word in (("phase1", "'/none'"), ("phase2", "phase2.init_from='/none'")):
         assert main.main([*argv, f"--config.{phase}.init_from=/none"]) == main.MISTAKE
         assert word in capsys.readouterr().err
