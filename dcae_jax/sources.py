@@ -206,10 +206,11 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def _locate(self, i: int) -> tuple[Any, int]:
-        for part in self.parts:
+    def _locate(self, i: int) -> tuple[int, int]:
+        """(number of the part, record there)."""
+        for number, part in enumerate(self.parts):
             if i < len(part):
-                return part, i
+                return number, i
             i -= len(part)
         raise IndexError(i)
 
@@ -218,22 +219,17 @@ class Mixture:
         """The classes of each part; of one that knows none, the part itself."""
         return tuple(class_names(p) or (f"part {n}",) for n, p in enumerate(self.parts))
 
-    def _label(self, part: Any, label: int) -> int:
-        """A part's classes come after those of the parts before it."""
-        number = next(n for n, other in enumerate(self.parts) if other is part)
-        return sum(map(len, self.classes[:number])) + label
-
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.read(i, 0)
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
-        part, record = self._locate(i)
-        image, label = part.read(record, least)
-        return image, self._label(part, label)
+        number, record = self._locate(i)
+        image, label = self.parts[number].read(record, least)
+        return image, sum(map(len, self.classes[:number])) + label
 
     def name(self, i: int) -> str:
-        part, record = self._locate(i)
-        return part.name(record)
+        number, record = self._locate(i)
+        return self.parts[number].name(record)
 
 
 def _mixture(data: Any, open_source: Any) -> Mixture:
