@@ -65,14 +65,14 @@ def _our_step():
     config.resolution, config.batch_size, config.remat = 128, 8, "none"
     config.loss.lpips_weight = config.ema_decay = 0.0
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    plan = state.blueprint(config, mesh)
-    abstract = state.abstract_state(config, mesh, plan)
+    spec = state.train_spec(config, mesh)
+    abstract = state.abstract_state(config, mesh, spec)
     shapes = preflight.abstract_batch(config, 128, mesh)
-    program = steps.jit_step(config, plan, abstract).lower(abstract, shapes, {}).compile()
+    program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     rng = np.random.default_rng(0)
     batch = {k: rng.integers(0, 256, v.shape).astype(v.dtype) for k, v in shapes.items()}
     batch = jax.device_put(batch)
-    kept = [state.init_state(config, mesh, plan)]
+    kept = [state.init_state(config, mesh, spec)]
 
     def run():
         kept[0], metrics = program(kept[0], batch, {})

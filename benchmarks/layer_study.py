@@ -46,8 +46,8 @@ def one(phase: int, name: str, trainable: tuple, init_from: str, steps: int) -> 
         train.run(config, workdir)
         rows = report.read_rows(workdir)
     mesh = sharding.make_mesh(config.mesh, jax.devices())
-    plan = state.blueprint(config, mesh)
-    trained = sum(leaf.size for name, leaf in plan.params.items() if name in plan.trained)
+    spec = state.train_spec(config, mesh)
+    trained = sum(leaf.size for name, leaf in spec.params.items() if name in spec.trained)
     first, last = rows[0], rows[-1]
     scores = [last[key] - first[key] for key in ("psnr_64", "ssim_64", "psnr_256", "ssim_256")]
     return [f"phase {phase}", name, trained, *scores]

@@ -34,34 +34,34 @@ def ours(case: str):
     config.ema_decay = 0.0
     config = matching.complete(config, None)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    plan = state.blueprint(config, mesh)
+    spec = state.train_spec(config, mesh)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCH, side, side, CHANNELS), np.float32)
     if what == "forward":
         labels, t = jnp.zeros(BATCH, jnp.int32), jnp.full(BATCH, 0.5)
-        start = state.init_state(config, mesh, plan)
-        program = jax.jit(lambda weights, x: layers.merge(plan.graph, weights)(x, t, labels)).lower(
-            start.params, x
-        )
+        start = state.init_state(config, mesh, spec)
+        program = jax.jit(
+            lambda weights, x: layers.merge(spec.graphdef, weights)(x, t, labels)
+        ).lower(start.params, x)
         config.unroll = True  # XLA counts a loop's body once
         cost = _cost(config, mesh, lambda graph, w: layers.merge(graph, w)(x, t, labels))
         compiled, weights = program.compile(), start.params
         x = jax.device_put(x)
         return lambda: jax.block_until_ready(compiled(weights, x)), cost
-    abstract = state.abstract_state(config, mesh, plan)
+    abstract = state.abstract_state(config, mesh, spec)
     shapes = preflight.abstract_batch(config, side, mesh)
-    program = steps.jit_step(config, plan, abstract).lower(abstract, shapes, {}).compile()
+    program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     batch = {"latent": x.astype(shapes["latent"].dtype), "label": np.zeros(BATCH, np.int32)}
     batch = jax.device_put(batch)
-    kept = [state.init_state(config, mesh, plan)]
+    kept = [state.init_state(config, mesh, spec)]
 
     def run():
         kept[0], metrics = program(kept[0], batch, {})
         jax.block_until_ready((kept[0], metrics))
 
     config.unroll = True
-    plan = state.blueprint(config, mesh)
-    cost = jax.jit(steps.make_step(config, plan)).lower(abstract, shapes, {}).compile()
+    spec = state.train_spec(config, mesh)
+    cost = jax.jit(steps.make_step(config, spec)).lower(abstract, shapes, {}).compile()
     cost = cost.cost_analysis()
     return run, {"flops": cost["flops"], "bytes": cost["bytes accessed"]}
 
@@ -71,8 +71,8 @@ def _cost(config, mesh, call):
 
     from dcae_jax import state
 
-    plan = state.blueprint(config, mesh)
-    cost = jax.jit(lambda w: call(plan.graph, w)).lower(plan.params).compile().cost_analysis()
+    spec = state.train_spec(config, mesh)
+    cost = jax.jit(lambda w: call(spec.graphdef, w)).lower(spec.params).compile().cost_analysis()
     return {"flops": cost["flops"], "bytes": cost["bytes accessed"]}
 
 

@@ -35,13 +35,13 @@ class Runner:
     """A compiled training step, its state and a batch of noise."""
 
     def __init__(self, config, mesh):
-        plan = state.blueprint(config, mesh)
+        spec = state.train_spec(config, mesh)
         size = config.model.latent_size
         shapes = preflight.abstract_batch(config, size, mesh)
-        abstract = state.abstract_state(config, mesh, plan)
-        program = jax.jit(steps.make_step(config, plan), donate_argnums=0)
+        abstract = state.abstract_state(config, mesh, spec)
+        program = jax.jit(steps.make_step(config, spec), donate_argnums=0)
         self.step = program.lower(abstract, shapes, {}).compile()
-        self.state = state.init_state(config, mesh, plan)
+        self.state = state.init_state(config, mesh, spec)
         noise = np.random.default_rng(0).standard_normal(shapes["latent"].shape)
         self.batch = {
             "latent": jax.device_put(noise.astype(shapes["latent"].dtype)),
@@ -49,8 +49,8 @@ class Runner:
         }
         # XLA counts a loop's body once: the cost is that of the unrolled program, not compiled.
         config.unroll = True
-        plan = state.blueprint(config, mesh)
-        unrolled = jax.jit(steps.make_step(config, plan)).lower(abstract, shapes, {})
+        spec = state.train_spec(config, mesh)
+        unrolled = jax.jit(steps.make_step(config, spec)).lower(abstract, shapes, {})
         self.flops = unrolled.cost_analysis()["flops"]
         self.seconds = []
 

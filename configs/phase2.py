@@ -15,7 +15,7 @@ from dcae_jax import config as base
 def get_config(variant="f32c32"):
     config = base.default()
     config.model.variant = variant
-    config.phase = 2
+    config.needs_weights = True
     config.trainable = (
         r"encoder\.stages\.{deepest}\..*",
         r"encoder\.project_out\..*",

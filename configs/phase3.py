@@ -15,7 +15,7 @@ from dcae_jax import config as base
 def get_config(variant="f32c32"):
     config = base.default()
     config.model.variant = variant
-    config.phase = 3
+    config.needs_weights = True
     # Not 0, the stage's upsampling: the blocks' input is then constant, and needs no gradient.
     config.trainable = (
         r"decoder\.stages\.{outermost}\.[1-9]\d*\..*",

@@ -56,7 +56,6 @@ def default() -> ConfigDict:
     c.weights = "ema"  # which weights of a training run to read: ema or raw
 
     # Training. Authors' defaults where they published one (docs/training.md).
-    c.phase = 1  # of the recipe; 2 and 3 start from weights, 3 has a GAN
     c.needs_weights = False  # starting without init_from is an error
     c.steps = 100_000  # optimizer steps in all, also after a resume
     c.trainable = (".*",)  # paths to train, matched whole; {deepest}, {outermost}: docs/training.md
@@ -106,10 +105,6 @@ def default() -> ConfigDict:
     m.gan_learning_rate = 5.4e-5  # of the discriminator
     m.gan_channels = 64  # of the discriminator's first layer
     m.gan_layers = 3  # that halve the size
-    m.gan_norm = "group"  # group, or batch (over the global batch)
-    m.gan_diff_augment = False  # DiffAugment on what the discriminator sees; for few images
-    m.gan_lecam = 0.0  # weight of LeCAM
-    m.gan_r1 = 0.0  # weight of the R1 penalty
 
     m = c.optimizer = ConfigDict()
     m.learning_rate = 6.4e-5
@@ -282,7 +277,6 @@ def check(config: ConfigDict) -> None:
         "weights": ("ema", "raw"),
         "model.depthwise": ("auto", "grouped", "shifted"),
         "optimizer.schedule": ("constant", "cosine"),
-        "loss.gan_norm": ("group", "batch"),
         "evaluate.protocol": ("", "imagenet-256", "imagenet-512"),
         "export.format": ("orbax", "diffusers", "authors", "stablehlo"),
         "data.source": ("photos", "folder", "tfds", "mixture", "latents"),
@@ -337,8 +331,6 @@ def check(config: ConfigDict) -> None:
         "loss.gan_adaptive_max": 0,
         "loss.gan_channels": 1,
         "loss.gan_layers": 1,
-        "loss.gan_lecam": 0,
-        "loss.gan_r1": 0,
     }
     for key, low in at_least.items():
         if not flat[key] >= low:

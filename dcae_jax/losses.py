@@ -1,13 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of the autoencoder and its discriminator. All float32, whatever the models compute in."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from dcae_jax.models import lpips
 from dcae_jax.models.layers import Weights
 
 Array = jax.Array
+# (output, images, LPIPS weights) -> scalar; both batches are [B, H, W, 3] in [-1, 1].
+ReconstructionTerm = Callable[[Array, Array, Weights], Array]
+
+
+def reconstruction_terms(loss: ConfigDict) -> dict[str, tuple[ReconstructionTerm, float]]:
+    """The terms of the reconstruction loss, {name of its metric: (function, weight)}.
+
+    A new term is one function and one weight in config.loss. Terms of weight 0 that cost time are
+    left out; L1 is always reported.
+    """
+    terms: dict[str, tuple[ReconstructionTerm, float]] = {
+        "l1": (lambda output, images, _: l1(output, images), loss.l1_weight)
+    }
+    if loss.lpips_weight:
+        terms["lpips"] = (
+            lambda output, images, weights: perceptual(weights, output, images),
+            loss.lpips_weight,
+        )
+    return terms
 
 
 def l1(x: Array, y: Array) -> Array:
@@ -34,54 +56,19 @@ def perceptual(weights: Weights, x: Array, y: Array) -> Array:
 
 
 def hinge(real: Array, fake: Array) -> Array:
-    """The discriminator's loss: 1 where it knows nothing, 0 where all logits pass +-1."""
+    """The discriminator's hinge loss on its logits: 1 at chance, 0 where all pass +-1."""
     return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
 
 
-def lecam(real: Array, fake: Array, real_mean: Array, fake_mean: Array) -> Array:
-    """LeCAM (Tseng et al. 2021, eq. 5): keeps logits near the running mean of the other side."""
-    far_real = jnp.mean(jnp.square(jax.nn.relu(real - fake_mean)))
-    return far_real + jnp.mean(jnp.square(jax.nn.relu(real_mean - fake)))
+def generator_hinge(fake: Array) -> Array:
+    """The generator's side of the hinge loss: minus the mean logit of its outputs."""
+    return -jnp.mean(fake)
 
 
 def adaptive_weight(reconstruction_norm: Array, gan_norm: Array, limit: float) -> Array:
-    """The GAN loss's factor that gives it the pull of the reconstruction loss (Esser et al. 2021).
+    """The factor that scales the GAN loss to the reconstruction loss (Esser et al. 2021).
 
     Norms are of the two losses' gradients at the last layer's kernel. `limit` bounds the factor:
     with a discriminator that is sure of itself the ratio explodes.
     """
     return jnp.clip(reconstruction_norm / (gan_norm + 1e-6), 0, limit)
-
-
-def diff_augment(key: Array, x: Array) -> Array:
-    """DiffAugment (Zhao et al. 2020): colour, translation by up to 1/8, cut-out of half the side.
-
-    [B, H, W, 3] -> the same shape. Differentiable, drawn for each image from `key`. Real and fake
-    pictures both pass through it, so that the discriminator cannot learn few pictures by heart.
-    """
-    b, h, w, _ = x.shape
-    keys = jax.random.split(key, 7)
-
-    def draw(k, low, high):
-        return jax.random.uniform(k, (b, 1, 1, 1), jnp.float32, low, high)
-
-    x = x + draw(keys[0], -0.5, 0.5)
-    grey = x.mean(-1, keepdims=True)
-    x = (x - grey) * draw(keys[1], 0, 2) + grey
-    mean = x.mean((1, 2, 3), keepdims=True)
-    x = (x - mean) * draw(keys[2], 0.5, 1.5) + mean
-
-    rows, columns = jnp.arange(h)[None, :], jnp.arange(w)[None, :]
-    down = jax.random.randint(keys[3], (b, 1), -h // 8, h // 8 + 1)
-    right = jax.random.randint(keys[4], (b, 1), -w // 8, w // 8 + 1)
-    x = jnp.take_along_axis(x, jnp.clip(rows - down, 0, h - 1)[:, :, None, None], axis=1)
-    x = jnp.take_along_axis(x, jnp.clip(columns - right, 0, w - 1)[:, None, :, None], axis=2)
-    inside = ((rows >= down) & (rows < h + down))[:, :, None] & (
-        (columns >= right) & (columns < w + right)
-    )[:, None, :]
-    top = jax.random.randint(keys[5], (b, 1), 0, h - h // 2 + 1)
-    left = jax.random.randint(keys[6], (b, 1), 0, w - w // 2 + 1)
-    hole = ((rows >= top) & (rows < top + h // 2))[:, :, None] & (
-        (columns >= left) & (columns < left + w // 2)
-    )[:, None, :]
-    return x * (inside & ~hole)[..., None]

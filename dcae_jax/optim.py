@@ -3,14 +3,14 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import optax
+from ml_collections import ConfigDict
 
 from dcae_jax.config import UserError
 
 
-def schedule(config: Any) -> optax.Schedule:
+def schedule(config: ConfigDict) -> optax.Schedule:
     """Learning rate over steps: linear warm-up, then constant or cosine to 0 at config.steps."""
     o = config.optimizer
     peak, warmup = o.learning_rate, o.warmup_steps
@@ -38,11 +38,13 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
         except re.error as error:
             raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
         if not hits:
-            if any(re.fullmatch(pattern, one) for name in names for one in _single(name)):
+            # Blocks that are one stacked array have '*' in place of the number that a user counts.
+            numbers = {"0", *re.findall(r"\d+", pattern)}
+            stacked = [name for name in names if "*" in name]
+            if any(re.fullmatch(pattern, s.replace("*", n)) for s in stacked for n in numbers):
                 raise UserError(
                     f"{key}: pattern {pattern!r} names one of several blocks, which are one array; "
-                    "name all of them: their paths look like "
-                    f"{next(name for name in names if '*' in name)!r}"
+                    f"name all of them: their paths look like {stacked[0]!r}"
                 )
             raise UserError(
                 f"{key}: pattern {pattern!r} matches no parameter; paths look like {names[0]!r}"
@@ -51,13 +53,8 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
     return frozenset(found)
 
 
-def _single(name: str) -> list[str]:
-    """The paths that the blocks of a stack would have one by one."""
-    return [name.replace("*", str(i)) for i in range(100)] if "*" in name else []
-
-
 def optimizer(
-    config: Any, names: Iterable[str], trained: frozenset[str]
+    config: ConfigDict, names: Iterable[str], trained: frozenset[str]
 ) -> optax.GradientTransformation:
     """AdamW on the parameters in `trained`; the others get zero updates and have no moments.
 
@@ -85,7 +82,7 @@ def optimizer(
     return optax.partition(transforms, labels)
 
 
-def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
+def discriminator_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW for all of the discriminator, with the betas of the run and its own learning rate."""
     o = config.optimizer
     return optax.adamw(config.loss.gan_learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=0.0)

@@ -18,7 +18,8 @@ from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import lpips, patchgan
-from dcae_jax.state import Blueprint, TrainState
+from dcae_jax.models.layers import Weights
+from dcae_jax.state import TrainSpec, TrainState
 
 
 def check(config: Any, mesh: Mesh) -> None:
@@ -33,8 +34,6 @@ def check(config: Any, mesh: Mesh) -> None:
                 "none of; use mesh.data, mesh.fsdp and mesh.tensor"
             )
         return
-    if config.phase == 3 and not config.loss.gan_weight:
-        raise UserError("loss.gan_weight=0 in phase 3, which is the GAN's; set it above 0")
     arch = state_lib.model_module(config.model).architecture(config.model)
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
@@ -58,8 +57,11 @@ def check(config: Any, mesh: Mesh) -> None:
     sharding.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
 
 
-def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
-    """Weights of the networks that the loss needs, on the mesh. Raises UserError without them."""
+def load_lpips(config: Any, mesh: Mesh) -> Weights:
+    """The weights of the perceptual loss, on the mesh; {} for a loss without it.
+
+    Raises UserError where the loss needs a file that is not there.
+    """
     if not config.loss.lpips_weight or config.objective:
         return {}
     if not config.loss.lpips_weights:
@@ -72,15 +74,15 @@ def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
         weights = lpips.load(config.loss.lpips_weights, "vgg")
     except (OSError, ValueError) as error:
         raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
-    return {"lpips": {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}}
+    return {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}
 
 
-def lpips_share(config: Any, judges: dict[str, Any], compiled: dict[int, Any]) -> float:
+def lpips_share(config: Any, weights: Weights, compiled: dict[int, Any]) -> float:
     """Percent of the largest step's FLOPs that the perceptual loss and its gradient take."""
     size = max(compiled)
     images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
-    alone = jax.jit(jax.grad(losses.perceptual, argnums=1)).lower(judges["lpips"], images, images)
-    devices = len(next(iter(judges["lpips"].values())).sharding.device_set)
+    alone = jax.jit(jax.grad(losses.perceptual, argnums=1)).lower(weights, images, images)
+    devices = len(next(iter(weights.values())).sharding.device_set)
     # XLA counts a partitioned program's FLOPs on one device.
     whole = compiled[size].cost_analysis()["flops"] * devices
     return 100 * alone.cost_analysis()["flops"] / whole
@@ -122,21 +124,21 @@ def abstract_batch(config: Any, size: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     }
 
 
-def fresh_state(config: Any, mesh: Mesh, plan: Blueprint) -> tuple[TrainState, str]:
+def fresh_state(config: Any, mesh: Mesh, spec: TrainSpec) -> tuple[TrainState, str]:
     """(the state before step 1, where its weights are from). Raises UserError."""
     if not config.init_from:
-        if config.phase > 1 or config.needs_weights:
+        if config.needs_weights:
+            before = "phase2" if config.loss.gan_weight else "phase1"
             raise UserError(
-                f"init_from is empty, and {'phase ' + str(config.phase)} starts from weights; run "
-                f"configs/phase{config.phase - 1 or 1}.py first and name its workdir with "
-                "--config.init_from"
+                "init_from is empty, and this configuration starts from weights; run "
+                f"configs/{before}.py first and name its workdir with --config.init_from"
             )
-        return state_lib.init_state(config, mesh, plan), f"random, seed {config.seed}"
+        return state_lib.init_state(config, mesh, spec), f"random, seed {config.seed}"
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = checkpoint.load_weights(config.init_from, config.weights, kind=kind)
     theirs, ours = saved["model"]["variant"], config.model.variant
     try:
-        state = state_lib.init_state(config, mesh, plan, weights)
+        state = state_lib.init_state(config, mesh, spec, weights)
     except UserError as error:
         if theirs == ours:
             raise
@@ -197,13 +199,13 @@ def versions(mesh: Mesh) -> dict[str, str]:
     return found
 
 
-def parameter_table(plan: Blueprint) -> str:
+def parameter_table(spec: TrainSpec) -> str:
     """Parameters trained and frozen, by top-level part."""
     parts: dict[str, list[int]] = {}
-    for name, leaf in plan.params.items():
+    for name, leaf in spec.params.items():
         part = ".".join(name.split(".")[:2])
         trained_frozen = parts.setdefault(part, [0, 0])
-        trained_frozen[name not in plan.trained] += leaf.size
+        trained_frozen[name not in spec.trained] += leaf.size
     rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
     total = [sum(row[i] for row in rows) for i in (1, 2)]
     return report.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])

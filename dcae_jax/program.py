@@ -267,11 +267,11 @@ def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
         return api.abstract_generator(config, mesh).program(
             config.batch_size, s.guidance, s.steps, s.sampler, s.guidance_interval
         )
-    blueprint = state_lib.blueprint(config, mesh)
-    state = state_lib.abstract_state(config, mesh, blueprint)
+    spec = state_lib.train_spec(config, mesh)
+    state = state_lib.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, size, mesh)
-    step = steps.jit_step(config, blueprint, state)
-    return step, (state, batch, abstract_judges(config, mesh))
+    step = steps.jit_step(config, spec, state)
+    return step, (state, batch, abstract_lpips(config, mesh))
 
 
 def flops(config: Any, mesh: Mesh, size: int) -> float:
@@ -315,16 +315,14 @@ def repeated_flops(jaxpr: Any, platform: str) -> float:
     return total
 
 
-def abstract_judges(config: Any, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes of what `preflight.load_judges` loads."""
+def abstract_lpips(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `preflight.load_lpips` loads."""
     if not config.loss.lpips_weight or config.objective:
         return {}
     place = sharding.replicated(mesh)
     return {
-        "lpips": {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-            for name, shape in lpips.shapes("vgg").items()
-        }
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        for name, shape in lpips.shapes("vgg").items()
     }
 
 

@@ -18,24 +18,17 @@ from dcae_jax.models import dcae, layers, patchgan, sdvae
 from dcae_jax.models.layers import Weights
 
 
-def _pytree(cls):
-    """A frozen dataclass whose fields are all arrays or trees of them."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Discriminator:
-    """The other side of phase 3."""
+    """The PatchGAN that phase 3 trains beside the autoencoder."""
 
-    params: Weights
-    stats: Weights
+    params: Weights  # float32
     opt_state: optax.OptState
-    logit_means: jax.Array  # [2] running means on real and fake pictures, for LeCAM
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes."""
 
@@ -46,30 +39,31 @@ class TrainState:
     opt_state: optax.OptState
     discriminator: Discriminator | None  # where loss.gan_weight > 0
     skipped: jax.Array  # steps without effect since something was not finite, int32
-    skipped_in_row: jax.Array
+    skipped_in_row: jax.Array  # the latest of those, without a finite step between them, int32
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscriminatorBlueprint:
-    graph: nnx.GraphDef
+class DiscriminatorSpec:
+    """What the discriminator is made of, before any array exists."""
+
+    graphdef: nnx.GraphDef
     params: dict[str, jax.ShapeDtypeStruct]
-    stats: dict[str, jax.ShapeDtypeStruct]
     optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """What a run is made of, before any array exists."""
+class TrainSpec:
+    """What a training run is made of, before any array exists."""
 
-    graph: nnx.GraphDef
+    graphdef: nnx.GraphDef
     params: dict[str, jax.ShapeDtypeStruct]
     stats: dict[str, jax.ShapeDtypeStruct]
     trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
     averaged: frozenset[str]  # those of which a moving average is kept
     optimizer: optax.GradientTransformation
-    discriminator: DiscriminatorBlueprint | None
+    discriminator: DiscriminatorSpec | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
-    layout: sharding.Layout | None = None  # where weights lie split
+    layout: sharding.Layout | None = None  # how the weights are sharded
 
 
 def model_module(model_config: Any) -> Any:
@@ -121,9 +115,9 @@ def architecture(config: Any) -> Any:
     )
 
 
-def blueprint(config: Any, mesh: Mesh) -> Blueprint:
+def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
     """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
-    graph, params, stats = layers.split(create_model(config, mesh, layers.shapes))
+    graphdef, params, stats = layers.split(create_model(config, mesh, layers.shapes))
     arch = architecture(config)
     patterns = config.trainable
     if not config.objective:
@@ -137,21 +131,21 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
     moved = trained | moving
     averaged = moved if config.ema_decay else frozenset()
     if config.objective:
-        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "", layout)
+        return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, None, "", layout)
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
             f"loss.gan_weight={config.loss.gan_weight} needs {last_layer!r} in trainable: its "
             "gradients weigh the GAN loss"
         )
-    other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer, layout)
+    other = discriminator_spec(config, mesh) if config.loss.gan_weight else None
+    return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, other, last_layer, layout)
 
 
-def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
+def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
     """The PatchGAN of config.loss, and its optimizer."""
-    graph, params, stats = layers.split(create_discriminator(config, mesh, layers.shapes))
-    return DiscriminatorBlueprint(graph, params, stats, optim.discriminator_optimizer(config))
+    graphdef, params, _ = layers.split(create_discriminator(config, mesh, layers.shapes))
+    return DiscriminatorSpec(graphdef, params, optim.discriminator_optimizer(config))
 
 
 def create_discriminator(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
@@ -173,42 +167,40 @@ def _norm_of(stat: str) -> set[str]:
     return {f"{prefix}.scale", f"{prefix}.bias"}
 
 
-def fresh(plan: Blueprint, weights: Weights, other: Weights) -> TrainState:
+def fresh(spec: TrainSpec, weights: Weights, other: Weights) -> TrainState:
     """The state before the first step: zero moments, averages equal to the weights.
 
-    weights: the model's parameters and statistics; other: the discriminator's, if there is one.
+    weights: the model's parameters and statistics; other: the discriminator's parameters, or {}.
     """
     zero = jnp.zeros((), jnp.int32)
-    params = {name: weights[name] for name in plan.params}
+    params = {name: weights[name] for name in spec.params}
     discriminator = None
-    if plan.discriminator:
-        other_params = {name: other[name] for name in plan.discriminator.params}
+    if spec.discriminator:
+        other_params = {name: other[name] for name in spec.discriminator.params}
         discriminator = Discriminator(
             params=other_params,
-            stats={name: other[name] for name in plan.discriminator.stats},
-            opt_state=plan.discriminator.optimizer.init(other_params),
-            logit_means=jnp.zeros(2),
+            opt_state=spec.discriminator.optimizer.init(other_params),
         )
     return TrainState(
         step=zero,
         params=params,
-        stats={name: weights[name] for name in plan.stats},
+        stats={name: weights[name] for name in spec.stats},
         # Copies, since a donated buffer must not stand twice in the state.
-        ema={name: jnp.copy(weights[name]) for name in weights if name in plan.averaged},
-        opt_state=plan.optimizer.init(params),
+        ema={name: jnp.copy(weights[name]) for name in weights if name in spec.averaged},
+        opt_state=spec.optimizer.init(params),
         discriminator=discriminator,
         skipped=zero,
         skipped_in_row=jnp.copy(zero),
     )
 
 
-def abstract_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
+def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: for restoring, planning, init."""
-    other = plan.discriminator
+    other = spec.discriminator
     shapes = jax.eval_shape(
-        functools.partial(fresh, plan),
-        {**plan.params, **plan.stats},
-        {**other.params, **other.stats} if other else {},
+        functools.partial(fresh, spec),
+        {**spec.params, **spec.stats},
+        other.params if other else {},
     )
     places = sharding.state_shardings(shapes, config.sharding, mesh)
     return jax.tree.map(
@@ -217,26 +209,27 @@ def abstract_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
 
 
 def init_state(
-    config: Any, mesh: Mesh, plan: Blueprint, weights: Weights | None = None
+    config: Any, mesh: Mesh, spec: TrainSpec, weights: Weights | None = None
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
     Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
     Raises UserError when `weights` are not those of this model.
     """
-    abstract = abstract_state(config, mesh, plan)
+    abstract = abstract_state(config, mesh, spec)
     if weights is None:
         weights = _joined(create_model(config, mesh, layers.random(config.seed)))
-    check_weights(weights, {**plan.params, **plan.stats})
+    check_weights(weights, {**spec.params, **spec.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
-    if plan.discriminator:
-        d = abstract.discriminator
+    if spec.discriminator:
         # Another seed than the model's, or both would start from the same draws.
         init = layers.random(config.seed + 2**32)
-        other = _place(_joined(create_discriminator(config, mesh, init)), {**d.params, **d.stats})
+        other = _place(
+            _joined(create_discriminator(config, mesh, init)), abstract.discriminator.params
+        )
     places = jax.tree.map(lambda s: s.sharding, abstract)
-    start = jax.jit(functools.partial(fresh, plan), out_shardings=places, donate_argnums=(0, 1))
+    start = jax.jit(functools.partial(fresh, spec), out_shardings=places, donate_argnums=(0, 1))
     return start(weights, other)
 
 

@@ -43,7 +43,8 @@ from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
 from dcae_jax.divergence import Watch
-from dcae_jax.state import Blueprint, TrainState
+from dcae_jax.models.layers import Weights
+from dcae_jax.state import TrainSpec, TrainState
 
 Totals = dict[str, clu_metrics.Metric]
 
@@ -88,26 +89,26 @@ def _run(
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)
             return DONE
     # What the user can have got wrong is opened before anything is compiled.
-    plan = state_lib.blueprint(config, mesh)
-    sharding.check_tensor(plan.params, config.sharding, mesh)
+    spec = state_lib.train_spec(config, mesh)
+    sharding.check_tensor(spec.params, config.sharding, mesh)
     source = source or sources.training_source(config.data)
     hosts.agree({"step": start or 0})
-    judges = preflight.load_judges(config, mesh)
+    lpips = preflight.load_lpips(config, mesh)
     look = (
-        _opened_previews(config, mesh, plan, manifest)
+        _opened_previews(config, mesh, spec, manifest)
         if manifest
-        else _opened_judges(config, mesh, plan)
+        else _opened_judges(config, mesh, spec)
     )
-    abstract = state_lib.abstract_state(config, mesh, plan)
-    step_fn = steps.jit_step(config, plan, abstract)
+    abstract = state_lib.abstract_state(config, mesh, spec)
+    step_fn = steps.jit_step(config, spec, abstract)
     traced = {
-        size: step_fn.trace(abstract, preflight.abstract_batch(config, size, mesh), judges)
+        size: step_fn.trace(abstract, preflight.abstract_batch(config, size, mesh), lpips)
         for size in preflight.batch_sizes(config)
     }
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_totals(metric_shapes), out_shardings=sharding.replicated(mesh))
     if start is None:
-        state, provenance = preflight.fresh_state(config, mesh, plan)
+        state, provenance = preflight.fresh_state(config, mesh, spec)
         totals, index = empty(), 0
     manager = checkpoint.open_manager(workdir, config.keep)
     if start is not None:
@@ -134,7 +135,7 @@ def _run(
             },
         )
         logging.info(
-            "%s\n%s", preflight.parameter_table(plan), preflight.memory_table(abstract, mesh)
+            "%s\n%s", preflight.parameter_table(spec), preflight.memory_table(abstract, mesh)
         )
 
     compiled = {}
@@ -146,9 +147,9 @@ def _run(
         compiled[size] = trace.lower().compile()
         what = "latents a side" if manifest else "pixels"
         logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
-    if judges:
+    if lpips:
         logging.info(
-            "LPIPS is %.0f %% of the step's FLOPs", preflight.lpips_share(config, judges, compiled)
+            "LPIPS is %.0f %% of the step's FLOPs", preflight.lpips_share(config, lpips, compiled)
         )
 
     with _Writer(workdir, start or 0, preempted.is_set) as writer:
@@ -169,7 +170,7 @@ def _run(
                 config,
                 mesh,
                 source,
-                judges,
+                lpips,
                 compiled,
                 empty,
                 manager,
@@ -212,7 +213,7 @@ def _loop(
     config: Any,
     mesh: Mesh,
     source: Any,
-    judges: Any,
+    lpips: Weights,
     compiled: dict[int, Callable],
     empty: Callable[[], Totals],
     manager: Any,
@@ -235,7 +236,7 @@ def _loop(
             batch = next(batches)
             placed = sharding.put_batch(batch, mesh)
             size = next(x.shape[1] for x in batch.values() if x.ndim == 4)
-            state, metrics = compiled[size](state, placed, judges)
+            state, metrics = compiled[size](state, placed, lpips)
             totals = accumulate(totals, metrics)
             index += config.batch_size
             in_flight.append((step, metrics["skipped_in_row"], batch))
@@ -278,7 +279,7 @@ def _loop(
 Look = Callable[["_Writer", int, TrainState], None]
 
 
-def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
+def _opened_judges(config: Any, mesh: Mesh, spec: TrainSpec) -> Look:
     """Scores the averaged weights on the held-out images, into the row of the step."""
     held_out = sources.held_out_source(config.data)
     scorers = evaluate.load_judges(config, mesh)
@@ -287,7 +288,7 @@ def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
         weights = state_lib.averaged(state)
         try:
             results = evaluate.evaluate(
-                config, plan.graph, weights, mesh, held_out, scorers, writer.stopped
+                config, spec.graphdef, weights, mesh, held_out, scorers, writer.stopped
             )
         except evaluate.Stopped:
             return
@@ -298,7 +299,7 @@ def _opened_judges(config: Any, mesh: Mesh, plan: Blueprint) -> Look:
     return look
 
 
-def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[str, Any]) -> Look:
+def _opened_previews(config: Any, mesh: Mesh, spec: TrainSpec, manifest: dict[str, Any]) -> Look:
     """Samples from the averaged weights: the same noise and labels at every step."""
     autoencoder = api.load_autoencoder(config.autoencoder, config.dtype, mesh)
     found = checkpoint.encoder_checksum(autoencoder.weights)
@@ -309,7 +310,7 @@ def _opened_previews(config: Any, mesh: Mesh, plan: Blueprint, manifest: dict[st
         if writer.stopped():
             return
         model = api.Generator(
-            plan.graph,
+            spec.graphdef,
             state_lib.averaged(state),
             arch,
             config.model.to_dict(),

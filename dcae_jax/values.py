@@ -12,7 +12,6 @@ MOST = 2**31 - 1  # counters and sizes are int32 on the devices
 # Key -> (least, most), both allowed.
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
-    "phase": (1, 3),
     "label_dropout": (0, 1),
     "model.latent_channels": (0, 2**16),
     "model.scaling_factor": (0, 1e6),

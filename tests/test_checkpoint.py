@@ -20,15 +20,15 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypat
     """Catches a checkpoint that only the machines which wrote it can read."""
     monkeypatch.setattr(sharding, "SMALL", 64)  # so that tiny weights are split too
     small.loss.gan_weight, small.loss.gan_channels = 0.5, 8
-    plan = state.blueprint(small, _mesh(4, fsdp=4))
-    saved = state.init_state(small, _mesh(4, fsdp=4), plan)
+    spec = state.train_spec(small, _mesh(4, fsdp=4))
+    saved = state.init_state(small, _mesh(4, fsdp=4), spec)
     assert any(not leaf.is_fully_replicated for leaf in saved.params.values())
     totals = {"loss": jax.numpy.float32(3)}
     manager = checkpoint.open_manager(str(tmp_path), 2)
     checkpoint.save(manager, saved, totals, 7, 28)
     manager.wait_until_finished()
     for mesh in (_mesh(1), _mesh(8, data=2, fsdp=4)):
-        abstract = state.abstract_state(small, mesh, plan)
+        abstract = state.abstract_state(small, mesh, spec)
         shapes = jax.eval_shape(lambda: totals)
         back, means, index = checkpoint.restore(manager, 7, abstract, shapes)
         jax.tree.map(np.testing.assert_array_equal, saved, back)
@@ -44,8 +44,8 @@ def test_weights_are_read_without_the_optimizer(
 ):
     """Catches 'ema' that returns raw weights, what is left out between reads, Orbax's warnings."""
     monkeypatch.setattr(checkpoint, "READ_AT_ONCE", at_once)
-    plan = state.blueprint(small, one_device)
-    fresh = state.init_state(small, one_device, plan)
+    spec = state.train_spec(small, one_device)
+    fresh = state.init_state(small, one_device, spec)
     fresh = state.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
     manager = checkpoint.open_manager(str(tmp_path), 2)
     checkpoint.save(manager, fresh, {}, 3, 0)
@@ -54,7 +54,7 @@ def test_weights_are_read_without_the_optimizer(
     averaged, config = checkpoint.load_weights(str(tmp_path))
     raw, _ = checkpoint.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
     assert config["model"]["variant"] == "tiny"
-    assert raw.keys() == averaged.keys() == plan.params.keys() | plan.stats.keys()
+    assert raw.keys() == averaged.keys() == spec.params.keys() | spec.stats.keys()
     for name, leaf in raw.items():
         assert isinstance(leaf, np.ndarray)
         np.testing.assert_array_equal(leaf + 1, averaged[name])

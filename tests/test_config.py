@@ -103,12 +103,12 @@ def _training_configs():
 @pytest.mark.parametrize("config", _training_configs())
 def test_every_training_config_builds_its_abstract_state(config, one_device):
     """Catches a pattern that matches nothing, or a key that does not fit, in a shipped config."""
-    plan = state.blueprint(config, one_device)
-    abstract = state.abstract_state(config, one_device, plan)
-    assert abstract.params.keys() == plan.params.keys()
-    assert abstract.ema.keys() == plan.trained
+    spec = state.train_spec(config, one_device)
+    abstract = state.abstract_state(config, one_device, spec)
+    assert abstract.params.keys() == spec.params.keys()
+    assert abstract.ema.keys() == spec.trained
     moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
-    trained = [name for name in plan.params if name in plan.trained]
+    trained = [name for name in spec.params if name in spec.trained]
     assert len(moments) == 2 * len(trained)
 
 

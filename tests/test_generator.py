@@ -126,11 +126,11 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
     monkeypatch.setattr(diffusion, "loss", loss)
     source = preflight.on_latents(config)[1]
     config = preflight.on_latents(config)[0]
-    plan = state.blueprint(config, one_device)
+    spec = state.train_spec(config, one_device)
     values = np.stack([source[i][0][0] for i in range(len(source))])
     batch = {"latent": jnp.asarray(values), "label": jnp.zeros(len(values), jnp.int32)}
-    step = jax.jit(steps.make_step(config, plan))
-    jax.block_until_ready(step(state.init_state(config, one_device, plan), batch, {}))
+    step = jax.jit(steps.make_step(config, spec))
+    jax.block_until_ready(step(state.init_state(config, one_device, spec), batch, {}))
     manifest = source.manifest
     want = values.astype(np.float32) * manifest["scaling_factor_multiplies_latent"]
     np.testing.assert_allclose(seen["x0"], want, rtol=1e-6)
@@ -150,22 +150,22 @@ def test_microbatches_see_their_own_latents_and_labels(config, one_device):
     }
     found = {}
 
-    def spy(config, plan, state, batch, key):
+    def spy(config, spec, state, batch, key):
         jax.debug.callback(
             lambda x, y: found.setdefault(int(y[0]), np.asarray(x)), batch["latent"], batch["label"]
         )
-        return real(config, plan, state, batch, key)
+        return real(config, spec, state, batch, key)
 
-    real, steps._denoising = steps._denoising, spy
+    real, steps.denoising_gradients = steps.denoising_gradients, spy
     try:
         config.accumulate = 2
-        plan = state.blueprint(config, one_device)
-        new, metrics = jax.jit(steps.make_step(config, plan))(
-            state.init_state(config, one_device, plan), batch, {}
+        spec = state.train_spec(config, one_device)
+        new, metrics = jax.jit(steps.make_step(config, spec))(
+            state.init_state(config, one_device, spec), batch, {}
         )
         jax.block_until_ready(new.params)
     finally:
-        steps._denoising = real
+        steps.denoising_gradients = real
     assert int(metrics["finite"]) == 1
     np.testing.assert_array_equal(found[0], batch["latent"][::2])
     np.testing.assert_array_equal(found[1], batch["latent"][1::2])
@@ -232,7 +232,7 @@ def test_a_pattern_that_names_one_block_says_so(config, one_device):
     config = preflight.on_latents(config)[0]
     config.trainable = (r"in_blocks\.0\..*",)
     with pytest.raises(UserError, match="names one of several blocks.*in_blocks"):
-        state.blueprint(config, one_device)
+        state.train_spec(config, one_device)
 
 
 def test_fine_tuning_starts_from_the_averages_and_freezes_the_rest(trained, config, one, tmp_path):

@@ -20,11 +20,11 @@ def planned(autoencoder, patch_size):
 
 
 def step_flops(config, mesh):
-    plan = state.blueprint(config, mesh)
-    abstract = state.abstract_state(config, mesh, plan)
+    spec = state.train_spec(config, mesh)
+    abstract = state.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, config.model.latent_size, mesh)
     return (
-        jax.jit(steps.make_step(config, plan)).lower(abstract, batch, {}).cost_analysis()["flops"]
+        jax.jit(steps.make_step(config, spec)).lower(abstract, batch, {}).cost_analysis()["flops"]
     )
 
 

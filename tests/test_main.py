@@ -46,8 +46,11 @@ def run(tmp_path, capsys):
         (["--config.loss.lpips_weight=1.0", "--config.loss.lpips_weights=/no"], ["'/no'"]),
         (["--config.trainable=('decoder.step.*',)"], ["decoder.step.*", "no parameter"]),
         (["--config.init_from=/none"], ["'/none'", "config.json"]),
-        (["--config.phase=3"], ["gan_weight"]),
-        (["--config.phase=2"], ["init_from", "configs/phase1.py"]),
+        (["--config.needs_weights=True"], ["init_from", "configs/phase1.py"]),
+        (
+            ["--config.needs_weights=True", "--config.loss.gan_weight=1.0"],
+            ["init_from", "configs/phase2.py"],
+        ),
         (["--config.loss.gan_weight=1.0", "--config.trainable=('encoder.*',)"], ["project_out"]),
         (["--config.job=juggle"], ["job='juggle'", "train"]),
         (["--config.model.variant=f33"], ["f33", "f32c32"]),

@@ -255,9 +255,9 @@ def test_samples_that_do_not_divide_are_refused():
 def test_without_averages_the_state_has_none(small, one_device):
     """Catches ema_decay=0 that keeps a copy of the weights all the same."""
     small.ema_decay = 0.0
-    blueprint = state.blueprint(small, one_device)
-    made = state.init_state(small, one_device, blueprint)
-    assert made.ema == {} and state.averaged(made).keys() == {*blueprint.params, *blueprint.stats}
+    spec = state.train_spec(small, one_device)
+    made = state.init_state(small, one_device, spec)
+    assert made.ema == {} and state.averaged(made).keys() == {*spec.params, *spec.stats}
 
 
 # --- the largest batch ----------------------------------------------------------------------------

@@ -222,8 +222,8 @@ def test_training_starts_from_published_weights(small, one_device, tmp_path):
     write_folder(tmp_path / "hub", arch, weights)
     read, saved = checkpoint.load_weights(str(tmp_path / "hub"), "ema")
     assert saved["model"]["variant"] == "tiny"
-    plan = state.blueprint(small, one_device)
-    start = state.init_state(small, one_device, plan, read)
+    spec = state.train_spec(small, one_device)
+    start = state.init_state(small, one_device, spec, read)
     same(weights, {**start.params, **start.stats})
 
 

@@ -69,18 +69,18 @@ def _program(kind, axes):
     """(config, mesh, plan, state as shapes, compiled step)."""
     config, mesh = _config(kind), _mesh(axes)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        plan = state.blueprint(config, mesh)
-        abstract = state.abstract_state(config, mesh, plan)
+        spec = state.train_spec(config, mesh)
+        abstract = state.abstract_state(config, mesh, spec)
         (size,) = preflight.batch_sizes(config)
-        step = steps.jit_step(config, plan, abstract)
+        step = steps.jit_step(config, spec, abstract)
         traced = step.trace(abstract, preflight.abstract_batch(config, size, mesh), {})
-        return config, mesh, plan, abstract, traced.lower().compile()
+        return config, mesh, spec, abstract, traced.lower().compile()
 
 
 def _start(kind, axes):
-    config, mesh, plan, _, _ = _program(kind, axes)
+    config, mesh, spec, _, _ = _program(kind, axes)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        return state.init_state(config, mesh, plan)
+        return state.init_state(config, mesh, spec)
 
 
 def _steps(kind, axes, now, first, last):
@@ -159,15 +159,15 @@ def _collectives(text, kind):
 def test_fsdp_puts_one_layer_together_at_a_time(kind):
     """Catches a stack of layers, or the batch's activations, gathered on every device: both are
     what XLA does where it is not told how weights are used."""
-    _, _, plan, _, step = _program(kind, FSDP)
+    _, _, spec, _, step = _program(kind, FSDP)
     text = step.as_text()
     layers = [
-        4 * leaf.size // (leaf.shape[0] if "*" in k else 1) for k, leaf in plan.params.items()
+        4 * leaf.size // (leaf.shape[0] if "*" in k else 1) for k, leaf in spec.params.items()
     ]
-    total = sum(4 * leaf.size for leaf in plan.params.values())
+    total = sum(4 * leaf.size for leaf in spec.params.values())
     gathered = _collectives(text, "all-gather")
     assert gathered and max(gathered) <= max(total // 4, max(layers))
-    other = sum(4 * w.size for w in plan.discriminator.params.values()) if plan.discriminator else 0
+    other = sum(4 * w.size for w in spec.discriminator.params.values()) if spec.discriminator else 0
     assert sum(gathered) <= 1.1 * (total + 2 * other)
     assert sum(_collectives(text, "all-to-all")) <= 0.01 * total
 
@@ -175,7 +175,7 @@ def test_fsdp_puts_one_layer_together_at_a_time(kind):
 def test_tensor_adds_up_twice_a_block_and_direction():
     """Catches activations that are gathered between a block's halves, and heads split so that
     the products of q and k need another device."""
-    config, mesh, plan, _, step = _program("uvit", (("tensor", 4),))
+    config, mesh, spec, _, step = _program("uvit", (("tensor", 4),))
     tokens = 4 * config.batch_size * (2 + config.model.latent_size**2) * config.model.width
     sums = [size for size in _collectives(step.as_text(), "all-reduce") if size == tokens]
     # Forward: in_blocks, mid_block, out_blocks, the last with its skip; then backward.
@@ -192,8 +192,8 @@ def test_moments_averages_and_discriminator_lie_as_the_weights_do():
     with mock.patch.object(sharding, "SMALL", SPLIT):
         for config, axes in cases:
             mesh = _mesh(axes)
-            plan = state.blueprint(config, mesh)
-            abstract = state.abstract_state(config, mesh, plan)
+            spec = state.train_spec(config, mesh)
+            abstract = state.abstract_state(config, mesh, spec)
             for part in filter(None, (abstract, abstract.discriminator)):
                 whole = 4 * sum(leaf.size for leaf in part.params.values())
                 assert sharding.chip_bytes(part.params) < 0.4 * whole
@@ -233,12 +233,12 @@ def test_a_mesh_that_does_not_suit_the_model_is_refused():
     mesh = _mesh((("tensor", 4),))
     config = _config("phase1")
     with pytest.raises(UserError, match="mesh.tensor=4 splits nothing"):
-        sharding.check_tensor(state.blueprint(config, mesh).params, config.sharding, mesh)
+        sharding.check_tensor(state.train_spec(config, mesh).params, config.sharding, mesh)
     config = _config("uvit")
-    sharding.check_tensor(state.blueprint(config, mesh).params, config.sharding, mesh)
+    sharding.check_tensor(state.train_spec(config, mesh).params, config.sharding, mesh)
     config.model.heads, config.model.width = 2, 32
     with pytest.raises(UserError, match="does not divide the 2 heads"):
-        state.blueprint(config, mesh)
+        state.train_spec(config, mesh)
     config = _config("phase1")
     config.resolution = 80
     mesh = _mesh((("spatial", 3),))

@@ -10,7 +10,7 @@ import pytest
 
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state, steps
-from dcae_jax.models import lpips
+from dcae_jax.models import lpips as lpips_model
 
 
 def _batch(config, seed=0):
@@ -19,14 +19,14 @@ def _batch(config, seed=0):
     return {"image": jnp.asarray(pixels), "label": jnp.zeros(config.batch_size, jnp.int32)}
 
 
-def _run(config, mesh, batches, judges=None, change=lambda s: s):
+def _run(config, mesh, batches, lpips=None, change=lambda s: s):
     """(state before, state after, metrics of each step)."""
-    plan = state.blueprint(config, mesh)
-    step = jax.jit(steps.make_step(config, plan))
-    before = now = change(state.init_state(config, mesh, plan))
+    spec = state.train_spec(config, mesh)
+    step = jax.jit(steps.make_step(config, spec))
+    before = now = change(state.init_state(config, mesh, spec))
     metrics = []
     for batch in batches:
-        now, values = step(now, sharding.put_batch(batch, mesh), judges or {})
+        now, values = step(now, sharding.put_batch(batch, mesh), lpips or {})
         metrics.append({k: float(v) for k, v in values.items()})
     return before, now, metrics
 
@@ -116,9 +116,9 @@ def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device)
     rng = np.random.default_rng(0)
     weights = {
         name: jnp.asarray(np.abs(rng.normal(size=shape)) * 0.05, jnp.float32)
-        for name, shape in lpips.shapes("vgg").items()
+        for name, shape in lpips_model.shapes("vgg").items()
     }
-    _, with_lpips, metrics = _run(small, one_device, [_batch(small)], {"lpips": weights})
+    _, with_lpips, metrics = _run(small, one_device, [_batch(small)], weights)
     small.loss.lpips_weight = 0.0
     _, without, _ = _run(small, one_device, [_batch(small)])
     assert metrics[0]["lpips"] > 0
@@ -129,10 +129,10 @@ def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device)
 
 def test_the_abstract_state_is_the_real_one(small, one_device):
     """Catches a planner, or a restore, that describes another state than training has."""
-    plan = state.blueprint(small, one_device)
-    abstract = state.abstract_state(small, one_device, plan)
-    real = state.init_state(small, one_device, plan)
-    out, _ = jax.eval_shape(steps.make_step(small, plan), real, _batch(small), {})
+    spec = state.train_spec(small, one_device)
+    abstract = state.abstract_state(small, one_device, spec)
+    real = state.init_state(small, one_device, spec)
+    out, _ = jax.eval_shape(steps.make_step(small, spec), real, _batch(small), {})
 
     def same(a, b):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -146,9 +146,9 @@ def test_blocks_that_are_computed_again_give_the_same_step(small, one_device):
     batch = _batch(small)
     found = {}
     for small.remat in ("none", "blocks"):
-        plan = state.blueprint(small, one_device)
-        start = state.init_state(small, one_device, plan)
-        text = str(jax.make_jaxpr(steps.make_step(small, plan))(start, batch, {}))
+        spec = state.train_spec(small, one_device)
+        start = state.init_state(small, one_device, spec)
+        text = str(jax.make_jaxpr(steps.make_step(small, spec))(start, batch, {}))
         assert ("remat" in text) == (small.remat == "blocks")
         _, after, metrics = _run(small, one_device, [batch])
         found[small.remat] = after, metrics[0]

@@ -54,8 +54,7 @@ class GroupNorm(nnx.Module):
 class PatchGAN(nnx.Module):
     """Pictures [B, H, W, 3] in [-1, 1] -> logits [B, h, w] float32, above 0 for real."""
 
-    def __init__(self, *, channels: int, depth: int, norm: str, dtype: Any, init: layers.Init):
-        make_norm = {"group": GroupNorm, "batch": layers.BatchNorm}[norm]
+    def __init__(self, *, channels: int, depth: int, dtype: Any, init: layers.Init):
         kw = dict(dtype=dtype, init=init)
         widths = [channels * min(2**i, MAX_WIDENING) for i in range(depth + 1)]
         self.convs = nnx.List([_conv(3, widths[0], stride=2, use_bias=True, **kw)])
@@ -63,7 +62,7 @@ class PatchGAN(nnx.Module):
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
             stride = 2 if i < depth else 1
             self.convs.append(_conv(inputs, outputs, stride=stride, use_bias=False, **kw))
-            self.norms.append(make_norm(outputs, **kw))
+            self.norms.append(GroupNorm(outputs, **kw))
         self.project_out = _conv(widths[-1], 1, stride=1, use_bias=True, **kw)
 
     def __call__(self, x: Array) -> Array:
@@ -78,7 +77,6 @@ def create(loss_config: Any, *, dtype: Any, init: layers.Init) -> PatchGAN:
     return PatchGAN(
         channels=loss_config.gan_channels,
         depth=loss_config.gan_layers,
-        norm=loss_config.gan_norm,
         dtype=jnp.dtype(dtype),
         init=init,
     )

@@ -181,7 +181,7 @@ def test_the_mesh_does_not_matter_to_the_manifest(small, tmp_path, monkeypatch):
     sizes = config_lib.default().mesh
     sizes.fsdp = 4
     mesh = sharding.make_mesh(sizes, jax.devices()[:4])
-    made = state.init_state(small, mesh, state.blueprint(small, mesh))
+    made = state.init_state(small, mesh, state.train_spec(small, mesh))
     manager = checkpoint.open_manager(str(tmp_path), 2)
     checkpoint.save(manager, made, {}, 1, 0)
     manager.close()

@@ -43,10 +43,10 @@ def test_an_exploding_gan_stops_with_good_checkpoints(small, alone, tmp_path):
 def test_weights_that_overflow_are_a_skipped_step(small, one_device):
     """Catches a finite gradient that carries the weights to infinity."""
     small.optimizer.learning_rate, small.optimizer.warmup_steps = 3e38, 0
-    plan = state.blueprint(small, one_device)
-    start = state.init_state(small, one_device, plan)
+    spec = state.train_spec(small, one_device)
+    start = state.init_state(small, one_device, spec)
     batch = {"image": jnp.full((4, 32, 32, 3), 9, jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    after, metrics = jax.jit(steps.make_step(small, plan))(start, batch, {})
+    after, metrics = jax.jit(steps.make_step(small, spec))(start, batch, {})
     assert metrics["finite"] == 0 and metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, start.params, after.params)
 
@@ -57,12 +57,12 @@ def test_latents_that_are_not_finite_are_skipped(one_device, bad):
     config = config_lib.load_file(f"{CONFIGS}/uvit.py", "tiny")
     config.model.latent_size, config.model.latent_channels = 4, 8
     config.model.num_classes, config.model.scaling_factor, config.dtype = 3, 1.0, "float32"
-    plan = state.blueprint(config, one_device)
-    start = state.init_state(config, one_device, plan)
+    spec = state.train_spec(config, one_device)
+    start = state.init_state(config, one_device, spec)
     latent = np.zeros((4, 4, 4, 8), np.float32)
     latent[1, 2, 3, 4] = bad
     batch = {"latent": jnp.asarray(latent), "label": jnp.zeros(4, jnp.int32)}
-    after, metrics = jax.jit(steps.make_step(config, plan))(start, batch, {})
+    after, metrics = jax.jit(steps.make_step(config, spec))(start, batch, {})
     assert metrics["skipped"] == 1
     for part in ("params", "ema", "opt_state"):
         same = jax.tree.map(
