@@ -144,6 +144,35 @@ def test_identity_names_what_differs_and_lets_speed_keys_pass():
     assert changes == {"batch_size": (256, 64), "optimizer.b1": (0.9, 0.5)}
 
 
+# Top-level keys that a resumed run must share: the contract of docs, not read off the code.
+IDENTITY = (
+    "model trainable loss optimizer ema_decay ema_warmup accumulate data seed batch_size "
+    "resolution resolutions dtype patch_size objective label_dropout"
+).split()
+FREE = ("data.workers", "data.threads", "data.prefetch")  # how fast the same batches arrive
+
+
+@pytest.mark.parametrize("key", list(_leaves(config_lib.default())))
+def test_a_resumed_run_shares_every_key_of_its_identity_and_no_other(key):
+    """Catches a key that leaves the identity, so that a run goes on as another one, and a resume
+    refused for a key that changes no number."""
+    before, now = config_lib.default(), config_lib.default()
+    old = config_lib.flatten(before)[key]
+    section, _, last = key.rpartition(".")
+    here = now[section] if section else now
+    here[last] = _another(here[last])
+    changes = config_lib.identity_changes(config_lib.to_json(before), config_lib.to_json(now))
+    shared = key.split(".")[0] in IDENTITY and key not in FREE
+    assert changes == ({key: (old, config_lib.flatten(now)[key])} if shared else {})
+
+
+def _another(value):
+    """A value of the same type that differs."""
+    if isinstance(value, bool):
+        return not value
+    return (*value, "x") if isinstance(value, tuple) else value + type(value)(1)
+
+
 def test_tuples_survive_json():
     """Catches every run refusing to resume because () became []."""
     config = config_lib.default()

@@ -74,3 +74,28 @@ def test_patterns_match_whole_paths_or_are_errors(pattern):
     with pytest.raises(UserError, match="trainable"):
         optim.match([pattern], PARAMS, "trainable")
     assert optim.match([r"a\..*"], PARAMS, "trainable") == {"a.kernel", "a.bias"}
+
+
+def test_the_discriminator_has_its_own_rate_and_no_decay():
+    """Catches weight decay, clipping, the model's learning rate or its warm-up on the
+    discriminator."""
+    config = _config(weight_decay=0.5, b1=0.3, b2=0.8, clip_norm=1e-3, warmup_steps=10)
+    config.loss.gan_learning_rate = 0.02
+    tx = optim.discriminator_optimizer(config)
+    grads = {name: jnp.full(2, 3.0) for name in PARAMS}
+    updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    for name in PARAMS:
+        np.testing.assert_allclose(updates[name], -0.02, rtol=1e-5)
+        np.testing.assert_allclose(state[0].mu[name], 0.7 * 3, rtol=1e-5)
+        np.testing.assert_allclose(state[0].nu[name], 0.2 * 9, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [r"b\.7\..*", r"b\.\d+\.k", r"b\.[0-9]\..*", r"b\.(0|12)\.k"])
+def test_a_pattern_for_one_of_several_stacked_blocks_says_so(pattern):
+    """Catches a block that a user freezes by its number, and an error that names no remedy."""
+    names = ["a.kernel", "b.*.k"]
+    with pytest.raises(UserError, match=r"names one of several blocks.*like 'b\.\*\.k'"):
+        optim.match([pattern], names, "trainable")
+    with pytest.raises(UserError, match="matches no parameter"):
+        optim.match([r"c\.7\..*"], names, "trainable")
+    assert optim.match([r"b\..*"], names, "trainable") == {"b.*.k"}

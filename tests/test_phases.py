@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
-from dcae_jax import checkpoint, data, losses, preflight, report, sharding, state, steps, train
+from dcae_jax import checkpoint, data, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import dcae, layers, sdvae
 
 
 def _phase(number, small, variant="tiny"):

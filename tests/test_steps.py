@@ -6,7 +6,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import phase3_golden
 import pytest
+from goldens import make_gan
 
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state, steps
@@ -156,3 +158,61 @@ def test_blocks_that_are_computed_again_give_the_same_step(small, one_device):
     assert same["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-4)
     for name, value in plain.stats.items():
         np.testing.assert_allclose(again.stats[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- phase 3 --------------------------------------------------------------------------------------
+
+
+def _equals_pytorch(found, want):
+    """Every number of a step of phase 3 agrees with PyTorch's."""
+    settings = make_gan.STEP
+    for name, value in want["metrics"].items():
+        np.testing.assert_allclose(found["metrics"][name], value, rtol=2e-4, err_msg=name)
+    # The optimizer sees the clipped gradient of the model, and all of the discriminator's.
+    assert want["metrics"]["grad_norm"] > 1.5 * settings["clip_norm"]
+    clip = settings["clip_norm"] / want["metrics"]["grad_norm"]
+    depth = make_gan.DISCRIMINATOR[1]
+    wanted = {
+        "gradients": phase3_golden.autoencoder_parts(want["gradients"]),
+        "trained": phase3_golden.autoencoder_parts(want["trained"]),
+        "discriminator_gradients": phase3_golden.discriminator_parts(
+            want["discriminator_gradients"], depth
+        ),
+        "discriminator": phase3_golden.discriminator_parts(want["discriminator"], depth),
+    }
+    scale = {"gradients": clip}
+    for part, values in wanted.items():
+        assert found[part].keys() == values.keys()
+        for name, value in values.items():
+            value = value * scale.get(part, 1)
+            # A thousandth of a step of the optimizer, or of the largest gradient.
+            atol = 1e-3 * (np.abs(value).max() if "gradients" in part else 1e-2)
+            np.testing.assert_allclose(found[part][name], value, atol=atol, err_msg=name)
+    assert all(found["frozen"].values()) and found["frozen"]
+
+
+def test_a_step_of_phase_3_equals_pytorchs(one_device):
+    """Catches a slip anywhere in phase 3: a loss, its weight, the adaptive weight, clipping, decay
+    of biases or of the discriminator, the discriminator's side trained on the new weights, Adam's
+    settings, statistics of the trained BatchNorm, and anything frozen that moves."""
+    _equals_pytorch(phase3_golden.run(0, one_device), phase3_golden.golden())
+
+
+@pytest.mark.torch
+def test_a_step_of_phase_3_equals_pytorchs_live(one_device):
+    """Catches a golden that fits one set of weights by chance."""
+    pytest.importorskip("diffusers")
+    want = phase3_golden.parts(make_gan.step(seed=1))
+    _equals_pytorch(phase3_golden.run(1, one_device), want)
+
+
+def test_the_logged_learning_rate_is_that_of_applied_steps(small, one_device):
+    """Catches a curve that runs ahead of the optimizer's own count after skipped steps."""
+    small.optimizer.learning_rate, small.optimizer.warmup_steps = 1.0, 10
+    small.optimizer.warmup_from = 0.1
+
+    def later(s):
+        return dataclasses.replace(s, step=s.step + 7, skipped=s.skipped + 3)
+
+    _, _, metrics = _run(small, one_device, [_batch(small)], change=later)
+    assert metrics[0]["learning_rate"] == pytest.approx(0.1 + 0.9 * 4 / 10)

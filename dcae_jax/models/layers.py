@@ -173,8 +173,9 @@ SMALL_MAP = 16
 def convolution(x: Array, kernel: Array, stride: int) -> Array:
     """[B, H, W, in] by [size, size, in, out] -> [B, H/stride, W/stride, out], zeros around."""
     positions = x.shape[1] * x.shape[2]
-    # No int in an export for any size.
-    if stride == 1 and isinstance(positions, int) and positions <= SMALL_MAP:
+    # No int in an export for any size. A kernel of even size makes the map smaller.
+    same = stride == 1 and kernel.shape[0] % 2
+    if same and isinstance(positions, int) and positions <= SMALL_MAP:
         return jax.lax.platform_dependent(x, kernel, cpu=_as_product, default=_as_convolution)
     return _as_convolution(x, kernel, stride)
 

@@ -35,8 +35,8 @@ CONFIG = {  # f16, the layout of dcae_jax's `tiny`, narrow
 }
 TRAINED = r"decoder\.(up_blocks\.1\.[1-9]\d*|norm_out|conv_out)\..*"  # the head
 LAST = "decoder.conv_out.conv.weight"
-# No two settings alike, so that none can stand in for another. eps is large, so that Adam's first
-# step depends on the size of a gradient and not on its sign alone.
+# No two settings alike, so that none can stand in for another. eps is large: Adam's first step
+# then depends on the size of a gradient and not on its sign alone.
 STEP = {
     "batch_size": 3,
     "resolution": 32,
@@ -52,7 +52,8 @@ STEP = {
     "weight_decay": 0.2,
     "clip_norm": 0.25,
 }
-DISCRIMINATOR = (8, 3)  # (channels of the first layer, layers that halve the size)
+DISCRIMINATOR = (8, 2)  # (channels of the first layer, layers that halve the size)
+GAIN = 3  # of the discriminator's kernels: some logits pass +-1, where the hinge is flat
 DEPTHS = ((8, 2), (8, 3), (8, 4))  # the last one stops widening
 
 
@@ -61,15 +62,18 @@ def images(seed, size=STEP["resolution"]):
     return judges.pictures(STEP["batch_size"], size, seed=seed + 10)
 
 
-def weights(seed, shapes):
-    """-> {name: float32 array} for {name: shape}."""
-    return {n: np.array(make_dcae.tensor(f"gan{seed}", n, tuple(s))) for n, s in shapes.items()}
+def weights(seed, shapes, gain=1):
+    """-> {name: float32 array} for {name: shape}; kernels are multiplied by `gain`."""
+    made = {n: np.array(make_dcae.tensor(f"gan{seed}", n, tuple(s))) for n, s in shapes.items()}
+    return {n: value * np.float32(gain) if value.ndim > 1 else value for n, value in made.items()}
 
 
 def lpips_linear():
     """-> the five linear layers of LPIPS, made up."""
     sizes = (64, 128, 256, 512, 512)
-    return [np.random.RandomState(i).random_sample(c).astype(np.float32) for i, c in enumerate(sizes)]
+    return [
+        np.random.RandomState(i).random_sample(c).astype(np.float32) for i, c in enumerate(sizes)
+    ]
 
 
 def patchgan(channels, depth):
@@ -88,11 +92,12 @@ def patchgan(channels, depth):
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
 
 
-def loaded(network, seed):
+def loaded(network, seed, gain=1):
     """The network with the weights of its names."""
     import torch
 
-    made = weights(seed, {name: value.shape for name, value in network.state_dict().items()})
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    made = weights(seed, shapes, gain)
     network.load_state_dict({name: torch.from_numpy(value) for name, value in made.items()})
     return network
 
@@ -106,7 +111,7 @@ def step(seed):
         return torch.sqrt(sum((t**2).sum() for t in tensors))
 
     model = loaded(AutoencoderDC.from_config(CONFIG).eval(), seed)
-    discriminator = loaded(patchgan(*DISCRIMINATOR), seed)
+    discriminator = loaded(patchgan(*DISCRIMINATOR), seed, GAIN)
     head = {n: p for n, p in model.named_parameters() if re.fullmatch(TRAINED, n)}
     model.requires_grad_(False)
     for parameter in head.values():
@@ -138,8 +143,7 @@ def step(seed):
     reconstruction = STEP["l1_weight"] * l1 + STEP["lpips_weight"] * lpips
     generator = -discriminator(y).mean()
     norms = [
-        norm(torch.autograd.grad(loss, head_last, retain_graph=True))
-        for head_last in [head[LAST]]
+        norm(torch.autograd.grad(loss, [head[LAST]], retain_graph=True))
         for loss in (reconstruction, generator)
     ]
     weight = STEP["gan_weight"] * (norms[0] / (norms[1] + 1e-6)).clamp(0, STEP["gan_adaptive_max"])
@@ -197,7 +201,7 @@ def discriminator_logits(channels, depth):
 
     x = torch.from_numpy(images(1, 64).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
     with torch.no_grad():
-        return loaded(patchgan(channels, depth), 1)(x)[:, 0].numpy()
+        return loaded(patchgan(channels, depth), 1, GAIN)(x)[:, 0].numpy()
 
 
 def make():
