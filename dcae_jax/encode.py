@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 from jax.experimental import multihost_utils
@@ -29,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from dcae_jax import (
     api,
     checkpoint,
+    crops,
     data,
     evaluate,
     latents,
@@ -218,7 +218,7 @@ def encode_fn(model: api.Autoencoder, dtype: str) -> Callable[[Weights, Array], 
     rows = NamedSharding(model.mesh, P(sharding.BATCH_AXES))
 
     def encode(weights: Weights, images: Array) -> Array:
-        x = images.astype(jnp.float32) / 127.5 - 1
+        x = crops.to_float(images)
         return layers.merge(model.graph, weights).encode(x).astype(dtype)
 
     return jax.jit(encode, out_shardings=rows)
@@ -398,7 +398,7 @@ def finish(
         "kind": "latents",
         "format": latents.FORMAT,
         "model": model.model,
-        "autoencoder": origin(config.init_from),
+        "autoencoder": report.whole_path(config.init_from),
         "weights": config.weights,
         "checksum": identity["weights"],
         "encoder_checksum": checkpoint.encoder_checksum(model.weights),
@@ -473,9 +473,3 @@ def statistics(every: list[dict[str, Any]], positions: int) -> dict[str, Any]:
             math.sqrt(max(0.0, square / n - m**2)) for square, m in zip(squares, mean, strict=True)
         ],
     }
-
-
-def origin(path: str) -> str:
-    """Where weights are from, for other folders than this one: a path whole, a hub name as is."""
-    there = os.path.exists(os.path.expanduser(path))
-    return os.path.abspath(os.path.expanduser(path)) if there else path

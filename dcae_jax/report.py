@@ -59,6 +59,12 @@ def _temporary(path: str) -> Iterator[str]:
             os.remove(beside)
 
 
+def whole_path(path: str) -> str:
+    """A path that exists, absolute, for readers in other folders; a hub name as it is."""
+    there = os.path.exists(os.path.expanduser(path))
+    return os.path.abspath(os.path.expanduser(path)) if there else path
+
+
 def write_file(path: str, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all."""
     with atomic(path) as beside, open(beside, "wb") as file:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcae_jax import diffusion, losses, optim, sharding
+from dcae_jax import crops, diffusion, losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Blueprint, Discriminator, TrainState
@@ -96,11 +96,6 @@ def use(plan: Blueprint, weights: Weights) -> Weights:
     return plan.layout.use(weights) if plan.layout else weights
 
 
-def to_float(images: Array) -> Array:
-    """uint8 levels -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 def moving_average(state: TrainState, new: Weights, config: Any) -> Weights:
     """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal."""
     done = (state.step - state.skipped + 1).astype(jnp.float32)
@@ -139,7 +134,7 @@ def _gradients(
         if plan.discriminator:
             d = dataclasses.replace(state.discriminator, stats=discriminator_stats)
             now = dataclasses.replace(now, discriminator=d)
-        return _reconstruction(config, plan, now, to_float(batch["image"]), judges, key)
+        return _reconstruction(config, plan, now, crops.to_float(batch["image"]), judges, key)
 
     stats = state.stats
     d_stats = state.discriminator.stats if plan.discriminator else {}
