@@ -34,15 +34,14 @@ def folder(pixels: int) -> str:
     """JPEGs of the embedded photographs, enlarged; made once."""
     path = os.path.join(tempfile.gettempdir(), f"dcae_jax-jpegs-{pixels}")
     if not os.path.isdir(path):
-        from dcae_jax import crops, sources
+        from dcae_jax import crops, report, sources
 
-        os.makedirs(beside := f"{path}.{os.getpid()}")
         photos = sources.photos()
-        for i in range(FILES):
-            image = crops.center_crop(photos[i % len(photos)][0], 400)
-            image = image.rotate(90 * (i % 4)).resize((pixels, pixels), Image.Resampling.BICUBIC)
-            image.save(os.path.join(beside, f"{i:03d}.jpg"), quality=90)
-        os.rename(beside, path)
+        with report.atomic_folder(path) as beside:
+            for i in range(FILES):
+                image = crops.center_crop(photos[i % len(photos)][0], 400).rotate(90 * (i % 4))
+                image = image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+                image.save(os.path.join(beside, f"{i:03d}.jpg"), quality=90)
     return path
 
 

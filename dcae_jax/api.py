@@ -13,7 +13,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, diffusion, host_memory, matching, sampling, sharding, state, tiling
+from dcae_jax import (
+    checkpoint,
+    crops,
+    diffusion,
+    host_memory,
+    matching,
+    sampling,
+    sharding,
+    state,
+    tiling,
+)
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, sdvae
@@ -440,8 +450,7 @@ def _sample_fn(
         if not s.decode:
             return z, jnp.isfinite(z).all((1, 2, 3))
         images = layers.merge(decoder, decoder_weights).decode(z)
-        # As the authors cut to 8 bits: 127.5 x + 128, truncated.
-        levels = jnp.clip(127.5 * images.astype(jnp.float32) + 128, 0, 255)
+        levels = crops.to_levels(images)
         finite = jnp.isfinite(levels).all((1, 2, 3))
         levels = jnp.where(finite[:, None, None, None], levels, 0)
         return levels.astype(jnp.uint8), finite

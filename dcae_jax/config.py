@@ -20,6 +20,16 @@ class MachineError(RuntimeError):
     """The machine failed, or training did; the message is one line: what, and the remedy."""
 
 
+def nearest_multiples(value: int, step: int, least: int = 0) -> str:
+    """The multiples of `step` below and above `value`, for a message: '96 or 104'.
+
+    least: a multiple of `step` that none may be less than; 0: `step` itself.
+    """
+    down = value // step * step
+    near = {max(multiple, least or step) for multiple in (down, down + step)}
+    return " or ".join(map(str, sorted(near)))
+
+
 # Keys that a resumed run must share with the run it continues.
 IDENTITY = (
     "model",
@@ -354,11 +364,9 @@ def check(config: ConfigDict) -> None:
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
     if config.batch_size % config.accumulate:
-        down = config.batch_size // config.accumulate * config.accumulate
-        nearest = f"{down} or {down + config.accumulate}" if down else f"{config.accumulate}"
         raise UserError(
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
-            f"try {nearest}"
+            f"try {nearest_multiples(config.batch_size, config.accumulate)}"
         )
     if not -1 <= config.plan.effort <= 1:
         raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")

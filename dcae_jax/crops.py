@@ -1,13 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Squares cut from images: ADM's centre crop, random crops, and what training changes in them."""
+"""Squares cut from images: ADM's centre crop, random crops, and what training changes in them.
+
+Also the one way from uint8 levels to the range [-1, 1] of the models, and back.
+"""
+
+from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
+if TYPE_CHECKING:  # the processes that read images need no jax
+    import jax
+
+    Array = TypeVar("Array", np.ndarray, jax.Array)
+
 MOST_PIXELS = 2**26  # of an image while it is resized: a sliver 1 x 30,000 is no photograph
+
+
+def to_float(levels: Array) -> Array:
+    """Levels 0..255, uint8 or whole floats -> float32 in [-1, 1]."""
+    return levels.astype(np.float32) / 127.5 - 1
+
+
+def to_levels(x: Array) -> Array:
+    """Rounds images to the 256 levels that a PNG holds, as the published protocol does.
+
+    x: float in [-1, 1] (values outside are clipped) -> the same shape, float32, integers 0..255.
+    Both images of a pair go through this before every metric, and samples before they are written
+    (mit-han-lab/efficientvit: x * 255 + 0.5, clamped, truncated). NaN stays NaN.
+    """
+    xp = x.__array_namespace__()
+    return xp.floor(xp.clip(x.astype(np.float32) * 127.5 + 128.0, 0.0, 255.0))
+
+
+def to_uint8(x: Array) -> Array:
+    """Images in [-1, 1] -> uint8, as `to_levels` rounds. What is not finite has no meaning here."""
+    return to_levels(x).astype(np.uint8)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from dcae_jax import api, data, encode, latents, report, sources, train
+from dcae_jax import api, crops, data, encode, latents, report, sources, train
 from dcae_jax import config as config_lib
 
 RUN = "usit"  # folder of the diffusion model's run
@@ -66,11 +66,10 @@ def judge(workdir: str, configs: str) -> Samples:
     )
     hit = nearest(near, np.arange(len(near)) % count, unseen) == labels
     sampled_hit = nearest(near, np.arange(len(near)) % count, drawn) == wanted
-    crops, samples = SHOWN
-    shown = np.split(near[: crops * count], crops) + np.split(drawn[: samples * count], samples)
-    columns = [np.asarray(model.autoencoder.decode(z)) for z in shown]
-    columns = [np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8) for x in columns]
-    columns.insert(crops, np.full_like(columns[0], 255))  # a gap between crops and samples
+    first, then = SHOWN
+    shown = np.split(near[: first * count], first) + np.split(drawn[: then * count], then)
+    columns = [crops.to_uint8(np.asarray(model.autoencoder.decode(z))) for z in shown]
+    columns.insert(first, np.full_like(columns[0], 255))  # a gap between crops and samples
     grid = report.image_grid(columns, tile=64)
     return Samples(classes, len(known) // count, grid, float(hit.mean()), float(sampled_hit.mean()))
 
@@ -81,8 +80,7 @@ def held_out(model: api.Generator, first: int, count: int) -> tuple[np.ndarray, 
     batches = data.fixed_crops(
         sources.photos(), numbers, size=model.resolution, batch_size=model.num_classes, crops=2
     )
-    images = [batch["image"].astype(np.float32) / 127.5 - 1 for batch in batches]
-    z = [np.asarray(model.autoencoder.encode(x)) for x in images]
+    z = [np.asarray(model.autoencoder.encode(crops.to_float(b["image"]))) for b in batches]
     return np.concatenate(z), numbers % model.num_classes
 
 

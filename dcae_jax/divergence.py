@@ -52,11 +52,8 @@ def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     if jax.process_count() > 1:
         name += f"_process{jax.process_index()}"
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"
-    with open(beside, "wb") as file:
+    with report.atomic(path) as beside, open(beside, "wb") as file:
         np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
-    os.replace(beside, path)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
         report.write_png(path.replace(".npz", ".png"), report.image_grid((images,)))

@@ -6,6 +6,7 @@ when it is whole; a JSON beside it holds its sums. The manifest is made of those
 that a run that was interrupted anywhere ends with the same bytes. docs/latents.md has the format.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 from jax.experimental import multihost_utils
@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from dcae_jax import (
     api,
     checkpoint,
+    crops,
     data,
     evaluate,
     latents,
@@ -217,7 +218,7 @@ def encode_fn(model: api.Autoencoder, dtype: str) -> Callable[[Weights, Array], 
     rows = NamedSharding(model.mesh, P(sharding.BATCH_AXES))
 
     def encode(weights: Weights, images: Array) -> Array:
-        x = images.astype(jnp.float32) / 127.5 - 1
+        x = crops.to_float(images)
         return layers.merge(model.graph, weights).encode(x).astype(dtype)
 
     return jax.jit(encode, out_shardings=rows)
@@ -295,47 +296,46 @@ def write_shard(
     None, and nothing is left, if `encoded` ends before. Raises UserError.
     """
     path = os.path.join(workdir, shard.file)
-    beside = f"{path}.tmp"  # always the same, so that what a crash leaves is overwritten
-    writer = array_record_module.ArrayRecordWriter(beside, latents.WRITER_OPTIONS)
     records, total, squares, unreadable, largest = 0, 0.0, 0.0, [], -1
-    whole = False
-    try:
-        for wanted in numbers:
-            batch, values = next(encoded, (None, None))
-            if batch is None:
-                return None
-            failed = batch["unreadable"][batch["unreadable"] >= 0].tolist()
-            tally.count(int((wanted >= 0).sum()), failed, "left out")
-            unreadable += failed
-            for row in np.flatnonzero(batch["mask"] > 0):
-                number, label = int(wanted[row]), int(batch["label"][row])
-                _check(values[row], label, source.name(number % len(source)))
-                writer.write(latents.pack(values[row], label, number))
-                # One record at a time, so that no sum depends on the size of the batches.
-                exact = values[row].astype(np.float64).reshape(-1, values.shape[-1])
-                total, squares = total + exact.sum(0), squares + (exact**2).sum(0)
-                records, largest = records + 1, max(largest, label)
-        whole = True
-    finally:
-        writer.close()
-        if not whole:
-            os.remove(beside)
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    sums = {
-        "file": shard.file,
-        "records": records,
-        "bytes": os.path.getsize(beside),
-        "sha256": digest,
-        "sum": np.broadcast_to(total, values.shape[-1:]).tolist(),
-        "sum_of_squares": np.broadcast_to(squares, values.shape[-1:]).tolist(),
-        "unreadable": unreadable,
-        "largest_label": largest,
-    }
-    report.write_json(latents.sidecar(path), sums)
-    os.replace(beside, path)  # from here on the shard counts
-    return sums
+    with contextlib.suppress(_Ended), report.atomic(path) as beside:
+        with contextlib.closing(
+            array_record_module.ArrayRecordWriter(beside, latents.WRITER_OPTIONS)
+        ) as writer:
+            for wanted in numbers:
+                batch, values = next(encoded, (None, None))
+                if batch is None or values is None:
+                    raise _Ended
+                failed = batch["unreadable"][batch["unreadable"] >= 0].tolist()
+                tally.count(int((wanted >= 0).sum()), failed, "left out")
+                unreadable += failed
+                for row in np.flatnonzero(batch["mask"] > 0):
+                    number, label = int(wanted[row]), int(batch["label"][row])
+                    _check(values[row], label, source.name(number % len(source)))
+                    writer.write(latents.pack(values[row], label, number))
+                    # One record at a time, so that no sum depends on the size of the batches.
+                    exact = values[row].astype(np.float64).reshape(-1, values.shape[-1])
+                    total, squares = total + exact.sum(0), squares + (exact**2).sum(0)
+                    records, largest = records + 1, max(largest, label)
+        with open(beside, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sums = {
+            "file": shard.file,
+            "records": records,
+            "bytes": os.path.getsize(beside),
+            "sha256": digest,
+            "sum": np.broadcast_to(total, values.shape[-1:]).tolist(),
+            "sum_of_squares": np.broadcast_to(squares, values.shape[-1:]).tolist(),
+            "unreadable": unreadable,
+            "largest_label": largest,
+        }
+        # Before the shard gets its name, from where on it counts.
+        report.write_json(latents.sidecar(path), sums)
+        return sums
+    return None
+
+
+class _Ended(Exception):
+    """There are no more batches: the job was asked to stop."""
 
 
 def _check(values: np.ndarray, label: int, name: str) -> None:
@@ -398,7 +398,7 @@ def finish(
         "kind": "latents",
         "format": latents.FORMAT,
         "model": model.model,
-        "autoencoder": origin(config.init_from),
+        "autoencoder": report.whole_path(config.init_from),
         "weights": config.weights,
         "checksum": identity["weights"],
         "encoder_checksum": checkpoint.encoder_checksum(model.weights),
@@ -473,9 +473,3 @@ def statistics(every: list[dict[str, Any]], positions: int) -> dict[str, Any]:
             math.sqrt(max(0.0, square / n - m**2)) for square, m in zip(squares, mean, strict=True)
         ],
     }
-
-
-def origin(path: str) -> str:
-    """Where weights are from, for other folders than this one: a path whole, a hub name as is."""
-    there = os.path.exists(os.path.expanduser(path))
-    return os.path.abspath(os.path.expanduser(path)) if there else path

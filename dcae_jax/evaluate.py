@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from dcae_jax import (
     api,
     checkpoint,
+    crops,
     data,
     judge_samples,
     judging,
@@ -35,7 +36,7 @@ from dcae_jax import (
     sources,
 )
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax.config import UserError, nearest_multiples
 from dcae_jax.judging import Judges, load_judges
 from dcae_jax.models import layers, lpips
 from dcae_jax.models.layers import Array, Weights
@@ -87,10 +88,10 @@ def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
 
     def judge(weights: Weights, judges: Judges, moments: Any, images: Array, mask: Array):
         model = layers.merge(graph, sharding.whole(weights, mesh))
-        target = images.astype(jnp.float32)
         # From here on levels in float32, whatever the model computes in. An image stays on one
         # device, where the judges' resizing and pooling need no neighbour's rows.
-        output = metrics.to_levels(model(target / 127.5 - 1))
+        output = crops.to_levels(model(crops.to_float(images)))
+        target = images.astype(jnp.float32)
         target, output = (jax.lax.with_sharding_constraint(x, rows) for x in (target, output))
         scores = {"psnr": metrics.psnr(output, target), "ssim": metrics.ssim(output, target)}
         if "lpips" in judges:
@@ -114,7 +115,7 @@ def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
 
 def _lpips(weights: Weights, target: Array, output: Array) -> Array:
     """The published LPIPS of levels 0..255: [B]."""
-    x, y = target / 127.5 - 1, output / 127.5 - 1
+    x, y = crops.to_float(target), crops.to_float(output)
     return lpips.distance(weights, x, y, "alex", "torchmetrics")
 
 
@@ -467,9 +468,9 @@ def _run_one(config: Any, model: api.Autoencoder, judges: Judges, workdir: str) 
     pixels = read_picture(config.data.path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]
-    padded = np.pad(pixels, (*pad, (0, 0)), mode="symmetric").astype(np.float32) / 127.5 - 1
+    padded = crops.to_float(np.pad(pixels, (*pad, (0, 0)), mode="symmetric"))
     output = model.decode(model.encode(padded[None]))[:, :height, :width]
-    levels = np.asarray(metrics.to_levels(output))
+    levels = np.asarray(crops.to_levels(output))
     target = pixels[None].astype(np.float32)
     scores = {
         "psnr": float(jax.jit(metrics.psnr)(levels, target)[0]),
@@ -511,8 +512,7 @@ def read_picture(path: str) -> np.ndarray:
 def check_resolution(size: int, compression: int, key: str) -> None:
     """Raises UserError, naming the nearest sizes, unless the model can halve `size` evenly."""
     if size < compression or size % compression:
-        down, up = size // compression * compression, -(-size // compression) * compression
-        nearest = f"{down} or {up}" if down else f"{up}"
         raise UserError(
-            f"{key}={size} is no multiple of the model's f={compression}; try {nearest}"
+            f"{key}={size} is no multiple of the model's f={compression}; try "
+            f"{nearest_multiples(size, compression)}"
         )

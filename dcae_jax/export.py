@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -66,13 +65,8 @@ def run(config: Any, workdir: str) -> int:
         )
         config.model = _settings(saved["model"])
         writer = functools.partial(write, config, weights)
-    beside = f"{out}.{os.getpid()}.tmp"
-    os.makedirs(beside)
-    try:
+    with report.atomic_folder(out) as beside:
         worst = writer(beside)
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     size = sum(entry.stat().st_size for entry in _files(out))
     logging.info(
         "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",

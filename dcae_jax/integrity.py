@@ -65,18 +65,13 @@ def copy(source: str, target: str) -> None:
 
     Raises ValueError, in a few words, if the source or the copy is damaged.
     """
-    beside = f"{target}.{os.getpid()}.tmp"
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    try:
-        shutil.copytree(source, beside)
+    with report.atomic_folder(target) as beside:
+        shutil.copytree(source, beside, dirs_exist_ok=True)
         for name in _names(beside):
             _measure(os.path.join(beside, name), sync=True)
         wrong = damage(source) or damage(beside)
         if wrong:
             raise ValueError(wrong)
-        os.rename(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _names(folder: str) -> Iterator[str]:

@@ -20,20 +20,10 @@ PSNR_CAP = 100.0  # dB; what identical images score, so that a mean over images 
 MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
 
 
-def to_levels(x: Array) -> jax.Array:
-    """Rounds images to the 256 levels that a PNG holds, as the published protocol does.
-
-    x: [..., C] float in [-1, 1] (values outside are clipped) -> the same shape, float32, whole
-    numbers 0..255. Both pictures of a pair go through this before every metric
-    (mit-han-lab/efficientvit: x * 255 + 0.5, clamped, truncated). NaN stays NaN.
-    """
-    return jnp.floor(jnp.clip(jnp.asarray(x, jnp.float32) * 127.5 + 128.0, 0.0, 255.0))
-
-
 def psnr(x: Array, y: Array) -> jax.Array:
     """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
 
-    x, y: [B, H, W, C] levels 0..255 (`to_levels`) -> [B] float32 in dB, at most `PSNR_CAP`:
+    x, y: [B, H, W, C] levels 0..255 (`crops.to_levels`) -> [B] float32 in dB, at most `PSNR_CAP`:
     identical pictures score the cap, not infinity, and so leave the mean of a set meaningful.
     """
     x, y = _pair(x, y)
@@ -142,47 +132,19 @@ def _two_sum(a, b):
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def moments_merge(a: Moments, b: Moments) -> Moments:
-    """Joins two states into one, on the host in float64: `moments_merge(f(A), f(B))` = f(A + B).
-
-    a, b: states of `moments_update`, or results of this function. -> a state of float64 NumPy
-    arrays for `moments_merge` or `moments_finalize` (an update would round it to float32 again).
-    """
-    a, b = _moments_host(a), _moments_host(b)
-    if a["sum"].shape != b["sum"].shape:
-        raise ValueError(
-            f"moments of {a['sum'].size} and of {b['sum'].size} features cannot be merged: "
-            "take both from the same network"
-        )
-    move = b["shift"] - a["shift"]
-    cross = np.outer(b["sum"], move)
-    return {
-        "count": a["count"] + b["count"],
-        "shift": a["shift"],
-        "sum": a["sum"] + b["sum"] + b["count"] * move,
-        "sum_low": np.zeros_like(a["sum"]),
-        "outer": a["outer"] + b["outer"] + cross + cross.T + b["count"] * np.outer(move, move),
-        "outer_low": np.zeros_like(a["outer"]),
-    }
-
-
 def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
     """State -> (mu [dim], sigma [dim, dim]), float64 NumPy; sigma divides by n - 1."""
-    state = _moments_host(state)
     count = float(state["count"])
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 pictures, got {count:.0f}; give more")
-    sigma = state["outer"] - np.outer(state["sum"], state["sum"]) / count
+    shift, total, total_low, outer, outer_low = (
+        np.asarray(state[key], np.float64)
+        for key in ("shift", "sum", "sum_low", "outer", "outer_low")
+    )
+    total, outer = total + total_low, outer + outer_low
+    sigma = outer - np.outer(total, total) / count
     sigma = (sigma + sigma.T) / 2  # the device's float32 product is symmetric only to rounding
-    return state["shift"] + state["sum"] / count, sigma / (count - 1)
-
-
-def _moments_host(state):
-    state = {k: np.asarray(v, np.float64) for k, v in state.items()}
-    for key in ("sum", "outer"):
-        state[key] = state[key] + state[f"{key}_low"]
-        state[f"{key}_low"] = np.zeros_like(state[key])
-    return state
+    return shift + total / count, sigma / (count - 1)
 
 
 def biased(count: int) -> bool:

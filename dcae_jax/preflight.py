@@ -5,7 +5,6 @@ What a user can have got wrong is told here, before anything is compiled.
 """
 
 import importlib.metadata
-import os
 import platform as host
 from typing import Any
 
@@ -152,10 +151,7 @@ def fresh_state(config: Any, mesh: Mesh, spec: TrainSpec) -> tuple[TrainState, s
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
             f"{ours}; encode with the autoencoder that it was trained on"
         )
-    # A path is kept whole, a hub name as it is.
-    there = os.path.exists(config.init_from)
-    origin = os.path.abspath(config.init_from) if there else config.init_from
-    return state, f"{config.weights} weights of {origin}"
+    return state, f"{config.weights} weights of {report.whole_path(config.init_from)}"
 
 
 def check_identity(

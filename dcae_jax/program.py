@@ -9,7 +9,6 @@ that takes too much memory kills its process alone.
 
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -201,7 +200,11 @@ def measure(config: Any, text: str, size: int) -> Facts:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return facts | _NOT_COMPILED | {"peak_bytes": needed_bytes(error, bytes_of(arguments))}
+        return (
+            facts
+            | _NOT_COMPILED
+            | {"peak_bytes": needed_bytes(error, sharding.chip_bytes(arguments))}
+        )
     facts["compile_s"] = time.perf_counter() - began
     facts["compile_cpu_s"] = time.process_time() - worked  # alike on a busy host
     memory, said = program.memory_analysis(), program.as_text()
@@ -250,14 +253,6 @@ def needed_bytes(error: BaseException, arguments: float) -> float | None:
     if used := _TEMPORARIES.search(said):
         return float(used[1]) * _UNITS[used[2]] + arguments
     return None
-
-
-def bytes_of(arguments: Any) -> int:
-    """Bytes that abstract arguments take on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(arguments)
-    )
 
 
 def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:

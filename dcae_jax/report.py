@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its workdir for people: config.json, metrics.jsonl, PNG grids, tables."""
+"""Files: the one way to write them, whole or not at all; JSON, metrics.jsonl, PNG, tables.
 
+Paths are strings, never `pathlib`.
+"""
+
+import contextlib
 import io
 import json
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +19,56 @@ from PIL import Image
 METRICS = "metrics.jsonl"
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one, whole."""
+@contextlib.contextmanager
+def atomic(path: str) -> Iterator[str]:
+    """The name of a file to write beside `path`, which becomes `path` at the end of the block.
+
+    A reader sees the old file or the new one, whole and flushed to disk. If the block raises,
+    nothing is left. The folder of `path` is created.
+    """
+    with _temporary(path) as beside:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """A new folder beside `path`, which becomes `path` at the end of the block.
+
+    `path` must not exist, or be an empty folder. If the block raises, nothing is left.
+    """
+    with _temporary(path) as beside:
+        os.mkdir(beside)
+        yield beside
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: str) -> Iterator[str]:
+    """PATH.PID.tmp: the convention by which the next job on a workdir finds what a kill left."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        yield beside
     finally:
-        if os.path.exists(beside):
+        if os.path.isdir(beside):
+            shutil.rmtree(beside, ignore_errors=True)
+        elif os.path.exists(beside):
             os.remove(beside)
+
+
+def whole_path(path: str) -> str:
+    """A path that exists, absolute, for readers in other folders; a hub name as it is."""
+    there = os.path.exists(os.path.expanduser(path))
+    return os.path.abspath(os.path.expanduser(path)) if there else path
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all."""
+    with atomic(path) as beside, open(beside, "wb") as file:
+        file.write(data)
 
 
 def write_json(path: str, value: Any) -> None:

@@ -190,22 +190,16 @@ def _write_npz(path: str, parts: Sequence[np.ndarray], labels: np.ndarray) -> No
 
     Not compressed, so that a reader can map the images.
     """
-    beside = f"{path}.{os.getpid()}.tmp"
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    try:
-        with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
-            # By ZipInfo, whose date is fixed: the same samples make the same file.
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    file.write(np.ascontiguousarray(part).data)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                np.lib.format.write_array(file, labels.astype(np.int64))
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+    with report.atomic(path) as beside, zipfile.ZipFile(beside, "w") as archive:
+        # By ZipInfo, whose date is fixed: the same samples make the same file.
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).data)
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+            np.lib.format.write_array(file, labels.astype(np.int64))
 
 
 def _progress(total: int) -> Any:

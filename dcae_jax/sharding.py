@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dcae_jax.config import UserError
+from dcae_jax.config import UserError, nearest_multiples
 
 AXES = ("data", "fsdp", "tensor", "spatial")
 BATCH_AXES = ("data", "fsdp")
@@ -80,8 +80,7 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
     """Raises UserError, naming the nearest sizes that fit, if the batch does not divide."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate
     if size % shards:
-        down, up = size // shards * shards, -(-size // shards) * shards
-        nearest = f"{down} or {up}" if down else f"{up}"
+        nearest = nearest_multiples(size, shards)
         what = f"{shards // accumulate} devices" + (
             f" x accumulate={accumulate}" if accumulate > 1 else ""
         )
@@ -97,10 +96,9 @@ def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> No
     step = parts * compression
     least = step * MIN_ROWS
     if parts > 1 and (size % step or size < least):
-        near = sorted({max(size // step * step, least), max(-(-size // step) * step, least)})
         raise UserError(
             f"{key}={size} cannot be split over mesh.spatial={parts}: it must be a multiple of "
-            f"{step}, at least {least}; try {' or '.join(map(str, near))}"
+            f"{step}, at least {least}; try {nearest_multiples(size, step, least)}"
         )
 
 

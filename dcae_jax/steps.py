@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from dcae_jax import diffusion, losses, optim, sharding
+from dcae_jax import crops, diffusion, losses, optim, sharding
 from dcae_jax.models import layers
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import Discriminator, TrainSpec, TrainState
@@ -155,7 +155,7 @@ def reconstruction_gradients(
     through the model is linear in those, so the GAN loss is weighed against the rest before it
     runs, and it runs once.
     """
-    images = to_float(batch["image"])  # [B, H, W, 3]
+    images = crops.to_float(batch["image"])  # [B, H, W, 3]
 
     def forward(params: Weights) -> tuple[Array, Weights]:
         weights = use(spec, stop_frozen_gradients(spec, params))
@@ -244,11 +244,6 @@ def stop_frozen_gradients(spec: TrainSpec, params: Weights) -> Weights:
 def use(spec: TrainSpec, weights: Weights) -> Weights:
     """Sharded weights as a program computes with them: all-gathered over fsdp."""
     return spec.layout.use(weights) if spec.layout else weights
-
-
-def to_float(images: Array) -> Array:
-    """uint8 levels -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dcae_jax import report
 from dcae_jax.models import inception, lpips
 
 # The first hex digits of each official file's SHA-256; torchvision and pytorch-fid put 8 of them
@@ -101,18 +102,14 @@ def write_safetensors(
     """
     from safetensors.numpy import save_file
 
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    path, folder = str(path), os.path.dirname(path) or "."
+    if not path.endswith(".safetensors"):
         raise ValueError(f"--out={path}: the name must end in .safetensors")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out={path}: the folder {path.parent} does not exist; create it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(weights, partial, metadata=metadata)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not os.path.isdir(folder):
+        raise ValueError(f"--out={path}: the folder {folder} does not exist; create it first")
+    with report.atomic(path) as beside:
+        save_file(weights, beside, metadata=metadata)
+        os.chmod(beside, 0o644)
 
 
 def convert_judge(

@@ -23,14 +23,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
-import small_judges
 from goldens import judges as goldens
+from support import CONFIGS, NARROW, small_judges
 
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate, judge_samples, sharding
+from dcae_jax import evaluate, judge_samples, main, sharding
 from dcae_jax.models import inception
-
-CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 
 
 @pytest.fixture
@@ -63,16 +61,12 @@ def alone(monkeypatch):
 def small():
     """A configuration that trains in seconds: tiny, narrower, 32 pixels, batches of 4."""
     config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
-    config.model.widths = (8, 8, 16, 32, 32)
-    config.model.latent_channels = 8
-    config.resolution = 32
-    config.batch_size = 4
+    config.update_from_flattened_dict(NARROW)
     config.steps = 4
     config.optimizer.warmup_steps = 2
     config.log_every = 1
     config.save_every = 2
     config.evaluate_every = 0
-    config.evaluate.resolutions = (32,)
     config.evaluate.batch_size = 8
     config.evaluate.count = 6
     config.evaluate.grid = 2
@@ -110,3 +104,24 @@ def judge_config(small, folder):
     config.data.source, config.data.path = "folder", folder
     config.evaluate.batch_size, config.evaluate.grid = 8, 3
     return config
+
+
+@pytest.fixture
+def run_export(tmp_path, capsys):
+    """Runs the job `export` -> (status, what it said, the folder written)."""
+
+    def command(init_from, form, *more, out="out"):
+        path = str(tmp_path / out)
+        status = main.main(
+            [
+                "main",
+                f"--config={os.path.join(CONFIGS, 'export.py')}",
+                f"--config.init_from={init_from}",
+                f"--config.export.format={form}",
+                f"--config.export.out={path}",
+                *more,
+            ]
+        )
+        return status, capsys.readouterr().err, path
+
+    return command

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
 from PIL import Image
+from support import CONFIGS
 
 import dcae_jax
 from dcae_jax import config as config_lib

@@ -10,7 +10,7 @@ import re
 
 import jax
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CONFIGS
 from PIL import Image
+from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import crops, data, sources

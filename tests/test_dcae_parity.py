@@ -6,12 +6,13 @@ import functools
 import hashlib
 import json
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from goldens import make_dcae
+from support import parity
+from support.parity import close
 
 from dcae_jax.config import UserError, default
 from dcae_jax.models import dcae, dcae_names, layers, names
@@ -40,15 +41,6 @@ AUTHORS_NAMES = {
 
 LAYOUTS = tuple(make_dcae.DCAE)
 
-# Small programs compile for longer than they run.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def close(ours, theirs):
-    """Whether two outputs agree: 1e-3 of the deviation at most, 1e-4 of it on average."""
-    error = np.abs(np.asarray(ours) - theirs) / theirs.std()
-    return error.max() <= 1e-3 and error.mean() <= 1e-4
-
 
 def small(layout):
     """The architecture of a reduced layout."""
@@ -59,14 +51,7 @@ def small(layout):
 def runner(arch, depthwise="shifted", quick=True):
     """A compiled function: (weights, x [B, H, W, 3]) -> (latents, images made of them)."""
     model = dcae.DCAE(arch, depthwise=depthwise, dtype=jnp.float32, init=layers.shapes)
-    graph, _, _ = layers.split(model)
-
-    def run(weights, x):
-        model = layers.merge(graph, weights)
-        z = model.encode(x)
-        return z, model.decode(z)
-
-    return jax.jit(run, compiler_options=QUICK if quick else None)
+    return parity.round_trip(layers.split(model)[0], quick)
 
 
 @functools.cache

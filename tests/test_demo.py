@@ -4,7 +4,7 @@
 import os
 
 import numpy as np
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import demo, demo_diffusion, report, sources

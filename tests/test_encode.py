@@ -13,10 +13,9 @@ import time
 import jax
 import numpy as np
 import pytest
-import small_models
-from conftest import CONFIGS
 from PIL import Image
-from small_judges import two_processes
+from support import CONFIGS, small_models
+from support.small_judges import two_processes
 
 import dcae_jax
 from dcae_jax import checkpoint, crops, encode, latents, main, preemption, report, sharding, sources

@@ -7,14 +7,15 @@ import os
 import jax
 import numpy as np
 import pytest
-import small_judges
-from conftest import CONFIGS
 from goldens import judges as goldens
 from PIL import Image
 from safetensors.numpy import save_file
+from support import CONFIGS, small_judges
+from support.moments import union
+from support.reconstruction import judge, model_weights
 
 import dcae_jax
-from dcae_jax import evaluate, main, metrics, report, sharding, sources, train
+from dcae_jax import evaluate, main, metrics, report, sources, train
 from dcae_jax.config import UserError
 from dcae_jax.models import inception, lpips
 
@@ -28,25 +29,6 @@ def alexnet(tmp_path_factory):
     weights = lpips.from_torch(goldens.lpips_state("alex", scale=1.0))[1]
     save_file(weights, path, metadata={"network": "lpips-alex"})
     return str(path)
-
-
-def judge(config, devices=1, source=None):
-    """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), mesh)
-    config = evaluate.resolve(config)
-    source = source or sources.evaluation_source(config.data)
-    return evaluate.evaluate(config, model.graph, model.weights, mesh, source)[32]
-
-
-def model_weights(config):
-    """Random weights by path, NumPy."""
-    from dcae_jax import state
-    from dcae_jax.models import layers
-
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    _, params, stats = layers.split(state.create_model(config, mesh, layers.random(5)))
-    return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
 
 
 def assert_same_scores(found, expected):
@@ -101,14 +83,10 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     ]
     for name, total in parts[0].sums.items():
         assert parts[1].sums[name] + parts[2].sums[name] == pytest.approx(total, rel=1e-5), name
-    merged = {
-        k: metrics.moments_merge(parts[1].moments[k], parts[2].moments[k])
-        for k in ("image", "output")
-    }
-    found, expected = (
-        metrics.frechet_distance(*(x for k in m for x in metrics.moments_finalize(m[k])))
-        for m in (merged, parts[0].moments)
-    )
+    sets = ("image", "output")
+    merged = [x for k in sets for x in union(*(part.moments[k] for part in parts[1:]))]
+    whole = [x for k in sets for x in metrics.moments_finalize(parts[0].moments[k])]
+    found, expected = metrics.frechet_distance(*merged), metrics.frechet_distance(*whole)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -171,7 +149,7 @@ def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
 
 
 ONE_OF_TWO = """
-from test_evaluate import judge
+from support.reconstruction import judge
 config = config_lib.load_file(CONFIGS + "/evaluate.py")
 config.model.update(settings["model"])
 config.resolution = 32

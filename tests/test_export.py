@@ -11,9 +11,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import CONFIGS
 from safetensors.numpy import load_file
-from test_published import SMALL, hollow_file, random_weights, same, write_folder
+from support.published_weights import (
+    KL,
+    PUBLISHED,
+    SMALL,
+    hollow_file,
+    random_weights,
+    same,
+    write_folder,
+)
 
 import dcae_jax
 from dcae_jax import checkpoint, export, main, published
@@ -21,7 +28,6 @@ from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import dcae, dcae_names, sdvae
 
-PUBLISHED = SMALL["dc-ae-f32c32-mix-1.0"]
 ARCH = dataclasses.replace(
     dcae.VARIANTS["tiny"], widths=(8, 8, 16, 32, 32), latent_channels=8, scaling_factor=0.5
 )
@@ -39,31 +45,10 @@ def source(tmp_path_factory):
     return str(folder), weights
 
 
-@pytest.fixture
-def run(tmp_path, capsys):
-    """Runs the job -> (status, what it said, the folder written)."""
-
-    def command(init_from, form, *more, out="out"):
-        path = str(tmp_path / out)
-        status = main.main(
-            [
-                "main",
-                f"--config={os.path.join(CONFIGS, 'export.py')}",
-                f"--config.init_from={init_from}",
-                f"--config.export.format={form}",
-                f"--config.export.out={path}",
-                *more,
-            ]
-        )
-        return status, capsys.readouterr().err, path
-
-    return command
-
-
-def test_an_export_of_ours_holds_all_that_loading_needs(run, source, one_device):
+def test_an_export_of_ours_holds_all_that_loading_needs(run_export, source, one_device):
     """Catches an export without its statistics, its scaling factor or its shape."""
     path, weights = source
-    status, said, out = run(path, "orbax")
+    status, said, out = run_export(path, "orbax")
     assert status == 0 and "the largest difference is 0" in said
     ae = dcae_jax.load_autoencoder(out, mesh=one_device)
     same(weights, ae.weights)
@@ -74,11 +59,11 @@ def test_an_export_of_ours_holds_all_that_loading_needs(run, source, one_device)
     assert not [name for name in os.listdir(os.path.dirname(out)) if name.endswith(".tmp")]
 
 
-def test_ours_to_diffusers_to_ours_is_bit_identical(run, source):
+def test_ours_to_diffusers_to_ours_is_bit_identical(run_export, source):
     """Catches a tensor rounded or permuted by the file formats on the way."""
     path, weights = source
-    _, _, there = run(path, "diffusers", out="there")
-    status, _, back = run(there, "orbax", out="back")
+    _, _, there = run_export(path, "diffusers", out="there")
+    status, _, back = run_export(there, "orbax", out="back")
     read, saved = checkpoint.load_weights(back)
     assert status == 0
     same(weights, read)
@@ -87,7 +72,7 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(run, source):
     assert dcae.architecture(model) == ARCH
 
 
-def test_authors_names_go_out_and_come_back(run, tmp_path, monkeypatch):
+def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
     """Catches an export whose model_name is of other weights, and a factor silently replaced.
 
     A published model's own size would be 1.2 GB: here its name stands for a small one.
@@ -96,7 +81,7 @@ def test_authors_names_go_out_and_come_back(run, tmp_path, monkeypatch):
     monkeypatch.setitem(dcae.VARIANTS, "f32c32", small)
     weights = random_weights(PUBLISHED)
     write_folder(tmp_path / "hub", PUBLISHED, weights)
-    status, said, out = run(tmp_path / "hub", "authors")
+    status, said, out = run_export(tmp_path / "hub", "authors")
     assert status == 0, said
     config = json.loads(open(os.path.join(out, "config.json")).read())
     assert config == {"model_name": "dc-ae-f32c32-mix-1.0"}
@@ -105,7 +90,7 @@ def test_authors_names_go_out_and_come_back(run, tmp_path, monkeypatch):
     same(weights, checkpoint.load_weights(out)[0])
     more = "--config.model.variant=f32c32"
     file = os.path.join(tmp_path, "hub", published.DIFFUSERS_FILE)
-    status, said, _ = run(file, "authors", more, out="b")
+    status, said, _ = run_export(file, "authors", more, out="b")
     assert status == 0 and "holds no scaling factor" in said
 
 
@@ -121,11 +106,11 @@ for name in names:
 """
 
 
-def test_stablehlo_runs_without_this_package(run, source, tmp_path):
+def test_stablehlo_runs_without_this_package(run_export, source, tmp_path):
     """Catches weights baked in, a batch or size that is fixed, a platform that is missing."""
     path, weights = source
     pytest.importorskip("flatbuffers")
-    status, said, out = run(path, "stablehlo")
+    status, said, out = run_export(path, "stablehlo")
     assert status == 0, said
     tensors = load_file(os.path.join(out, "weights.safetensors"))
     same(weights, tensors)
@@ -165,7 +150,7 @@ def test_the_example_is_short_and_needs_jax_and_safetensors_alone():
     ]
 
 
-def test_what_a_format_cannot_express_is_refused_with_the_reason(run, tmp_path):
+def test_what_a_format_cannot_express_is_refused_with_the_reason(run_export, tmp_path):
     """Catches an export that another program opens as another model."""
     tiny = dcae.VARIANTS["tiny"]
     settings = {**published.model_settings(tiny), "residual": False}
@@ -173,32 +158,32 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(run, tmp_path):
     meta = {"kind": "autoencoder", "model": settings}
     checkpoint.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
     for form in ("diffusers", "authors"):
-        status, said, out = run(tmp_path / "ours", form)
+        status, said, out = run_export(tmp_path / "ours", form)
         assert status == main.MISTAKE and "cannot express residual=False" in said
         assert said.splitlines()[-1].startswith("error: ") and not os.path.exists(out)
     shapes = sdvae.to_torch(random_weights(sdvae.Variant()), sdvae.Variant(), "diffusers")
     hollow_file(tmp_path / "kl.safetensors", {k: v.shape for k, v in shapes.items()})
-    status, said, _ = run(tmp_path / "kl.safetensors", "authors")
+    status, said, _ = run_export(tmp_path / "kl.safetensors", "authors")
     assert status == main.MISTAKE and "diffusers only" in said
     assert os.listdir(tmp_path) and not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
 
 
-def test_mistakes_are_told_before_any_work(run, source, tmp_path):
+def test_mistakes_are_told_before_any_work(run_export, source, tmp_path):
     """Catches an older export overwritten, or mixed with a new one."""
     path, _ = source
     (tmp_path / "out").mkdir()
-    assert run(path, "orbax")[0] == 0  # an empty folder is taken
-    status, said, out = run(path, "diffusers")
+    assert run_export(path, "orbax")[0] == 0  # an empty folder is taken
+    status, said, out = run_export(path, "diffusers")
     assert status == main.MISTAKE and "not empty" in said
     assert sorted(os.listdir(out)) == ["model.json", "params"]
-    status, said, _ = run(path, "onnx", out="b")
+    status, said, _ = run_export(path, "onnx", out="b")
     assert status == main.MISTAKE and "export.format='onnx'" in said
-    status, said, _ = run("", "orbax", out="b")
+    status, said, _ = run_export("", "orbax", out="b")
     assert status == main.MISTAKE and "init_from is empty" in said
 
 
 def test_a_difference_after_reading_back_fails_and_leaves_nothing(
-    run, source, tmp_path, monkeypatch
+    run_export, source, tmp_path, monkeypatch
 ):
     """Catches an export that is kept though it does not hold the weights."""
     written = dcae_names.to_torch
@@ -209,25 +194,23 @@ def test_a_difference_after_reading_back_fails_and_leaves_nothing(
 
     monkeypatch.setattr(dcae_names, "to_torch", wrong)
     with pytest.raises(RuntimeError, match="differs by 0.001"):
-        run(source[0], "diffusers")
+        run_export(source[0], "diffusers")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["dc-ae-f32c32-mix-1.0", "dc-ae-lite-f32c32-sana-1.1", "kl"])
-def test_diffusers_opens_an_export_and_computes_the_same(run, name, tmp_path, one_device):
+def test_diffusers_opens_an_export_and_computes_the_same(run_export, name, tmp_path, one_device):
     """Catches a folder that from_pretrained refuses, or that gives other pictures there."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    from test_published import KL
-
     arch = KL if name == "kl" else SMALL[name]
     weights = random_weights(arch)
     weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
     (tmp_path / "ours").mkdir()
     meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
     checkpoint.save_export(str(tmp_path / "ours"), weights, meta)
-    status, said, out = run(tmp_path / "ours", "diffusers")
+    status, said, out = run_export(tmp_path / "ours", "diffusers")
     assert status == 0, said
     kind = diffusers.AutoencoderKL if name == "kl" else diffusers.AutoencoderDC
     network, loading = kind.from_pretrained(out, output_loading_info=True)

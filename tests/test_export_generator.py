@@ -9,10 +9,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import small_models
 from safetensors.numpy import load_file
-from test_export import PUBLISHED, run  # noqa: F401
-from test_published import random_weights, same
+from support import small_models
+from support.published_weights import PUBLISHED, random_weights, same
 
 import dcae_jax
 from dcae_jax import checkpoint, main, published, sharding, state, train
@@ -63,7 +62,7 @@ def unnamed(tmp_path_factory):
     [("uvit", "epsilon", "uvit"), ("uvit", "flow", "usit"), ("dit", "learned_sigma", "dit")],
 )
 def test_ours_to_the_authors_names_to_ours_is_bit_identical(
-    run,  # noqa: F811
+    run_export,
     named,
     tmp_path,
     name,
@@ -74,14 +73,14 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     inner, inner_weights = named
     ours = str(tmp_path / "ours")
     weights = export_generator(ours, name, objective, inner)
-    status, said, there = run(ours, "authors", out="there")
+    status, said, there = run_export(ours, "authors", out="there")
     assert status == 0 and "the largest difference is 0" in said
     assert "scaling factor" not in said
     config = json.loads(open(os.path.join(there, "config.json")).read())
     assert config == {"model_name": f"{NAME}-{kind}-tiny-in-64px"}
     tensors = load_file(os.path.join(there, "model.safetensors"))
     assert {key.split(".")[0] for key in tensors} == {"diffusion_model", "autoencoder"}
-    status, said, back = run(there, "orbax", out="back")
+    status, said, back = run_export(there, "orbax", out="back")
     assert status == 0, said
     read, saved = checkpoint.load_weights(back, kind="generator")
     same(read, weights)
@@ -93,7 +92,7 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
 
 
 def test_an_export_samples_the_pictures_of_its_workdir(
-    run,  # noqa: F811
+    run_export,
     unnamed,
     tmp_path,
     one_device,
@@ -113,7 +112,7 @@ def test_an_export_samples_the_pictures_of_its_workdir(
     assert train.run(config, workdir) == train.DONE
     labels = [0, 1, 2]
     want = dcae_jax.load_generator(workdir).sample(labels, guidance=2.0, steps=2, seed=3)
-    status, said, out = run(os.path.join(workdir, "checkpoints", "1"), "orbax")
+    status, said, out = run_export(os.path.join(workdir, "checkpoints", "1"), "orbax")
     assert status == 0 and "the largest difference is 0" in said
     for gone in (workdir, inner, latents):
         shutil.rmtree(gone)
@@ -131,19 +130,19 @@ def test_an_export_samples_the_pictures_of_its_workdir(
     other = small_models.export_autoencoder(str(tmp_path / "other"), change)
     with pytest.raises(UserError, match="did not make these latents"):
         dcae_jax.load_generator(moved, autoencoder=other)
-    status, said, _ = run(moved, "authors", out="b")
+    status, said, _ = run_export(moved, "authors", out="b")
     assert status == main.MISTAKE and "2 heads of 16 channels are no variant's" in said
 
 
 def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
-    run,  # noqa: F811
+    run_export,
     unnamed,
     tmp_path,
 ):
     """Catches another autoencoder named in its place, or an objective lost with the name."""
     ours = str(tmp_path / "ours")
     weights = export_generator(ours, "uvit", "flow", unnamed)
-    status, said, out = run(ours, "authors")
+    status, said, out = run_export(ours, "authors")
     assert status == 0 and "only the diffusion model is written" in said and "0.3189" in said
     tensors = load_file(os.path.join(out, "model.safetensors"))
     assert all(name.startswith("diffusion_model.") for name in tensors)
@@ -152,11 +151,11 @@ def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
     assert saved["objective"] == "flow" and saved["autoencoder"] == ""
 
 
-def test_a_factor_that_the_name_does_not_have_is_told(run, named, tmp_path):  # noqa: F811
+def test_a_factor_that_the_name_does_not_have_is_told(run_export, named, tmp_path):
     """Catches samples decoded in another scale without a word."""
     ours = str(tmp_path / "ours")
     export_generator(ours, "uvit", "epsilon", named[0], scaling_factor=0.7)
-    status, said, _ = run(ours, "authors")
+    status, said, _ = run_export(ours, "authors")
     assert status == 0 and "readers take 0.3189" in said and "instead of 0.7" in said
 
 
@@ -167,19 +166,19 @@ def test_a_factor_that_the_name_does_not_have_is_told(run, named, tmp_path):  # 
         ("stablehlo", "the program would fix labels, guidance, sampler and steps"),
     ],
 )
-def test_formats_without_diffusion_models_say_why(run, unnamed, tmp_path, form, words):  # noqa: F811
+def test_formats_without_diffusion_models_say_why(run_export, unnamed, tmp_path, form, words):
     """Catches a folder that no program opens, or a KeyError of the autoencoder's names."""
     ours = str(tmp_path / "ours")
     export_generator(ours, "dit", "learned_sigma", unnamed)
-    status, said, out = run(ours, form)
+    status, said, out = run_export(ours, form)
     assert status == main.MISTAKE and words in said and not os.path.exists(out)
     assert said.splitlines()[-1].startswith("error: ")
 
 
-def test_objectives_that_the_names_cannot_tell_are_refused(run, unnamed, tmp_path):  # noqa: F811
+def test_objectives_that_the_names_cannot_tell_are_refused(run_export, unnamed, tmp_path):
     """Catches a DiT that predicts epsilon read back as one that predicts a velocity."""
     ours = str(tmp_path / "ours")
     export_generator(ours, "dit", "epsilon", unnamed)
-    status, said, out = run(ours, "authors")
+    status, said, out = run_export(ours, "authors")
     assert status == main.MISTAKE and "cannot express objective='epsilon'" in said
     assert not os.path.exists(out)

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_judges
-import small_models
-from conftest import CONFIGS
 from PIL import Image
+from support import CONFIGS, small_judges, small_models
 
 import dcae_jax
 from dcae_jax import (

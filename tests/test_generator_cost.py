@@ -4,7 +4,7 @@
 import os
 
 import jax
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import matching, preflight, state, steps

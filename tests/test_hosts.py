@@ -14,8 +14,7 @@ import time
 
 import numpy as np
 import pytest
-import small_judges
-from conftest import CONFIGS
+from support import CONFIGS, NARROW, flags, small_judges
 
 from dcae_jax import checkpoint, hosts, report, train
 from dcae_jax.config import UserError
@@ -198,8 +197,7 @@ def test_processes_agree_or_say_who_differs():
 
 TRAINING = """
 sys.argv = sys.argv[:1]
-import small_judges
-from conftest import CONFIGS
+from support import CONFIGS, small_judges
 from dcae_jax import config as config_lib, train
 config = config_lib.load_file(CONFIGS + "/phase1.py", "tiny")
 config.update(settings["config"])
@@ -260,20 +258,16 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
 def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
     """Catches processes that stop at different steps, of which one waits for ever."""
     settings = {
-        "model.widths": (8, 8, 16, 32, 32),
-        "model.latent_channels": 8,
-        "resolution": 32,
-        "batch_size": 4,
+        **NARROW,
         "steps": 2000,
         "log_every": 1,
         "save_every": 1000,
         "evaluate_every": 0,
-        "evaluate.resolutions": (32,),
     }
     command = [
         *(sys.executable, "-m", "dcae_jax.main", f"--workdir={tmp_path / 'run'}"),
         f"--config={os.path.join(CONFIGS, 'phase1.py')}:tiny",
-        *(f"--config.{key}={value}" for key, value in settings.items()),
+        *flags(settings),
         *(f"--coordinator=127.0.0.1:{_free_port()}", "--num_processes=2"),
     ]
     environment = {

@@ -7,9 +7,9 @@ import pathlib
 
 import numpy as np
 import pytest
-import small_judges
 from goldens import judges as goldens
 from PIL import Image
+from support import small_judges
 
 from dcae_jax import config as config_lib
 from dcae_jax import evaluate, metrics, report

@@ -4,7 +4,7 @@
 import os
 
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import main
 

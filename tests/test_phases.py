@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import checkpoint, data, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import api, checkpoint, chips, main, plan, program, sample, sharding, state, train
 from dcae_jax import config as config_lib

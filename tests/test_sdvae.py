@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import make_dcae
+from support import parity
+from support.parity import close
 
 from dcae_jax.config import UserError, default
 from dcae_jax.models import dcae, dcae_names, layers, sdvae
-
-# Small programs compile for longer than they run.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def close(ours, theirs):
-    """Whether two outputs agree: 1e-3 of the deviation at most, 1e-4 of it on average."""
-    error = np.abs(np.asarray(ours) - theirs) / theirs.std()
-    return error.max() <= 1e-3 and error.mean() <= 1e-4
 
 
 def small():
@@ -36,14 +29,7 @@ def graph_of(arch):
 @functools.cache
 def runner(arch, quick=True):
     """A compiled function: (weights, x [B, H, W, 3]) -> (latents, images made of them)."""
-    graph = graph_of(arch)
-
-    def run(weights, x):
-        model = layers.merge(graph, weights)
-        z = model.encode(x)
-        return z, model.decode(z)
-
-    return jax.jit(run, compiler_options=QUICK if quick else None)
+    return parity.round_trip(graph_of(arch), quick)
 
 
 def random_weights(arch):
@@ -87,7 +73,7 @@ def test_samples_have_the_mean_and_deviation_of_the_posterior():
     weights["quant_conv.bias"] = np.float32([0] * c + [1] * (c - 1) + [-80])
     graph = graph_of(arch)
     encode = jax.jit(
-        lambda w, x, key: layers.merge(graph, w).encode(x, key), compiler_options=QUICK
+        lambda w, x, key: layers.merge(graph, w).encode(x, key), compiler_options=parity.QUICK
     )
     x = np.repeat(np.linspace(-1, 1, 192, dtype=np.float32).reshape(1, 8, 8, 3), 16, axis=0)
     mean = np.asarray(encode(weights, x, None))

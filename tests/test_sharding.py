@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 import dcae_jax
 from dcae_jax import checkpoint, preflight, sharding, state, steps

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import skimage.data
-from conftest import CONFIGS
+from support import CONFIGS
 
 import dcae_jax
 from dcae_jax import api, config, sharding, state, tiling, train

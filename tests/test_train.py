@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS, NARROW, flags
 from tensorboardX.proto import event_pb2
 
 from dcae_jax import checkpoint, divergence, preemption, report, train
@@ -26,23 +26,18 @@ TIMES = ("_s", "_per_s")
 def _command(workdir, *changes):
     """A command line that trains the narrow tiny model for forty steps."""
     settings = {
-        "model.widths": (8, 8, 16, 32, 32),
-        "model.latent_channels": 8,
-        "resolution": 32,
-        "batch_size": 4,
+        **NARROW,
         "steps": 40,
         "log_every": 5,
         "save_every": 10,
         "evaluate_every": 20,
-        "evaluate.resolutions": (32,),
         "evaluate.batch_size": 8,
         "evaluate.count": 6,
         "evaluate.grid": 2,
     }
     config = f"--config={os.path.join(CONFIGS, 'phase1.py')}:tiny"
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    more = [f"--config.{change}" for change in changes]
-    return [sys.executable, "-m", "dcae_jax.main", config, f"--workdir={workdir}", *flags, *more]
+    more = [*flags(settings), *(f"--config.{change}" for change in changes)]
+    return [sys.executable, "-m", "dcae_jax.main", config, f"--workdir={workdir}", *more]
 
 
 def _environment():

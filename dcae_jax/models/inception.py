@@ -25,7 +25,7 @@ PREPROCESSINGS = ("pytorch-fid", "torch-fidelity")
 def preprocess(levels: Array, kind: str) -> jax.Array:
     """Pictures as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
 
-    levels: [B, H, W, 3], uint8 or whole floats (`metrics.to_levels`), any size. Two tools, two
+    levels: [B, H, W, 3], uint8 or whole floats (`crops.to_levels`), any size. Two tools, two
     inputs; a number is comparable only with numbers made by the same one:
     'pytorch-fid' (FID, rFID): x / 127.5 - 1, bilinear with half-pixel centres, no antialiasing;
     'torch-fidelity' (IS, KID, precision, recall): bilinear as TensorFlow 1 had it, with the

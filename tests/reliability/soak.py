@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent)]
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import conftest  # noqa: E402, F401  sets the environment of the processes
-import killing  # noqa: E402
+from support import killing  # noqa: E402
 
 ASIDE = ("finished before", "left half a checkpoint")  # no kills
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIGS
+from support import CONFIGS
 
 from dcae_jax import checkpoint, divergence, state, steps, train
 from dcae_jax import config as config_lib

@@ -4,22 +4,10 @@
 import random
 import signal
 
-import killing
 import pytest
+from support import killing
 
 from dcae_jax import checkpoint, preemption
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = killing.Forks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return killing.pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

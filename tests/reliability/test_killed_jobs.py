@@ -3,15 +3,8 @@
 
 import random
 
-import killing
 import pytest
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = killing.Forks()
-    yield server
-    server.close()
+from support import killing
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,10 @@ import os
 import shutil
 import subprocess
 
-import killing
 import pytest
+from support import killing
 
 from dcae_jax import checkpoint, failures, integrity, main
-
-
-@pytest.fixture(scope="module")
-def forks():
-    server = killing.Forks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return killing.pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

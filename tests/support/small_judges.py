@@ -3,7 +3,6 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+
+from support import ROOT
 
 DIM, CLASSES = 24, 12  # of the network that stands in for Inception
 
@@ -46,10 +47,9 @@ def two_processes(script, settings, start=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         settings = settings | {"address": f"127.0.0.1:{free.getsockname()[1]}"}
-    root = pathlib.Path(__file__).parent
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root.parent), str(root)]),
+        "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
     }
     processes = [
@@ -85,8 +85,7 @@ settings = json.loads(sys.argv[1])
 import jax
 jax.distributed.initialize(settings["address"], 2, settings["process"])
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
-import small_judges
-from conftest import CONFIGS
+from support import CONFIGS, small_judges
 from dcae_jax import config as config_lib
 from dcae_jax import evaluate
 from dcae_jax.models import inception

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs command lines of dcae_jax in forked processes, and has signals sent to them at set places.
 
-    python tests/reliability/forks.py     reads one JSON order a line, answers one line
+    python tests/support/forks.py     reads one JSON order a line, answers one line
 
 The imports are made once, here; no device is opened before the fork. An order: argv, stderr (a
 file), signals: ((place, count, delay, number), ...). The signal `number` is sent `delay` seconds

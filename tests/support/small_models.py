@@ -10,8 +10,8 @@ from PIL import Image
 from dcae_jax import checkpoint, encode, sharding, state
 from dcae_jax import config as config_lib
 from dcae_jax.models import layers
+from support import CONFIGS
 
-CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 CLASSES = 3
 
 

@@ -11,24 +11,19 @@ import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
-import small_models
-from conftest import CONFIGS
 from PIL import Image
 
 from dcae_jax import checkpoint, report, train
+from support import CONFIGS, NARROW, ROOT, flags, small_models
 
 HERE = pathlib.Path(__file__).parent
 TIMES = ("_s", "_per_s")
 SETTINGS = {
-    "model.widths": (8, 8, 16, 32, 32),
-    "model.latent_channels": 8,
-    "resolution": 32,
-    "batch_size": 4,
+    **NARROW,
     "steps": 24,
     "log_every": 3,
     "save_every": 4,
     "evaluate_every": 8,
-    "evaluate.resolutions": (32,),
     "evaluate.batch_size": 4,
     "evaluate.count": 12,
     "evaluate.crops": 6,
@@ -52,10 +47,9 @@ class Forks:
 
     def __init__(self):
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-        root = str(HERE.parent.parent)
         # Small programs are kept too, since each process compiles them again otherwise.
         cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        env = {**os.environ, **cached, "PYTHONPATH": root, "XLA_FLAGS": flags}
+        env = {**os.environ, **cached, "PYTHONPATH": ROOT, "XLA_FLAGS": flags}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "forks.py")],
             env=env,
@@ -95,8 +89,7 @@ def arguments(workdir, data, config="phase1.py:tiny", **changes):
     """The command line of the tiny run; keys of `changes` have '__' for '.'."""
     settings = SETTINGS | {"data.path": data}
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config={os.path.join(CONFIGS, config)}", f"--workdir={workdir}", *flags]
+    return [f"--config={os.path.join(CONFIGS, config)}", f"--workdir={workdir}", *flags(settings)]
 
 
 def draw_kill(rng: random.Random):
@@ -215,8 +208,7 @@ def commands(folder):
         },
     }
     return {
-        job: [f"--config={os.path.join(CONFIGS, job)}.py"]
-        + [f"--config.{key}={value}" for key, value in keys.items()]
+        job: [f"--config={os.path.join(CONFIGS, job)}.py", *flags(keys)]
         for job, keys in settings.items()
     }
 

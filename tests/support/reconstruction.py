@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation of an autoencoder with random weights."""
+
+import jax
+import numpy as np
+
+import dcae_jax
+from dcae_jax import evaluate, sharding, sources, state
+from dcae_jax.models import layers
+
+
+def judge(config, devices=1, source=None):
+    """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), mesh)
+    config = evaluate.resolve(config)
+    source = source or sources.evaluation_source(config.data)
+    return evaluate.evaluate(config, model.graph, model.weights, mesh, source)[32]
+
+
+def model_weights(config):
+    """Random weights by path, NumPy."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    _, params, stats = layers.split(state.create_model(config, mesh, layers.random(5)))
+    return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
