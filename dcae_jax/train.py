@@ -91,7 +91,7 @@ def _run(
     plan = state_lib.blueprint(config, mesh)
     sharding.check_tensor(plan.params, config.sharding, mesh)
     source = source or sources.training_source(config.data)
-    hosts.agree({"step": start or 0})
+    hosts.assert_same_config({"step": start or 0})
     judges = preflight.load_judges(config, mesh)
     look = (
         _opened_previews(config, mesh, plan, manifest)
