@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that are one run: they find each other, agree on it, and stop together.
+"""Multi-process setup: cluster detection, config agreement, synchronized preemption.
 
-`start` finds the other processes from flags or from what the cluster sets in the environment, and
-hands them to `jax.distributed`. JAX ends a process by a signal and without a name when another one
-never comes, so a roll call goes before it, on the port that JAX takes over afterwards.
+`initialize` takes the other processes from flags or leaves them to `jax.distributed`, which reads
+Slurm, Open MPI, GKE, Cloud TPU and Kubernetes off the environment. JAX waits for absent processes
+in C++ and then aborts without a name, so each wait here has a deadline of its own.
 """
 
-import dataclasses
+import contextlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -14,39 +15,30 @@ import multiprocessing
 import os
 import re
 import socket
-import time
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from dcae_jax.config import MachineError, UserError
+from dcae_jax.config import UserError
 
-ARRIVE_S = 300  # for all processes to start: a pod's hosts do not come up at once
+REPORT_S = 30  # after which a start that still waits for a process says so
+ARRIVE_S = 300  # for all processes to start: the hosts of a pod do not come up at once
 AGREE_S = 60  # for all that have started to say what they run
-LEAVE_S = 60  # that one which ends, maybe by an error, waits for the others
+LEAVE_S = 60  # that one which ends, maybe with an error, waits for the others
+FAILED = 1  # exit status
 FLAGS = ("coordinator", "num_processes", "process_id")
+EXPLICIT = "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+_GPUS = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
-_rounds = itertools.count()  # of `agree`, the same on all processes
-_looks = itertools.count()  # of `Notice`, likewise
+_looks = itertools.count()  # of PreemptionSignal: its steps, the same on all processes
 
-
-class Absent(MachineError):
-    """A process that did not come, or does not answer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """What `jax.distributed.initialize` has to know."""
-
-    coordinator: str  # HOST:PORT of process 0
-    count: int
-    process: int
-    local_devices: tuple[int, ...] | None = None  # this process's among its host's; None: all
-
-
-# --- who is there ---------------------------------------------------------------------------------
+Arguments = dict[str, Any]  # of jax.distributed.initialize
 
 
 def take_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -61,70 +53,85 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return found, rest
 
 
-def find(given: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
-    """The cluster that the flags, or else the environment, speak of; None for a single process.
+def find(given: Mapping[str, str], environ: Mapping[str, str]) -> Arguments | None:
+    """Arguments of jax.distributed.initialize; None for a single process.
 
-    Raises UserError for flags that do not fit together.
+    given: flags, which win over the environment. Raises UserError for flags that do not fit.
     """
-    if given:
-        return _from_flags(given, environ)
+    known = _started_by(environ)
+    if environ.get("JAX_COORDINATOR_ADDRESS"):
+        known["coordinator"] = environ["JAX_COORDINATOR_ADDRESS"]
+    known.update(given)
+    if given or known.keys() == set(FLAGS):
+        return _explicit(known, given, environ)
     method = detect(environ)
-    return method and _from_jax(method, environ)
+    if method is None:
+        return None
+    # JAX's class for Kubernetes has no name; it is the last one that JAX tries by itself.
+    name = None if method == "k8s" else method
+    return {"cluster_detection_method": name, "local_device_ids": _own_device(environ)}
 
 
-def _from_flags(given: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
-    started = {**_started_by(environ), **given}
-    missing = [f"--{name}" for name in FLAGS if not started.get(name)]
+def _explicit(
+    known: Mapping[str, str], given: Mapping[str, str], environ: Mapping[str, str]
+) -> Arguments | None:
+    missing = [f"--{name}" for name in FLAGS if not known.get(name)]
     if missing:
-        raise UserError(
-            f"{', '.join(f'--{name}' for name in given)} needs {' and '.join(missing)} too; give "
-            "--coordinator=HOST:PORT --num_processes=N --process_id=I"
-        )
-    numbers = {}
+        flags = ", ".join(f"--{name}" for name in given)
+        raise UserError(f"{flags} needs {' and '.join(missing)} too; {EXPLICIT}")
     for name in ("num_processes", "process_id"):
-        if not re.fullmatch(r"\d+", started[name]):
-            raise UserError(f"--{name}={started[name]!r} must be a whole number")
-        numbers[name] = int(started[name])
-    count, process = numbers["num_processes"], numbers["process_id"]
-    if not process < count:
+        if not re.fullmatch(r"\d+", known[name]):
+            raise UserError(f"--{name}={known[name]!r} must be a whole number")
+    address, count, process = known["coordinator"], *(int(known[name]) for name in FLAGS[1:])
+    if process >= count:
         raise UserError(
             f"--process_id={process} must be below --num_processes={count}; they count from 0"
         )
-    if not re.fullmatch(r"(.+):(\d+)", started["coordinator"]):
+    if not re.fullmatch(r"(.+):(\d+)", address):
         raise UserError(
-            f"--coordinator={started['coordinator']!r} is no HOST:PORT; name process 0's host and "
-            "a free port there"
+            f"--coordinator={address!r} is no HOST:PORT; name process 0's host and a free port "
+            "there"
         )
-    if count == 1:
-        return None
-    return Cluster(started["coordinator"], count, process, _one_each(environ))
+    return (
+        None
+        if count == 1
+        else {
+            "coordinator_address": address,
+            "num_processes": count,
+            "process_id": process,
+            "local_device_ids": _own_device(environ),
+            "cluster_detection_method": "deactivate",
+        }
+    )
 
 
 def _started_by(environ: Mapping[str, str]) -> dict[str, str]:
-    """Number of processes and this one's, where Slurm or Open MPI started several."""
+    """Number of processes and this one's, where the environment has both."""
     for count, process in (
         ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"),  # a pod; the first is its manifest's
     ):
         if int(environ.get(count, 1)) > 1 and process in environ:
             return {"num_processes": environ[count], "process_id": environ[process]}
     return {}
 
 
-def _one_each(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+def _own_device(environ: Mapping[str, str]) -> list[int] | None:
     """The one device of this process where several share a host, under Slurm or Open MPI."""
     several = (
         not re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         or int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
     )
     number = environ.get("SLURM_LOCALID", environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
-    return (int(number),) if several and number is not None and _started_by(environ) else None
+    return [int(number)] if several and number is not None and _started_by(environ) else None
 
 
 def detect(environ: Mapping[str, str]) -> str | None:
     """JAX's name of the cluster that started this as one of several processes, if one did.
 
-    A plain machine, a shell inside a Slurm job and a pod that is no indexed job are none.
+    JAX alone would take a plain machine for an error, and a shell inside a Slurm allocation or a
+    pod that is no indexed job for one of several.
     """
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environ:
         return "slurm"
@@ -138,97 +145,50 @@ def detect(environ: Mapping[str, str]) -> str | None:
     if not cpu_only and not workers and "TPU_SKIP_MDS_QUERY" not in environ and _tpu_chips():
         return "gcetpu"
     indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
-    if indexed and not workers:  # a slice of one TPU host is whole by itself
-        return "k8s"
-    return None
+    # A slice of one TPU host, and a job of one pod, are whole by themselves.
+    return "k8s" if indexed and not workers and environ.get("JAX_NUM_PROCESSES") != "1" else None
 
 
 def _tpu_chips() -> bool:
     """Whether this machine has TPU chips and the library for them."""
-    import glob
-    import importlib.util
-
-    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _from_jax(method: str, environ: Mapping[str, str]) -> Cluster | None:
-    """The cluster as JAX reads it off the environment; None if it has but one process.
-
-    jax.distributed has this as a part of its start alone. Raises UserError where the environment
-    does not tell all.
-    """
-    from jax._src.clusters import ClusterEnv
-
-    try:
-        if method == "k8s":
-            coordinator, count, process = _from_kubernetes(environ)
-        else:
-            coordinator, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, method, ARRIVE_S
-            )
-    except Exception as error:  # of JAX, of the network, of Kubernetes' client
-        raise UserError(_unknown(method, str(error))) from error
-    if count == 1 or (coordinator is None and method == "gcetpu"):
-        return None
-    if None in (coordinator, count, process):
-        raise UserError(_unknown(method, "it does not say where process 0 is"))
-    return Cluster(coordinator, count, process, _one_each(environ))
-
-
-def _from_kubernetes(environ: Mapping[str, str]) -> tuple[str | None, int, int]:
-    """(coordinator, number of processes, this one's) of an indexed Job or JobSet.
-
-    JAX's choice by name does not know this cluster, which has no name there.
-    """
-    from jax._src.clusters.k8s_cluster import K8sCluster
-
-    if not K8sCluster.is_env_present():
-        raise RuntimeError("Kubernetes' client is missing: pip install kubernetes")
-    count, process = K8sCluster.get_process_count(), K8sCluster.get_process_id()
-    if count == 1:
-        return None, count, process
-    port = environ.get("JAX_COORDINATOR_PORT")
-    address = K8sCluster.get_coordinator_address(
-        timeout_secs=ARRIVE_S, override_coordinator_port=port
-    )
-    return address, count, process
-
-
-def _unknown(method: str, why: str) -> str:
-    return (
-        f"started by {method}, but {' '.join(why.split())}; give --coordinator=HOST:PORT "
-        "--num_processes=N --process_id=I"
-    )
-
-
-# --- start ----------------------------------------------------------------------------------------
-
-
-def start(given: Mapping[str, str], *, preemptible: bool) -> None:
+def initialize(given: Mapping[str, str], *, preemptible: bool) -> None:
     """Joins the other processes of the run, if there are any and this was not done before.
 
-    given: flags, from `take_flags`. preemptible: JAX takes SIGTERM, for `Notice`; without it the
-    signal ends the process as usual. Raises UserError for flags that do not fit, and Absent,
-    naming the process that did not come.
+    given: flags, from `take_flags`. preemptible: JAX takes SIGTERM, for `PreemptionSignal`; without
+    it the signal ends the process as usual. Raises UserError for what does not fit; ends the
+    process with one line and status 1 where others do not come.
     """
     # A reader of batches runs this program's imports, but is no process of the run.
     if multiprocessing.parent_process() is not None or jax.distributed.is_initialized():
         return
-    cluster = find(given, os.environ)
-    if cluster is None:
+    arguments = find(given, os.environ)
+    if arguments is None:
         return
-    roll_call(cluster, ARRIVE_S)
+    if arguments.get("process_id") == 0:
+        _check_port(int(arguments["coordinator_address"].rsplit(":", 1)[1]))
     jax.config.update("jax_enable_preemption_service", preemptible)
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.count,
-        cluster.process,
-        cluster.local_devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=ARRIVE_S,
-        shutdown_timeout_seconds=LEAVE_S,
+    me = _describe(arguments)
+    waits = f"not all processes are there after {REPORT_S} s: {me}; waiting up to {ARRIVE_S} s"
+    gives_up = (
+        f"not all processes started within {ARRIVE_S} s: {me}; see the others' logs why, or give "
+        "the number that do"
     )
+    with _after(REPORT_S, lambda: logging.warning(waits)), _deadline(ARRIVE_S, gives_up):
+        try:
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=2 * ARRIVE_S,  # after which JAX would abort
+                shutdown_timeout_seconds=LEAVE_S,
+            )
+        except Exception as error:  # of JAX, of the network, of Kubernetes' client
+            raise UserError(_explain(error, arguments)) from error
+    if arguments["local_device_ids"] is None and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        for name in _GPUS:  # JAX takes one of a Slurm task's GPUs where it has all to itself
+            jax.config.update(name, os.environ.get(name.upper(), "all"))
     logging.info(
         "process %d of %d on %s: %d of %d devices (%s)",
         jax.process_index(),
@@ -240,166 +200,99 @@ def start(given: Mapping[str, str], *, preemptible: bool) -> None:
     )
 
 
-def roll_call(cluster: Cluster, seconds: float) -> None:
-    """Returns when all processes are there. Raises Absent, on all that are, after `seconds`."""
-    host, port = cluster.coordinator.rsplit(":", 1)
-    if cluster.process:
-        deadline = time.monotonic() + seconds
-        answer = _report(host.strip("[]"), int(port), cluster, deadline)
-    else:
-        answer = _call(int(port), cluster, seconds)
-    if answer:
-        raise Absent(answer)
-
-
-def _call(port: int, cluster: Cluster, seconds: float) -> str:
-    """Process 0's side: '' when all have come, else who has not; the others are told the same."""
-    deadline = time.monotonic() + seconds
+def _check_port(port: int) -> None:
+    """Raises UserError where JAX, now and then, crashes."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    lines: dict[int, socket.socket] = {}
-    answer = ""
     try:
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
-        raise UserError(f"port {port} of --coordinator: {error.strerror}; take a free one") from (
-            error
+        reason = f"port {port} of --coordinator: {error.strerror}"
+        raise UserError(f"{reason}; take a free one") from error
+
+
+def _describe(arguments: Arguments) -> str:
+    if "process_id" not in arguments:
+        return f"started by {arguments['cluster_detection_method'] or 'Kubernetes'}"
+    process, count = arguments["process_id"], arguments["num_processes"]
+    return f"this is process {process} of {count}, process 0 at {arguments['coordinator_address']}"
+
+
+def _explain(error: Exception, arguments: Arguments) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    remedy = EXPLICIT
+    if arguments["cluster_detection_method"] is None:
+        remedy = (
+            "pip install kubernetes, or set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in the "
+            f"manifest, or {EXPLICIT}"
         )
-    with server:
-        while len(lines) < cluster.count - 1 and not answer:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                line, _ = server.accept()
-                line.settimeout(max(min(deadline - time.monotonic(), 10), 0.01))
-                word = line.makefile().readline().split()
-            except TimeoutError:
-                if time.monotonic() < deadline:
-                    continue
-                missing = sorted(set(range(1, cluster.count)) - lines.keys())
-                answer = f"{_name(missing)} of {cluster.count} did not start within {seconds:.0f} s"
-                answer += "; see there why, or give the number that do"
-                break
-            except OSError:
-                continue
-            if len(word) != 2 or not all(part.isdigit() for part in word):
-                line.close()  # somebody else, who knocks at every port
-                continue
-            process, count = map(int, word)
-            lines[process] = line
-            if count != cluster.count:
-                answer = (
-                    f"process {process} was started as one of {count}, process 0 as one of "
-                    f"{cluster.count}; give all the same number"
-                )
-    for line in lines.values():
-        try:
-            line.sendall(f"{answer}\n".encode())
-        except OSError:
-            pass  # gone meanwhile: jax.distributed will notice
-        line.close()
-    return answer
+    return f"{_describe(arguments)}, but {reason}; {remedy}"
 
 
-def _report(host: str, port: int, cluster: Cluster, deadline: float) -> str:
-    """The other processes' side: process 0's answer."""
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            with socket.create_connection((host, port), timeout=max(min(left, 10), 0.01)) as line:
-                line.sendall(f"{cluster.process} {cluster.count}\n".encode())
-                # A moment more than process 0 waits, whose clock began at another time.
-                line.settimeout(max(left, 0) + 30)
-                answer = line.makefile().readline()
-                if answer:
-                    return answer.strip()
-        except OSError:
-            pass
-        if left < 0:
-            return f"process 0 does not answer at {host}:{port}; see there why"
-        time.sleep(min(0.2, max(left, 0)))
+@contextlib.contextmanager
+def _after(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` in a thread of its own if the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def _name(processes: Sequence[int]) -> str:
-    shown = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
-    return f"process{'es' if len(processes) > 1 else ''} {shown}"
+def _deadline(seconds: float, text: str) -> contextlib.AbstractContextManager[None]:
+    """Ends the process with one line if the block, a wait inside JAX, takes longer."""
+
+    def end() -> None:
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
+        os._exit(FAILED)  # nothing else ends a wait in C++
+
+    return _after(seconds, end)
 
 
-# --- agree and stop -------------------------------------------------------------------------------
-
-
-def agree(facts: Mapping[str, Any]) -> None:
+def assert_same_config(facts: Mapping[str, Any]) -> None:
     """Returns when all processes have called this with equal `facts`, flat and of JSON's types.
 
-    Raises UserError, on all, that names who differs in what; Absent, on all, naming those who have
-    said nothing for AGREE_S seconds. Nothing to do for a single process.
+    Raises UserError, on all, naming who differs in what; ends the process with one line and status
+    1 where one does not call this within AGREE_S. Nothing to do for a single process.
     """
     if jax.process_count() == 1:
         return
-    store, folder = _store(), f"dcae_jax/{next(_rounds)}"
-    mine = json.loads(json.dumps({**facts, "devices": jax.device_count(), "jax": jax.__version__}))
-    if jax.process_index():
-        store.key_value_set(f"{folder}/{jax.process_index()}", json.dumps(mine))
-        verdict = _read(store, f"{folder}/verdict", AGREE_S + 15)
-        if verdict is None:
-            raise Absent(f"process 0 said nothing for {AGREE_S} s; see there why")
-        kind, text = json.loads(verdict)
-    else:
-        kind, text = _verdict(store, folder, mine)
-        store.key_value_set(f"{folder}/verdict", json.dumps((kind, text)))
-    if text:
-        raise (Absent if kind == "absent" else UserError)(text)
-
-
-def _verdict(store: Any, folder: str, mine: dict[str, Any]) -> tuple[str, str]:
-    """Process 0's look at what the others say: ('absent' or 'differ', the error or '')."""
-    deadline = time.monotonic() + AGREE_S
-    absent, differ = [], []
-    for process in range(1, jax.process_count()):
-        said = _read(store, f"{folder}/{process}", max(deadline - time.monotonic(), 0.1))
-        if said is None:
-            absent.append(process)
-            continue
-        theirs = json.loads(said)
-        keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    mine = json.dumps({**facts, "devices": jax.device_count(), "jax": jax.__version__})
+    # Process 0 is the last to give up: JAX aborts those that still wait when it ends.
+    seconds = AGREE_S if jax.process_index() == 0 else 0.9 * AGREE_S
+    silent = f"not all {jax.process_count()} processes answered within {AGREE_S} s; process "
+    with _deadline(seconds, f"{silent}{jax.process_index()} did: see the others' logs why"):
+        first, *others = map(json.loads, _gather(mine.encode()))
+    differ = []
+    for process, theirs in enumerate(others, 1):
+        keys = [key for key in sorted({*first, *theirs}) if first.get(key) != theirs.get(key)]
         if keys:
-            what = [f"{key}={theirs.get(key)!r} (0: {mine.get(key)!r})" for key in keys[:3]]
+            what = [f"{key}={theirs.get(key)!r} (0: {first.get(key)!r})" for key in keys[:3]]
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             differ.append(f"process {process} has {', '.join(what)}{more}")
-    if absent:
-        return "absent", f"{_name(absent)} said nothing for {AGREE_S} s; see there why"
-    if not differ:
-        return "", ""
-    more = f"; and {len(differ) - 3} more processes" if len(differ) > 3 else ""
-    return "differ", f"the processes differ: {'; '.join(differ[:3])}{more}; start all alike"
+    if differ:
+        more = f"; and {len(differ) - 3} more processes" if len(differ) > 3 else ""
+        raise UserError(f"the processes differ: {'; '.join(differ[:3])}{more}; start all alike")
 
 
-def _read(store: Any, key: str, seconds: float) -> str | None:
-    """What another process wrote under `key`; None if it does not within `seconds`."""
-    try:
-        return store.blocking_key_value_get(key, int(seconds * 1000))
-    except jax.errors.JaxRuntimeError as error:
-        if "DEADLINE_EXCEEDED" not in str(error):
-            raise
-        return None
+def _gather(mine: bytes) -> list[bytes]:
+    """What each process gave, by process."""
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
-def _store() -> Any:
-    """The key-value store of JAX's coordination service.
-
-    It has no public name. The public functions that compare values over processes are collectives,
-    which hang when a process is not there.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
-class Notice:
+class PreemptionSignal:
     """Whether to save and stop, alike on all processes, after SIGTERM or a maintenance notice.
 
     JAX hears of it on one of them and lets them find a step that none has passed.
     """
 
     def is_set(self) -> bool:
-        """To be asked by all processes equally often: once a step or batch."""
+        """To be asked by all processes equally often: once per step or batch."""
         return multihost_utils.reached_preemption_sync_point(next(_looks))

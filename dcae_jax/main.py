@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
         use_compile_cache()
-        hosts.start(given, preemptible=config.job in ("train", "phases", "sample"))
-        hosts.agree(config_lib.flatten(config) | {"workdir": workdir})
+        hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
+        hosts.assert_same_config(config_lib.flatten(config) | {"workdir": workdir})
         module, function = JOBS[config.job]
         return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
     except UserError as error:

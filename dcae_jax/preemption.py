@@ -14,13 +14,13 @@ STATUS = 75  # exit status of a job that stopped early and resumes with the same
 
 
 @contextlib.contextmanager
-def flag(together: bool = False) -> Iterator[threading.Event | hosts.Notice]:
+def flag(together: bool = False) -> Iterator[threading.Event | hosts.PreemptionSignal]:
     """An event that SIGTERM sets meanwhile, so that a job can stop where it is safe.
 
     together: all processes of the run ask `is_set` equally often, and are told alike.
     """
     if together and jax.process_count() > 1:
-        yield hosts.Notice()
+        yield hosts.PreemptionSignal()
         return
     event, old = threading.Event(), None
     if threading.current_thread() is threading.main_thread():

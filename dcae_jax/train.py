@@ -92,7 +92,7 @@ def _run(
     spec = state_lib.train_spec(config, mesh)
     sharding.check_tensor(spec.params, config.sharding, mesh)
     source = source or sources.training_source(config.data)
-    hosts.agree({"step": start or 0})
+    hosts.assert_same_config({"step": start or 0})
     lpips = preflight.load_lpips(config, mesh)
     look = (
         _opened_previews(config, mesh, spec, manifest)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that are one run: how they find each other, agree, train, stop and resume."""
 
+import importlib
+import inspect
 import multiprocessing
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -36,6 +36,9 @@ OPEN_MPI = {
 }
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
 @pytest.mark.parametrize(
     "environ",
     [
@@ -46,6 +49,7 @@ OPEN_MPI = {
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
         {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"JAX_COORDINATOR_ADDRESS": "h:1"},
     ],
 )
 def test_a_single_process_waits_for_nobody(environ):
@@ -53,39 +57,58 @@ def test_a_single_process_waits_for_nobody(environ):
     assert hosts.find({}, environ) is None
 
 
-def test_clusters_are_recognised(monkeypatch):
+def test_clusters_are_recognised():
     """Catches a pod of which each host trains by itself, and Slurm tasks with a node each that
     take one of its GPUs."""
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)  # JAX reads the environment itself
     together = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    found = hosts.find({}, together)
-    assert re.fullmatch(r"node3:\d+", found.coordinator)
-    assert (found.count, found.process, found.local_devices) == (8, 5, (1,))
+    found = {"cluster_detection_method": "slurm", "local_device_ids": [1]}
+    assert hosts.find({}, together) == found
     apart = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}
-    assert hosts.find({}, apart).local_devices is None
+    assert hosts.find({}, apart) == found | {"local_device_ids": None}
     assert hosts.detect(OPEN_MPI) == "ompi"
     assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a,b"}) == "gketpu"
     assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}) is None
-    indexed = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
-    assert hosts.detect(indexed) == "k8s"
-    assert hosts.detect(indexed | {"TPU_WORKER_HOSTNAMES": "alone"}) is None
+    assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == "gketpu"
+    assert hosts.detect(POD) == "k8s"
+    assert hosts.detect(POD | {"TPU_WORKER_HOSTNAMES": "alone"}) is None
+
+
+def test_clusters_are_those_that_jax_knows():
+    """Catches a name that JAX gives to no cluster, after which a pod's hosts would not start."""
+    jax_names = inspect.getsource(importlib.import_module("jax._src.clusters.cloud_tpu_cluster"))
+    for module in ("slurm_cluster", "ompi_cluster", "k8s_cluster"):
+        jax_names += inspect.getsource(importlib.import_module(f"jax._src.clusters.{module}"))
+    for name in ("slurm", "ompi", "gketpu", "gcetpu"):
+        assert f'name: str = "{name}"' in jax_names, name
+    assert "K8sCluster" in jax_names and "JOB_COMPLETION_INDEX" in jax_names
 
 
 def test_pods_of_an_indexed_job_find_each_other(monkeypatch):
     """Catches pods of which each trains by itself in the one workdir."""
-    from jax._src.clusters.k8s_cluster import K8sCluster
+    assert hosts.find({}, POD) == {"cluster_detection_method": None, "local_device_ids": None}
+    told = POD | {"JAX_COORDINATOR_ADDRESS": "job-0.net:55527", "JAX_NUM_PROCESSES": "4"}
+    assert hosts.find({}, told) == _explicit("job-0.net:55527", 4, 1)
+    assert hosts.find({}, told | {"JAX_NUM_PROCESSES": "1"}) is None
+    for name, value in POD.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", _refuse)
+    with pytest.raises(UserError, match="Kubernetes, but no such.*pip install kubernetes, or set "):
+        hosts.initialize({}, preemptible=False)
 
-    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
-    monkeypatch.setattr(K8sCluster, "is_env_present", lambda: False)
-    with pytest.raises(UserError, match="pip install kubernetes; give --coordinator"):
-        hosts.find({}, pod)
-    monkeypatch.setattr(K8sCluster, "is_env_present", lambda: True)
-    monkeypatch.setattr(K8sCluster, "get_process_id", lambda: 1)
-    monkeypatch.setattr(K8sCluster, "get_coordinator_address", lambda **_: "job-0.net:55527")
-    for count, found in ((4, hosts.Cluster("job-0.net:55527", 4, 1)), (1, None)):
-        monkeypatch.setattr(K8sCluster, "get_process_count", lambda count=count: count)
-        assert hosts.find({}, pod) == found
+
+def _refuse(**arguments):
+    raise ValueError("no such\ncluster")
+
+
+def _explicit(address, count, process, device=None):
+    """Arguments of JAX's start that leave it nothing to find out."""
+    return {
+        "coordinator_address": address,
+        "num_processes": count,
+        "process_id": process,
+        "local_device_ids": device,
+        "cluster_detection_method": "deactivate",
+    }
 
 
 def test_flags_name_the_cluster_or_are_refused():
@@ -93,8 +116,11 @@ def test_flags_name_the_cluster_or_are_refused():
     line = ["main", "--workdir=x", "--coordinator=h:1", "--num_processes=3", "--process_id=2"]
     given, rest = hosts.take_flags(line)
     assert rest == ["main", "--workdir=x"]
-    assert hosts.find(given, {}) == hosts.Cluster("h:1", 3, 2)
-    assert hosts.find({"coordinator": "h:1"}, OPEN_MPI) == hosts.Cluster("h:1", 2, 1, (1,))
+    assert hosts.find(given, {}) == _explicit("h:1", 3, 2)
+    assert hosts.find({"coordinator": "h:1"}, OPEN_MPI) == _explicit("h:1", 2, 1, [1])
+    elsewhere = {"JAX_COORDINATOR_ADDRESS": "elsewhere:1"}
+    assert hosts.find({"coordinator": "h:1"}, OPEN_MPI | elsewhere) == _explicit("h:1", 2, 1, [1])
+    assert hosts.find(given | {"num_processes": "1", "process_id": "0"}, {}) is None
     for change, said in (
         ({"process_id": "3"}, "below --num_processes=3"),
         ({"process_id": "one"}, "whole number"),
@@ -108,10 +134,7 @@ def test_flags_name_the_cluster_or_are_refused():
 def test_a_reader_of_batches_joins_nothing(monkeypatch):
     """Catches worker processes of the data that count as processes of the run."""
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: "the run")
-    hosts.start({"coordinator": "h"}, preemptible=True)  # flags that would be refused
-
-
-# --- roll call ------------------------------------------------------------------------------------
+    hosts.initialize({"coordinator": "h"}, preemptible=True)  # flags that would be refused
 
 
 def _free_port():
@@ -120,39 +143,62 @@ def _free_port():
         return free.getsockname()[1]
 
 
-def _roll_call(counts, seconds):
-    """What each of the processes {number: count that it was started with} is told."""
-    address, told = f"127.0.0.1:{_free_port()}", {}
+# --- real processes -------------------------------------------------------------------------------
 
-    def call(process, count):
-        try:
-            hosts.roll_call(hosts.Cluster(address, count, process), seconds)
-            told[process] = ""
-        except hosts.Absent as error:
-            told[process] = str(error)
-
-    threads = [threading.Thread(target=call, args=item) for item in counts.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return told
+ALONE = """
+import logging, sys
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+from dcae_jax import hosts
+hosts.REPORT_S, hosts.ARRIVE_S = 1, int(sys.argv[3])
+names = dict(zip(hosts.FLAGS, (sys.argv[1], "3", sys.argv[2])))
+hosts.initialize(names, preemptible=True)
+"""
 
 
-def test_all_who_come_go_on():
-    """Catches a call that loses one of several, or leaves the port taken."""
-    assert _roll_call({2: 3, 1: 3, 0: 3}, 20) == {0: "", 1: "", 2: ""}
+def _start(script, *arguments, **environment):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+        **environment,
+    }
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_who_does_not_come_is_named_to_all():
-    """Catches a run that ends by a signal, or waits for ever, and does not say for whom."""
-    told = _roll_call({0: 4, 2: 4}, 1)
-    assert told[0] == told[2] and "processes 1, 3 of 4 did not start within 1 s" in told[0]
-    assert "process 0 does not answer" in _roll_call({1: 2}, 1)[1]
-    assert "process 1 was started as one of 3" in _roll_call({0: 2, 1: 3}, 20)[0]
+def test_a_process_that_does_not_come_is_reported_by_all_that_do():
+    """Catches a run that ends by a signal, or waits for ever, and says nothing to anybody."""
+    address = f"127.0.0.1:{_free_port()}"
+    processes = {
+        # Process 2 gives up after process 0, with which JAX's coordinator goes.
+        0: _start(ALONE, address, 0, 6),
+        2: _start(ALONE, address, 2, 9),
+        1: _start(ALONE, f"127.0.0.1:{_free_port()}", 1, 3),  # of which process 0 is not there
+    }
+    for number, process in processes.items():
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 1, said
+        *_, first, last = said.splitlines()
+        where = f"this is process {number} of 3, process 0 at 127.0.0.1:"
+        assert first.startswith(f"not all processes are there after 1 s: {where}")
+        assert last.startswith("error: not all processes started within") and where in last
 
 
-# --- two real processes ---------------------------------------------------------------------------
+def test_a_process_that_is_not_there_is_reported_within_a_minute():
+    """Catches a report that comes when the scheduler has long given up."""
+    assert hosts.REPORT_S <= 60 and hosts.AGREE_S <= 60
+
+
+def test_a_port_that_is_taken_is_told():
+    """Catches a traceback for a port that another program has."""
+    with socket.create_server(
+        ("", 0), family=socket.AF_INET6, dualstack_ipv6=socket.has_dualstack_ipv6()
+    ) as server:
+        port = server.getsockname()[1]
+        process = _start(ALONE, f"127.0.0.1:{port}", 0, 60)
+        said = process.communicate(timeout=100)[1]
+    assert f"UserError: port {port} of --coordinator: " in said and "take a free one" in said
+
 
 JOINED = """
 import json, logging, sys
@@ -161,38 +207,99 @@ settings = json.loads(sys.argv[1])
 from dcae_jax import hosts
 flags = {"coordinator": settings["address"], "num_processes": "2"}
 flags["process_id"] = str(settings["process"])
-hosts.start(flags, preemptible=True)
-hosts.start(flags, preemptible=True)
+hosts.initialize(flags, preemptible=True)
+hosts.initialize(flags, preemptible=True)
 import jax
 """
+
+BY_CLUSTER = """
+import json, os, sys
+settings = json.loads(sys.argv[1])
+for name, value in settings["environ"].items():
+    os.environ[name] = value.format(**settings, port=settings["address"].split(":")[1])
+from dcae_jax import hosts
+hosts.initialize({}, preemptible=False)
+import jax
+"""
+HERE = {
+    "slurm": {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_PROCID": "{process}",
+        "SLURM_LOCALID": "{process}",
+        "JAX_COORDINATOR_PORT": "{port}",
+    },
+    "ompi": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "{process}",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "{process}",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "JAX_COORDINATOR_PORT": "{port}",
+    },
+    "pods": {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JOB_COMPLETION_INDEX": "{process}",
+        "JAX_COORDINATOR_ADDRESS": "{address}",
+        "JAX_NUM_PROCESSES": "2",
+    },
+}
+
+
+@pytest.mark.parametrize("cluster", HERE)
+def test_processes_of_a_cluster_start_as_one_run(cluster):
+    """Catches an environment that JAX reads otherwise than this package, of which two runs of one
+    process each write the one workdir."""
+    script = "print(json.dumps([jax.process_count(), jax.process_index()]))"
+    said = small_judges.two_processes(script, {"environ": HERE[cluster]}, BY_CLUSTER)
+    assert said == [[2, 0], [2, 1]]
+
 
 AGREEING = """
 said = []
 def agree(**facts):
     try:
-        hosts.agree(facts)
+        hosts.assert_same_config(facts)
         said.append("")
-    except (hosts.Absent, ValueError) as error:
+    except ValueError as error:
         said.append(type(error).__name__ + ": " + str(error))
 agree(step=3)
 agree(step=3 + settings["process"], same=1)
-hosts.AGREE_S = 2
-if settings["process"] == 0:
-    agree(step=4)
-    hosts._store().wait_at_barrier("end", 60000)
-else:
-    hosts._store().wait_at_barrier("end", 60000)
+agree(**({"long": "x" * 1000} if settings["process"] else {}), steps=(3, 4))
 print(json.dumps([jax.process_count(), *said]))
 """
 
 
 def test_processes_agree_or_say_who_differs():
-    """Catches a run of two configurations or steps, and one that waits for ever for an answer."""
+    """Catches a run of two configurations or steps, also where one of them is longer, and an error
+    that one process has alone."""
     first, second = small_judges.two_processes(AGREEING, {}, JOINED)
     differs = "UserError: the processes differ: process 1 has step=4 (0: 3); start all alike"
-    assert second == [2, "", differs]
-    assert first[:3] == second
-    assert "Absent: process 1 said nothing for 2 s" in first[3]
+    assert first == second and second[:3] == [2, "", differs]
+    assert f"process 1 has long='{'x' * 1000}' (0: None); start all alike" in second[3]
+
+
+SILENT = """
+import os, time
+if settings["process"] == 0:
+    time.sleep(15)
+    print("[]", flush=True)
+    os._exit(0)
+hosts.AGREE_S = 3
+exit_ = os._exit
+hosts.os._exit = lambda status: (print(json.dumps(status), flush=True), exit_(0))
+hosts.assert_same_config({})
+"""
+
+
+def test_a_process_that_says_nothing_is_reported():
+    """Catches a run that waits for ever for an answer."""
+    began = time.monotonic()
+    assert small_judges.two_processes(SILENT, {}, JOINED)[1] == hosts.FAILED
+    assert time.monotonic() - began < 100
 
 
 TRAINING = """

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two jobs on one workdir: the second is refused, and a dead owner stands in nobody's way."""
 
+import errno
+import fcntl
+import json
 import os
 import pathlib
 import signal
@@ -103,11 +106,72 @@ def test_a_refused_run_leaves_no_folder_behind(small, alone, tmp_path):
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
-    """Catches a run that cannot start at all on a store that knows no locks."""
+    """Catches a run that cannot start at all on a store that knows no locks, and one that deletes
+    files there without holding a lock."""
 
     def unable(descriptor, operation):
-        raise OSError(lock.errno.ENOTSUP, "not supported")
+        raise OSError(errno.ENOTSUP, "not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unable)
+    monkeypatch.setattr(fcntl, "flock", unable)
+    half = tmp_path / "metrics.jsonl.77.tmp"
+    half.write_bytes(b"x")
     with lock.hold(str(tmp_path)):
         assert "cannot be locked" in caplog.text
+        assert half.exists()
+
+
+@pytest.mark.parametrize("target", ["precious.txt", "none.txt"])
+def test_a_lock_that_is_a_link_is_refused(target, tmp_path):
+    """Catches a downloaded folder whose `.lock` points at a file that is truncated and overwritten,
+    or made."""
+    workdir, file = tmp_path / "run", tmp_path / target
+    (tmp_path / "precious.txt").write_text("precious")
+    workdir.mkdir()
+    (workdir / lock.FILE).symlink_to(file)
+    with pytest.raises(UserError, match="is a link.*remove it"), lock.hold(str(workdir)):
+        pass
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+    assert not (tmp_path / "none.txt").exists()
+    assert (workdir / lock.FILE).is_symlink()
+
+
+def test_a_lock_that_is_another_name_of_a_file_is_refused(tmp_path):
+    """Catches a hard link of which the other name loses its contents."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious.txt").write_text("precious")
+    os.link(tmp_path / "precious.txt", tmp_path / "run" / lock.FILE)
+    with pytest.raises(UserError, match="is a link"), lock.hold(str(tmp_path / "run")):
+        pass
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+
+
+def test_only_this_workdirs_own_halves_are_removed(tmp_path):
+    """Catches a chain's folder, or whatever else is a folder here, that loses the file which its
+    live job is just writing; and a link, through which files elsewhere are removed."""
+    workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folders = [workdir / "phase1", workdir / "photos", workdir / "images", elsewhere]
+    halves = [folder / "a.png.77.tmp" for folder in folders]
+    for half in halves:
+        half.parent.mkdir(parents=True)
+        half.write_bytes(b"x")
+    (workdir / "parts").symlink_to(elsewhere)
+    (workdir / "b.77.tmp").symlink_to(halves[-1])
+    (workdir / "d.77.tmp").mkdir()
+    with lock.hold(str(workdir / "images")):
+        halves[2].write_bytes(b"being written")
+        with lock.hold(str(workdir)):
+            assert all(half.exists() for half in halves)
+    with lock.hold(str(workdir)):  # nobody else has `images` now
+        assert [half.exists() for half in halves] == [True, True, False, True]
+    assert (workdir / "b.77.tmp").is_symlink() and (workdir / "d.77.tmp").is_dir()
+
+
+def test_a_second_job_leaves_the_owners_record(tmp_path):
+    """Catches a lock file that the refused job empties, so that the third is told nobody's name."""
+    with lock.hold(str(tmp_path)):
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+                with lock.hold(str(tmp_path)):
+                    pass
+        owner = json.loads((tmp_path / lock.FILE).read_text())
+        assert owner.keys() == {"host", "pid", "since"}
