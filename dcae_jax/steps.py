@@ -175,7 +175,7 @@ def _denoising(config: Any, plan: Blueprint, state: TrainState, batch: Batch, ke
 
     def loss_fn(params):
         model = layers.merge(plan.graph, use(plan, _constant_where_frozen(plan, params)))
-        return diffusion.loss(config.objective, lambda x, t: model(x, t, labels), x0, key)
+        return diffusion.loss(config.objective, model, x0, labels, key)
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return _Output(grads, {}, parts | {"loss": loss}, state.stats, {})
