@@ -140,7 +140,7 @@ def denoising_gradients(
 
     def loss_fn(params: Weights) -> tuple[Array, Metrics]:
         model = layers.merge(spec.graphdef, use(spec, stop_frozen_gradients(spec, params)))
-        return diffusion.loss(config.objective, lambda x, t: model(x, t, labels), x0, key)
+        return diffusion.loss(config.objective, model, x0, labels, key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return Gradients(grads, {}, metrics | {"loss": loss}, state.stats)

@@ -159,18 +159,18 @@ def seen(objective, batch, key=0, x0=None):
     x0 = jnp.asarray(draw(0, batch, *SHAPE)) if x0 is None else x0
     inputs = []
 
-    def model(x_t, time):
+    def model(x_t, time, cond):
         inputs.append((x_t, time))
         return jnp.zeros((*x_t.shape[:-1], x_t.shape[-1] * (1 + (objective == "learned_sigma"))))
 
-    diffusion.loss(objective, model, x0, jax.random.key(key))
+    diffusion.loss(objective, model, x0, None, jax.random.key(key))
     return inputs[0]
 
 
 def truth(objective, x0):
     """The network that knows x0: what it should predict from x_t and the time it is given."""
 
-    def model(x_t, time):
+    def model(x_t, time, cond):
         if objective == "flow":
             t = time[:, None, None, None]
             return (x0 - x_t) / (1 - t)
@@ -190,13 +190,13 @@ def truth(objective, x0):
 def test_the_loss_of_the_true_prediction_is_zero(objective):
     """Catches a target of the wrong sign, and a time that is not that of the noise mixed in."""
     x0 = jnp.asarray(draw(0, 64, *SHAPE))
-    value, metrics = diffusion.loss(objective, truth(objective, x0), x0, jax.random.key(0))
+    value, metrics = diffusion.loss(objective, truth(objective, x0), x0, None, jax.random.key(0))
     assert metrics["mse"] < 1e-12
     # No step of these 64 is the first, whose likelihood is not zero.
     assert value < 1e-6
     # Zeros have the loss of the target's second moment: 1 for noise, 1 + 1 for a velocity.
     zero = truth(objective, x0)
-    value, metrics = diffusion.loss(objective, lambda *a: 0 * zero(*a), x0, jax.random.key(0))
+    value, metrics = diffusion.loss(objective, lambda *a: 0 * zero(*a), x0, None, jax.random.key(0))
     np.testing.assert_allclose(metrics["mse"], 2 if objective == "flow" else 1, rtol=0.2)
     assert value == metrics["mse"] + metrics.get("vb", 0)
 
@@ -239,8 +239,8 @@ def test_the_bound_does_not_train_the_mean():
     x0 = jnp.asarray(draw(0, 4, *SHAPE))
 
     def value(epsilon, v, part):
-        model = lambda x_t, time: jnp.concatenate([epsilon, v], axis=-1)  # noqa: E731
-        total, metrics = diffusion.loss("learned_sigma", model, x0, jax.random.key(0))
+        model = lambda x_t, time, cond: jnp.concatenate([epsilon, v], axis=-1)  # noqa: E731
+        total, metrics = diffusion.loss("learned_sigma", model, x0, None, jax.random.key(0))
         return total if part == "all" else metrics[part]
 
     at = jnp.asarray(draw(1, 4, *SHAPE)), jnp.zeros((4, *SHAPE))
@@ -263,7 +263,20 @@ def test_float32_loses_no_more_than_rounding():
         np.testing.assert_allclose(variance[:, 0, 0, 0], want, rtol=rtol)
 
 
+@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
+def test_conditioning_reaches_the_network_as_it_was_given(objective):
+    """Catches an objective that takes labels alone, or drops what else conditions a model."""
+    cond, got = {"label": jnp.arange(2), "text": jnp.ones((2, 4, 8))}, []
+
+    def model(x_t, time, cond):
+        got.append(cond)
+        return jnp.concatenate([x_t] * (1 + (objective == "learned_sigma")), axis=-1)
+
+    diffusion.loss(objective, model, jnp.zeros((2, *SHAPE)), cond, jax.random.key(0))
+    assert len(got) == 1 and got[0] is cond
+
+
 def test_an_unknown_objective_is_named():
     """Catches a misspelt objective that trains something else."""
     with pytest.raises(UserError, match="objective='eps' is none of epsilon, learned_sigma, flow"):
-        diffusion.loss("eps", lambda x, t: x, jnp.zeros((1, *SHAPE)), jax.random.key(0))
+        diffusion.loss("eps", lambda x, *_: x, jnp.zeros((1, *SHAPE)), None, jax.random.key(0))

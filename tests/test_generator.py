@@ -117,9 +117,9 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
     """Catches a factor that is left out, inverted or applied twice, and labels never dropped."""
     seen = {}
 
-    def loss(objective, model, x0, key):
+    def loss(objective, model, x0, cond, key):
         jax.debug.callback(lambda x: seen.update(x0=np.asarray(x)), x0)
-        return jnp.sum(model(x0, jnp.zeros(x0.shape[0]))), {}
+        return jnp.sum(model(x0, jnp.zeros(x0.shape[0]), cond)), {}
 
     monkeypatch.setattr(diffusion, "loss", loss)
     source = preflight.on_latents(config)[1]

@@ -24,6 +24,7 @@ FLOORS = [
     ["steps"],
     ["state", "matching"],
     ["sampling"],
+    ["dpm_solver"],
     ["losses", "diffusion"],
     ["models.dcae_names"],
     ["models.dcae", "models.sdvae", "models.uvit", "models.dit"],

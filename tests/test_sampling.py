@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import integrate
 
-from dcae_jax import diffusion, sampling
+from dcae_jax import diffusion, dpm_solver, sampling
 from dcae_jax.config import UserError
 
 # The data: one number, normally distributed.
@@ -40,13 +41,13 @@ def chain_log_alpha(objective, time):
     return jnp.interp(time, jnp.arange(1000.0) + first, table)
 
 
-def chain_model(objective, x, time):
+def chain_model(objective, x, time, cond=None):
     epsilon = epsilon_of(x, chain_log_alpha(objective, time))
     extra = [epsilon] if objective == "learned_sigma" else []
     return jnp.concatenate([epsilon, *extra], axis=-1)
 
 
-def velocity(x, t):
+def velocity(x, t, cond=None):
     """The best prediction of data - noise on the line from noise (t = 0) to data (t = 1)."""
     t = wide(t)
     variance = t**2 * DEVIATION**2 + (1 - t) ** 2
@@ -97,7 +98,7 @@ def smooth_log_alpha(t):
     return -(t**2) * (20 - 0.1) / 4 - t * 0.1 / 2
 
 
-SMOOTH = sampling.Schedule(log_alpha=smooth_log_alpha, network_time=lambda t: t)
+SMOOTH = dpm_solver.Schedule(log_alpha=smooth_log_alpha, network_time=lambda t: t)
 
 
 def smooth_grid(count):
@@ -111,49 +112,52 @@ def smooth_grid(count):
     return (low + high) / 2
 
 
+def singlestep(order, model, x, cond, schedule, times):
+    orders = [order] * (len(times) // order)
+    return dpm_solver.singlestep(model, x, cond, schedule, times, orders)
+
+
 def order_of(errors):
     """The slope of log error over log steps, for three errors with steps doubled each time."""
     return np.log2(errors[0] / errors[2]) / 2
 
 
 COUNTS = (120, 240, 480)
-PLANS = {
-    "ddim": lambda grid: sampling.multistep_plan(SMOOTH, grid, 1),
-    "2m": lambda grid: sampling.multistep_plan(SMOOTH, grid, 2),
-    "3m": lambda grid: sampling.multistep_plan(SMOOTH, grid, 3, corrected=False),
-    "3m corrected": lambda grid: sampling.multistep_plan(SMOOTH, grid, 3),
-    "single 2": lambda grid: sampling.single_step_plan(SMOOTH, grid, [2] * (len(grid) // 2)),
-    "single 3": lambda grid: sampling.single_step_plan(SMOOTH, grid, [3] * (len(grid) // 3)),
+SOLVERS = {
+    "ddim": dpm_solver.ddim,
+    "2m": dpm_solver.dpmpp_2m,
+    "3m": dpm_solver.dpmpp_3m,
+    "single 2": functools.partial(singlestep, 2),
+    "single 3": functools.partial(singlestep, 3),
 }
 
 
 @pytest.mark.parametrize(
-    "plan, low, high",
+    "solver, low, high",
     [
         ("ddim", 0.85, 1.15),
         ("2m", 1.85, 2.15),
-        ("3m", 1.85, 2.15),
-        ("3m corrected", 2.85, 3.15),
+        ("3m", 2.85, 3.15),
         ("single 2", 1.85, 2.15),
         ("single 3", 2.8, 3.15),
     ],
 )
-def test_orders_of_convergence_of_dpm_solvers(plan, low, high):
+def test_orders_of_convergence_of_dpm_solvers(solver, low, high):
     """Catches a wrong coefficient, which lowers the order even where samples look right."""
-    model = lambda x, t: epsilon_of(x, smooth_log_alpha(t))  # noqa: E731
+    model = lambda x, t, _: epsilon_of(x, smooth_log_alpha(t))  # noqa: E731
     want = exact(START, smooth_log_alpha(1.0), smooth_log_alpha(0.05))
     errors = []
     for count in COUNTS:
-        table = PLANS[plan](smooth_grid(count))
-        run = jax.jit(lambda x, table=table: sampling.solve(model, x, table))
+        solve = functools.partial(SOLVERS[solver], schedule=SMOOTH, times=smooth_grid(count))
+        run = jax.jit(lambda x, solve=solve: solve(model, x, None))
         errors.append(np.abs(run(START) - want).max())
     assert low <= order_of(errors) <= high, errors
 
 
-@pytest.mark.parametrize("integrate, order", [(sampling.euler, 1), (sampling.heun, 2)])
-def test_orders_of_convergence_of_flow_solvers(integrate, order):
+@pytest.mark.parametrize("solver, order", [(sampling.euler, 1), (sampling.heun, 2)])
+def test_orders_of_convergence_of_flow_solvers(solver, order):
     """Catches a second slope taken at the first one's time, and time that runs backwards."""
-    run = jax.jit(lambda x, steps: integrate(velocity, x, steps))
+    run = jax.jit(lambda x, steps: solver(velocity, x, None, steps))
     errors = [np.abs(run(START, n) - (MEAN + DEVIATION * START)).max() for n in COUNTS]
     assert abs(order_of(errors) - order) < 0.15, errors
 
@@ -163,17 +167,49 @@ def test_orders_of_convergence_of_flow_solvers(integrate, order):
 )
 def test_the_orders_of_the_fast_rule_use_every_evaluation(steps, tail):
     """Catches a plan with one evaluation more or less than asked for."""
-    orders = sampling.fast_orders(steps)
+    orders = dpm_solver.fast_orders(steps)
     assert sum(orders) == steps
     assert orders == [3] * ((steps - sum(tail)) // 3) + tail
 
 
-def test_few_multisteps_end_with_low_orders():
+@pytest.mark.parametrize("order, solver", [(2, dpm_solver.dpmpp_2m), (3, dpm_solver.dpmpp_3m)])
+def test_few_multisteps_end_with_low_orders(order, solver):
     """Catches high orders over the last, largest steps: 5 evaluations would blow up."""
-    plan = sampling.multistep_plan(SMOOTH, smooth_grid(5), 3)
-    assert [np.count_nonzero(row) for row in plan.of_kept] == [1, 2, 3, 2, 1]
-    long = sampling.multistep_plan(SMOOTH, smooth_grid(15), 3)
-    assert [np.count_nonzero(row) for row in long.of_kept] == [1, 2, *[3] * 13]
+    assert dpm_solver.multistep_orders(5, 3).tolist() == [1, 2, 3, 2, 1]
+    assert dpm_solver.multistep_orders(15, 3).tolist() == [1, 2, *[3] * 13]
+    times, seen = smooth_grid(5), []
+
+    def model(x, t, _):
+        seen.append(x)
+        return epsilon_of(x, smooth_log_alpha(t))
+
+    with jax.disable_jit():
+        end = solver(model, jnp.asarray(START), None, SMOOTH, times)
+
+    def first_order(x, i):
+        alpha, sigma = SMOOTH.alpha(times[i : i + 2]), SMOOTH.sigma(times[i : i + 2])
+        noise = epsilon_of(x, jnp.full(9, smooth_log_alpha(times[i])))
+        return alpha[1] / alpha[0] * (x - sigma[0] * noise) + sigma[1] * noise
+
+    steps = [*seen, end]
+    low = [np.allclose(first_order(steps[i], i), steps[i + 1], rtol=1e-9) for i in range(5)]
+    assert low == [True, False, False, False, True]
+
+
+def test_dormand_prince_has_the_published_coefficients_and_keeps_its_tolerance():
+    """Catches a digit of the tableau, which lowers the order, and an error that is not estimated.
+
+    SciPy's embedded solution is Dormand and Prince's own, whose error is 3/2 of Shampine's.
+    """
+    np.testing.assert_allclose(sampling._A[:6, :5], integrate.RK45.A, rtol=1e-14)
+    np.testing.assert_allclose(sampling._A[6, :6], integrate.RK45.B, rtol=1e-14)
+    np.testing.assert_allclose(sampling._C[:6], integrate.RK45.C, rtol=1e-14)
+    error = sampling._A[6] - sampling._ORDER_4
+    np.testing.assert_allclose(error, -2 / 3 * integrate.RK45.E, rtol=1e-12, atol=1e-16)
+    for rtol, most in ((1e-3, 2e-2), (1e-6, 2e-5), (1e-9, 2e-8)):
+        solve = jax.jit(functools.partial(sampling.dopri5, velocity, rtol=rtol, atol=rtol / 1e3))
+        off = np.abs(solve(START, None) - (MEAN + DEVIATION * START)).max()
+        assert 1e-3 * most < off < most
 
 
 def test_dormand_prince_arrives_whatever_the_company():
@@ -185,8 +221,8 @@ def test_dormand_prince_arrives_whatever_the_company():
             shapes.append(x.shape)
             return weights[labels][:, None, None, None] * velocity(x, t)
 
-        guided = sampling.guided(model, labels, 1, 1.0, objective="flow")
-        return sampling.sample(guided, x, objective="flow", steps=1)
+        guided = sampling.guided(model, 1, 1.0, objective="flow")
+        return sampling.sample(guided, x, labels, objective="flow", steps=1)
 
     weights, labels = jnp.array([1.0, 0.0]), jnp.zeros(9, int).at[4].set(1)
     y = jax.jit(run)(START, weights, labels)
@@ -200,7 +236,7 @@ def test_dormand_prince_arrives_whatever_the_company():
 
 def test_dormand_prince_reports_a_sample_that_does_not_arrive():
     """Catches a half-way latent passed off as a sample."""
-    stiff = lambda x, t: jnp.where(x > 0, -1e6 * (x - jnp.cos(1e3 * wide(t))), velocity(x, t))  # noqa: E731
+    stiff = lambda x, t, _: jnp.where(x > 0, -1e6 * (x - jnp.cos(1e3 * wide(t))), velocity(x, t))  # noqa: E731
     y = sampling.sample(stiff, jnp.asarray(START[[0, -1]]), objective="flow", steps=1)
     assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
 
@@ -230,7 +266,7 @@ def test_ancestral_samples_have_the_distribution_of_the_data(objective):
     if objective == "learned_sigma":
         np.testing.assert_allclose(variance, DEVIATION**2, rtol=2e-3)
 
-    def model(x, time):
+    def model(x, time, _):
         first = epsilon_of(x, chain_log_alpha(objective, time))
         if objective == "epsilon":
             return first
@@ -259,7 +295,7 @@ def test_ancestral_samples_have_the_distribution_of_the_data(objective):
 def test_the_last_ancestral_step_adds_no_noise(objective):
     """Catches samples with the noise of step 1 left in them: data of one value come out exact."""
 
-    def model(x, time):
+    def model(x, time, _):
         log_alpha = wide(chain_log_alpha(objective, time))
         epsilon = (x - jnp.exp(log_alpha) * MEAN) / jnp.sqrt(-jnp.expm1(2 * log_alpha))
         return jnp.concatenate([epsilon, epsilon * 0], axis=-1)
@@ -317,7 +353,8 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
         return network(x, time, labels)
 
     def guided(scale, objective="learned_sigma", **interval):
-        return sampling.guided(counted, labels, 9, scale, objective=objective, **interval)(x, time)
+        guide = sampling.guided(counted, 9, scale, objective=objective, **interval)
+        return guide(x, time, labels)
 
     cond, uncond = network(x, time, labels), network(x, time, jnp.full(3, 9))
     y = guided(3.0)
@@ -345,8 +382,9 @@ def test_guidance_acts_inside_its_interval_of_noise_levels(objective, times):
     """Catches an interval in network time, and one that counts a flow's time as noise."""
     x, time, labels = jnp.asarray(START[:4]), jnp.array(times, float), jnp.array([2, 0, 5, 1])
     model = lambda *inputs: network(*inputs)[..., :1]  # noqa: E731
-    make = functools.partial(sampling.guided, model, labels, 9, 3.0, objective=objective)
-    always, sometimes = make()(x, time), make(interval=(0.09, 0.51))(x, time)
+    make = functools.partial(sampling.guided, model, 9, 3.0, objective=objective)
+    always = make()(x, time, labels)
+    sometimes = make(interval=(0.09, 0.51))(x, time, labels)
     cond = model(x, time, labels)
     np.testing.assert_allclose(sometimes[1:3], always[1:3], rtol=1e-12)
     np.testing.assert_allclose(sometimes[::3], cond[::3], rtol=1e-12)
@@ -360,7 +398,7 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
     """Catches an unrolled loop (30 copies of a network to compile) and a bfloat16 network's x."""
     calls = []
 
-    def model(x, time):
+    def model(x, time, _):
         calls.append((x.dtype.name, time.dtype.name, time.shape))
         y = velocity(x, time) if objective == "flow" else chain_model(objective, x, time)
         return y.astype(jnp.bfloat16)
@@ -392,4 +430,6 @@ def test_settings_that_cannot_be_sampled_are_named(settings, message):
     """Catches a sampler of another objective, which would run and give noise."""
     keys = sampling.sample_keys(0, jnp.arange(9))
     with pytest.raises(UserError, match=message):
-        sampling.sample(lambda x, t: x, jnp.asarray(START), keys=keys, **{"steps": 30, **settings})
+        sampling.sample(
+            lambda x, t, _: x, jnp.asarray(START), keys=keys, **{"steps": 30, **settings}
+        )
