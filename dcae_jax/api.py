@@ -19,6 +19,7 @@ from dcae_jax import (
     diffusion,
     host_memory,
     matching,
+    models,
     sampling,
     sharding,
     state,
@@ -26,7 +27,7 @@ from dcae_jax import (
 )
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, sdvae
+from dcae_jax.models import layers
 from dcae_jax.models.layers import Array, Weights
 
 RANGE_TOLERANCE = 1e-3
@@ -68,7 +69,12 @@ class Autoencoder:
 
         Tiles that overlap by twice as much give what the whole gives.
         """
-        return state.model_module(config_lib.ConfigDict(self.model)).reach(self.architecture)
+        return models.find(config_lib.ConfigDict(self.model)).reach(self.architecture)
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether the encoder gives a distribution, of which `encode` takes the mean."""
+        return hasattr(layers.merge(self.graph, self.weights), "posterior")
 
     def encode(
         self,
@@ -91,7 +97,7 @@ class Autoencoder:
         """
         f = self.compression
         if sample:
-            if tile or not isinstance(self.architecture, sdvae.Variant):
+            if tile or not self.has_posterior:
                 what = "tiles" if tile else "a deterministic encoder"
                 raise ValueError(f"sample=True does not go with {what}; leave it out")
             _check_input("x", x, 3, (f, f), check, limit=1.0)
@@ -227,7 +233,7 @@ def build_autoencoder(config: Any, weights: Weights | None, mesh: Mesh) -> Autoe
     """
     graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
     placed = _placed(weights, {**params, **stats}, mesh)
-    arch = state.model_module(config.model).architecture(config.model)
+    arch = models.find(config.model).architecture(config.model)
     return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
 
 

@@ -146,7 +146,7 @@ def load_weights(
         return _load_export(path, kind)
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
     workdir, step = (match[1], int(match[2])) if match else (path, None)
-    config = published.read_object(published.inside(workdir, CONFIG))
+    config = report.read_object(report.inside(workdir, CONFIG))
     if config is None or "config" not in config:
         if match:
             raise UserError(f"init_from={path!r} is of no workdir: {workdir} has no {CONFIG}")
@@ -198,11 +198,11 @@ def kind_of(path: str) -> str:
     Of an export the kind that it states, whatever that is. Raises UserError.
     """
     full = os.path.abspath(os.path.expanduser(path))
-    export = published.read_object(os.path.join(full, EXPORT))
+    export = report.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))
     workdir = re.sub(rf"/{FOLDER}/\d+$", "", full)
-    run = published.read_object(os.path.join(workdir, CONFIG)) or {}
+    run = report.read_object(os.path.join(workdir, CONFIG)) or {}
     if "config" in run:
         return "generator" if run["config"].get("objective") else "autoencoder"
     return published.kind_of(full if os.path.exists(full) else path)
@@ -286,7 +286,7 @@ def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
 
 def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
     """(weights by path, configuration) of an export of ours."""
-    meta = published.read_object(published.inside(folder, EXPORT)) or {}
+    meta = report.read_object(report.inside(folder, EXPORT)) or {}
     if meta.get("kind") != kind:
         found = meta.get("kind")
         raise UserError(f"init_from={folder!r} is no {kind}: {EXPORT} has kind={found!r}")
@@ -300,7 +300,7 @@ def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
     weights = _read_numpy(params, "raw")
     logging.info("read the export %s", folder)
     if kind == "generator":
-        inner = published.inside(folder, AUTOENCODER)
+        inner = report.inside(folder, AUTOENCODER)
         kept = {k: meta.get(k) for k in GENERATOR_KEYS}
         return weights, kept | {"autoencoder": inner, "model": model}
     return weights, {"model": model}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import data, metrics, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import inception, lpips
+from dcae_jax.models import inception, inception_torch, lpips_torch
 from dcae_jax.models.layers import Array, Weights
 
 Judges = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
@@ -41,7 +41,10 @@ FILES = {
 
 def load_judges(config: Any, mesh: Mesh) -> Judges:
     """The networks whose files config.evaluate names, on every device. Raises UserError."""
-    readers = {"lpips": functools.partial(lpips.load, net="alex"), "inception": inception.load}
+    readers = {
+        "lpips": functools.partial(lpips_torch.load, net="alex"),
+        "inception": inception_torch.load,
+    }
     judges = {}
     for name, read in readers.items():
         key, _, source, _, converted = FILES[name]

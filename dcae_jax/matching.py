@@ -4,8 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dcae_jax import models
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, sdvae
 
 CLASSES = 1000  # of ImageNet, where there are no latents to count
 
@@ -43,7 +43,7 @@ def complete(config: Any, manifest: Mapping[str, Any] | None) -> Any:
 def _of_variant(config: Any) -> dict[str, Any]:
     name = config.autoencoder
     try:
-        arch = sdvae.variant(name) if name in sdvae.VARIANTS else dcae.variant(name)
+        arch = models.autoencoder_of(name).variant(name)
     except UserError as error:
         raise UserError(
             f"autoencoder={name!r} is no VARIANT, and data.source={config.data.source!r} has no "

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, evaluate, losses, matching, report, sharding, sources
+from dcae_jax import checkpoint, evaluate, losses, matching, models, report, sharding, sources
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import lpips, patchgan
+from dcae_jax.models import lpips_torch, patchgan
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainSpec, TrainState
 
@@ -33,7 +33,7 @@ def check(config: Any, mesh: Mesh) -> None:
                 "none of; use mesh.data, mesh.fsdp and mesh.tensor"
             )
         return
-    arch = state_lib.model_module(config.model).architecture(config.model)
+    arch = models.find(config.model).architecture(config.model)
     for size in config_lib.training_resolutions(config):
         key = "resolutions" if config.resolutions else "resolution"
         evaluate.check_resolution(size, arch.compression, key)
@@ -70,7 +70,7 @@ def load_lpips(config: Any, mesh: Mesh) -> Weights:
             "--out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
         )
     try:
-        weights = lpips.load(config.loss.lpips_weights, "vgg")
+        weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
     except (OSError, ValueError) as error:
         raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
     return {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}

@@ -23,11 +23,11 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from dcae_jax import api, chips, hlo, matching, preflight, sampling, sharding, steps
+from dcae_jax import api, chips, hlo, matching, models, preflight, sampling, sharding, steps
 from dcae_jax import config as config_lib
 from dcae_jax import state as state_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, lpips, sdvae
+from dcae_jax.models import dcae, lpips
 
 Facts = dict[str, Any]
 
@@ -94,8 +94,7 @@ def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
             f"plan.generator={file!r} trains no diffusion model; name a file that does, as "
             "configs/uvit.py:h"
         )
-    known = (*dcae.VARIANTS, *dcae.PUBLISHED, *sdvae.VARIANTS)
-    if model.autoencoder not in known:
+    if model.autoencoder not in models.names_in(models.autoencoder_of(model.autoencoder)):
         raise UserError(
             f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
             "'autoencoder=f64c128' or another into plan.overrides"

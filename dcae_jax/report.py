@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dcae_jax.config import UserError
+
 METRICS = "metrics.jsonl"
+MAX_JSON = 10_000_000  # bytes
 
 
 @contextlib.contextmanager
@@ -81,6 +84,39 @@ def read_json(path: str) -> Any:
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of `name` in `folder`. Raises UserError if it is a link out of it.
+
+    The hub's cache keeps files once, with links from each revision to MODEL/blobs.
+    """
+    path, root = os.path.join(folder, name), os.path.realpath(folder)
+    for parent in (root, os.path.dirname(root)):
+        if os.path.basename(os.path.dirname(parent)) == "snapshots":
+            root = os.path.dirname(os.path.dirname(parent))
+            break
+    real = os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
+        raise UserError(
+            f"{path} is a link out of its folder, to {real}; if you mean that, copy the file there"
+        )
+    return path
+
+
+def read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object in the file `path`, None if there is no such file. Raises UserError."""
+    if not os.path.exists(path):
+        return None
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+        raise UserError(f"{path} is no JSON file of at most {MAX_JSON} bytes; fetch it again")
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}); fetch it again") from error
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object; fetch it again")
+    return value
 
 
 def append_row(workdir: str, step: int, values: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -12,10 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import optim, sharding
+from dcae_jax import models, optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import layers, patchgan
 from dcae_jax.models.layers import Weights
+
+model_module = models.find
 
 
 @jax.tree_util.register_dataclass
@@ -66,26 +67,11 @@ class TrainSpec:
     layout: sharding.Layout | None = None  # how the weights are sharded
 
 
-def model_module(model_config: Any) -> Any:
-    """The file of dcae_jax/models that config.model.name names, or that has its variant."""
-    if model_config.name == "auto":
-        return sdvae if model_config.variant in sdvae.VARIANTS else dcae
-    name = model_config.name
-    try:
-        # A plain name: it may come from a stranger's file.
-        module = importlib.import_module(f"dcae_jax.models.{name}") if name.isidentifier() else None
-    except ModuleNotFoundError:
-        module = None
-    if not hasattr(module, "architecture"):
-        raise UserError(f"model.name={name!r} is no file of dcae_jax/models with a model")
-    return module
-
-
 def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
     dtype = sharding.compute_dtype(config, mesh)
     if config.objective:
-        return model_module(config.model).create(
+        return models.find(config.model).create(
             architecture(config),
             dtype=dtype,
             init=init,
@@ -93,17 +79,17 @@ def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
             unroll=config.unroll,
             layout=sharding.layout(config, mesh),
         )
-    return model_module(config.model).create(
+    return models.find(config.model).create(
         config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
     )
 
 
 def architecture(config: Any) -> Any:
     """What fixes the parameters of the model of `config`. Raises UserError."""
-    module = model_module(config.model)
+    module = models.find(config.model)
     if not config.objective:
         return module.architecture(config.model)
-    if module in (dcae, sdvae):
+    if models.is_autoencoder(module):
         raise UserError(
             f"objective={config.objective!r} is a diffusion model's, and model.name="
             f"{config.model.name!r} names none; choose uvit or dit"
@@ -132,7 +118,7 @@ def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
     averaged = moved if config.ema_decay else frozenset()
     if config.objective:
         return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, None, "", layout)
-    last_layer = model_module(config.model).last_layer(arch)
+    last_layer = models.find(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
             f"loss.gan_weight={config.loss.gan_weight} needs {last_layer!r} in trainable: its "

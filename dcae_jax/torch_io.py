@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dcae_jax import report
-from dcae_jax.models import inception, lpips
+from dcae_jax.models import inception_torch, lpips_torch
 
 # The first hex digits of each official file's SHA-256; torchvision and pytorch-fid put 8 of them
 # in the file's name, those of the linear layers are of the files in the PyPI package lpips 0.1.4.
@@ -127,12 +127,12 @@ def convert_judge(
     state = read_state_dict(source)
     if any(k.startswith("features.") for k in state):
         layers = None if linear is None else read_state_dict(linear)
-        network, weights = _named(source, lpips.from_torch, state, layers)
+        network, weights = _named(source, lpips_torch.from_torch, state, layers)
         network = f"lpips-{network}"
     elif any(k.startswith("Mixed_") for k in state):
         if linear is not None:
             raise ValueError(f"{linear}: Inception takes one file; leave the second out")
-        network, weights = "inception-fid", _named(source, inception.from_torch, state)
+        network, weights = "inception-fid", _named(source, inception_torch.from_torch, state)
     else:
         raise ValueError(
             f"{source} is none of vgg16, alexnet and the Inception of FID: "

@@ -32,7 +32,6 @@ from dcae_jax import (
     matching,
     preemption,
     preflight,
-    published,
     report,
     sample,
     sharding,
@@ -83,7 +82,7 @@ def _run(
     start = checkpoint.resume_step(workdir)
     changes, saved_config = [], {}
     if start is not None:
-        saved_config = published.read_object(os.path.join(workdir, checkpoint.CONFIG))
+        saved_config = report.read_object(os.path.join(workdir, checkpoint.CONFIG))
         changes = preflight.check_identity(saved_config, config, workdir, start)
         if start >= config.steps and not evaluation_owed(config, workdir, start):
             logging.info("%s is done: step %d of %d", workdir, start, config.steps)

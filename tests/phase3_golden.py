@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state, steps
-from dcae_jax.models import dcae_names, lpips
+from dcae_jax.models import dcae_torch, lpips
 from dcae_jax.models.layers import Weights
 
-VARIANT = dcae_names.variant_of(make_gan.CONFIG, "diffusers")
+VARIANT = dcae_torch.variant_of(make_gan.CONFIG, "diffusers")
 
 
 def golden() -> dict[str, dict[str, np.ndarray]]:
@@ -91,15 +91,15 @@ def _gradients(opt_state: optax.OptState, b1: float) -> dict[str, np.ndarray]:
 
 def autoencoder_weights(seed: int) -> Weights:
     """The golden's autoencoder by our paths."""
-    tensors = make_gan.weights(seed, dcae_names.shapes_in(VARIANT, "diffusers"))
-    return dcae_names.from_torch(tensors, VARIANT, "diffusers")
+    tensors = make_gan.weights(seed, dcae_torch.shapes_in(VARIANT, "diffusers"))
+    return dcae_torch.from_torch(tensors, VARIANT, "diffusers")
 
 
 def autoencoder_parts(tensors: dict[str, np.ndarray]) -> Weights:
     """Some of an autoencoder's tensors by our paths."""
-    shapes = dcae_names.shapes_in(VARIANT, "diffusers")
+    shapes = dcae_torch.shapes_in(VARIANT, "diffusers")
     marked = {n: np.full(s, np.nan, np.float32) for n, s in shapes.items()} | tensors
-    ours = dcae_names.from_torch(marked, VARIANT, "diffusers")
+    ours = dcae_torch.from_torch(marked, VARIANT, "diffusers")
     return {name: value for name, value in ours.items() if not np.isnan(value).any()}
 
 

@@ -15,7 +15,7 @@ from support import parity
 from support.parity import close
 
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, names
+from dcae_jax.models import dcae, dcae_diffusers, dcae_torch, layers
 
 # The first 40 digits of the SHA-256 of the sorted lines "name shape" of the state dicts that
 # diffusers' AutoencoderDC and the authors' own class (DC-Gen, run once with PyTorch) have for each
@@ -44,7 +44,7 @@ LAYOUTS = tuple(make_dcae.DCAE)
 
 def small(layout):
     """The architecture of a reduced layout."""
-    return dcae_names.variant_of(make_dcae.DCAE[layout], "diffusers")
+    return dcae_torch.variant_of(make_dcae.DCAE[layout], "diffusers")
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def random_weights(arch):
 def hollow(arch, form):
     """Tensors of the right names and shapes that take no memory."""
     ours = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(arch).items()}
-    return dcae_names.to_torch(ours, arch, form)
+    return dcae_torch.to_torch(ours, arch, form)
 
 
 def digest(tensors):
@@ -93,7 +93,7 @@ def test_latents_and_images_equal_those_of_diffusers(layout, shape):
     the grouped form of the depthwise convolution, the others the shifted one.
     """
     arch = small(layout)
-    weights = dcae_names.from_torch(make_dcae.weights(layout), arch, "diffusers")
+    weights = dcae_torch.from_torch(make_dcae.weights(layout), arch, "diffusers")
     run = runner(arch, "grouped" if shape[0] == shape[1] else "shifted")
     z, y = run(weights, make_dcae.picture(layout, shape))
     want_z, want_y = make_dcae.outputs(layout, shape)
@@ -105,13 +105,13 @@ def test_latents_and_images_equal_those_of_diffusers(layout, shape):
 # --- weights there and back -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", dcae_names.FORMATS)
+@pytest.mark.parametrize("form", dcae_torch.FORMATS)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "tiny"])
 def test_weights_travel_there_and_back_bit_for_bit(layout, form):
     """Catches a tensor that is transposed on one way only, dropped, or rounded."""
     arch = dcae.VARIANTS["tiny"] if layout == "tiny" else small(layout)
     weights = random_weights(arch)
-    back = dcae_names.from_torch(dcae_names.to_torch(weights, arch, form), arch, form)
+    back = dcae_torch.from_torch(dcae_torch.to_torch(weights, arch, form), arch, form)
     assert back.keys() == weights.keys()
     for name, value in weights.items():
         assert back[name].dtype == np.float32
@@ -130,7 +130,7 @@ def test_the_two_formats_hold_the_same_numbers():
     """Catches to_q, to_k, to_v cut from the qkv channels head by head instead of in thirds."""
     arch = small("sana")
     weights = random_weights(arch)
-    a, b = (dcae_names.to_torch(weights, arch, form) for form in dcae_names.FORMATS)
+    a, b = (dcae_torch.to_torch(weights, arch, form) for form in dcae_torch.FORMATS)
     qkv = b["encoder.stages.2.op_list.0.context_module.main.qkv.conv.weight"]
     assert qkv.shape == (96, 32, 1, 1)
     for i, name in enumerate(("to_q", "to_k", "to_v")):
@@ -146,7 +146,7 @@ def test_reading_takes_views_of_the_tensors():
     """Catches a copy of every tensor, which doubles the memory that loading a model takes."""
     arch = small("in")
     tensors = make_dcae.weights("in")
-    weights = dcae_names.from_torch(tensors, arch, "diffusers")
+    weights = dcae_torch.from_torch(tensors, arch, "diffusers")
     copied = [
         name
         for name, value in weights.items()
@@ -163,7 +163,7 @@ def test_half_precision_files_become_float32(dtype):
         name: value.astype(dtype) if value.dtype == np.float32 else value
         for name, value in make_dcae.weights("1.5").items()
     }
-    weights = dcae_names.from_torch(tensors, arch, "diffusers")
+    weights = dcae_torch.from_torch(tensors, arch, "diffusers")
     assert {value.dtype for value in weights.values()} == {np.dtype(np.float32)}
     name = "encoder.stages.1.0.conv1.bias"
     np.testing.assert_array_equal(
@@ -177,13 +177,13 @@ def test_half_precision_files_become_float32(dtype):
 
 def refusal(tensors, arch, form="diffusers"):
     with pytest.raises(UserError) as caught:
-        dcae_names.from_torch(tensors, arch, form)
+        dcae_torch.from_torch(tensors, arch, form)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700
     return message
 
 
-@pytest.mark.parametrize("form", dcae_names.FORMATS)
+@pytest.mark.parametrize("form", dcae_torch.FORMATS)
 def test_weights_of_another_variant_are_called_by_their_name(form):
     """Catches an error that lists hundreds of names, or none, and not the reason."""
     sana = hollow(dcae.VARIANTS["f32c32-sana"], form)
@@ -233,21 +233,21 @@ def test_models_that_a_format_cannot_express_are_refused():
     tiny = dcae.VARIANTS["tiny"]
     ablation = dataclasses.replace(tiny, residual=False)
     mixed = dataclasses.replace(tiny, decoder_norms=("bn2d",) * 5)
-    for form in dcae_names.FORMATS:
+    for form in dcae_torch.FORMATS:
         for call in (
-            lambda f: dcae_names.to_torch({}, ablation, f),
-            lambda f: dcae_names.config_of(ablation, f),
+            lambda f: dcae_torch.to_torch({}, ablation, f),
+            lambda f: dcae_torch.config_of(ablation, f),
         ):
             with pytest.raises(UserError, match="cannot express residual=False"):
                 call(form)
     with pytest.raises(UserError, match="decoder stage 3"):
-        dcae_names.config_of(mixed, "diffusers")
+        dcae_torch.config_of(mixed, "diffusers")
     with pytest.raises(UserError, match="published name"):
-        dcae_names.config_of(tiny, "authors")
+        dcae_torch.config_of(tiny, "authors")
     with pytest.raises(UserError, match="another model"):
-        dcae_names.to_torch(random_weights(small("in")), tiny, "diffusers")
+        dcae_torch.to_torch(random_weights(small("in")), tiny, "diffusers")
     with pytest.raises(UserError, match="export.format='onnx'"):
-        dcae_names.to_torch({}, tiny, "onnx")
+        dcae_torch.to_torch({}, tiny, "onnx")
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -257,23 +257,22 @@ def test_models_that_a_format_cannot_express_are_refused():
 def test_configurations_travel_there_and_back(name):
     """Catches a field that is not written, or read into another: as the scaling factor."""
     arch = dcae.variant(name)
-    config = json.loads(json.dumps(dcae_names.config_of(arch, "diffusers")))
-    back = dcae_names.variant_of(config, "diffusers")
-    known = 1.0 if arch.scaling_factor is None else arch.scaling_factor
-    assert back == dataclasses.replace(arch, scaling_factor=known)
-    if name in dcae_names.AUTHORS_NAMES:
-        config = dcae_names.config_of(arch, "authors")
-        assert dcae_names.variant_of(config, "authors") == arch
+    config = json.loads(json.dumps(dcae_torch.config_of(arch, "diffusers")))
+    back = dcae_torch.variant_of(config, "diffusers")
+    assert back == arch
+    if name in dcae_torch.AUTHORS_NAMES:
+        config = dcae_torch.config_of(arch, "authors")
+        assert dcae_torch.variant_of(config, "authors") == arch
 
 
 def test_absent_fields_have_the_defaults_of_diffusers():
     """Catches our own taste in place of AutoencoderDC's: no field at all is close to sana."""
-    arch = dcae_names.variant_of({}, "diffusers")
+    arch = dcae_torch.variant_of({}, "diffusers")
     assert arch.encoder_blocks == arch.decoder_blocks == ("res",) * 6
     assert arch.encoder_depths == (2, 2, 2, 3, 3, 3)
     assert (arch.downsample, arch.upsample, arch.output_act) == ("s2c", "c2s", "relu")
     blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
-    arch = dcae_names.variant_of({"encoder_block_types": blocks}, "diffusers")
+    arch = dcae_torch.variant_of({"encoder_block_types": blocks}, "diffusers")
     assert arch.encoder_blocks == ("res",) * 3 + ("evit5",) * 3
 
 
@@ -311,7 +310,7 @@ def test_each_field_is_checked_and_named(field, value):
     blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
     config = {"encoder_block_types": blocks, "decoder_block_types": blocks, field: value}
     with pytest.raises(UserError, match="config.json: ") as caught:
-        dcae_names.variant_of(config, "diffusers")
+        dcae_torch.variant_of(config, "diffusers")
     named = str(caught.value)
     if field == "encoder_out_shortcut":  # its fellow of the decoder differs
         assert "_shortcut" in named
@@ -325,7 +324,7 @@ def test_an_unknown_name_of_the_authors_is_answered_with_the_known_ones():
     """Catches a KeyError instead of a line that helps."""
     for config in ({}, {"model_name": "dc-ae-f16"}):
         with pytest.raises(UserError, match="model_name=.*dc-ae-f32c32-in-1.0"):
-            dcae_names.variant_of(config, "authors")
+            dcae_torch.variant_of(config, "authors")
 
 
 @pytest.mark.parametrize("name", [*dcae.VARIANTS, *dcae.PUBLISHED, "wide", "ablation"])
@@ -338,10 +337,10 @@ def test_settings_make_the_architecture_again(name):
     else:
         arch = dcae.variant(name)
     config = default().model
-    config.update(dcae_names.settings_of(arch))
+    config.update(dcae_torch.settings_of(arch))
     assert dcae.architecture(config) == arch
     with pytest.raises(UserError, match="4 stages"):
-        dcae_names.settings_of(small("in"))
+        dcae_torch.settings_of(small("in"))
 
 
 # --- beside PyTorch -------------------------------------------------------------------------------
@@ -378,7 +377,7 @@ def torch_network(config, seed=0):
 
 def compare(network, arch, sizes, quick=True):
     tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    weights = dcae_names.from_torch(tensors, arch, "diffusers")
+    weights = dcae_torch.from_torch(tensors, arch, "diffusers")
     rng = np.random.default_rng(1)
     for height, width in sizes:
         x = rng.uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
@@ -402,7 +401,7 @@ def test_random_weights_of_diffusers_give_the_same_numbers(layout):
 def test_full_size_models_give_the_same_numbers(name):
     """Catches an error that grows with depth and width until float32 no longer hides it."""
     arch = dcae.VARIANTS[name]
-    config = dcae_names.config_of(arch, "diffusers")
+    config = dcae_torch.config_of(arch, "diffusers")
     compare(torch_network(config), arch, [(128, 128), (96, 160)], quick=False)
 
 
@@ -418,9 +417,9 @@ def test_diffusers_opens_what_we_write(tmp_path):
         weights = {k: v + 0.5 if k.endswith("var") else v - 0.5 for k, v in weights.items()}
         folder = tmp_path / layout
         folder.mkdir()
-        config = dcae_names.config_of(arch, "diffusers")
+        config = dcae_torch.config_of(arch, "diffusers")
         (folder / "config.json").write_text(json.dumps(config))
-        tensors = dcae_names.to_torch(weights, arch, "diffusers")
+        tensors = dcae_torch.to_torch(weights, arch, "diffusers")
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
         network, report = diffusers.AutoencoderDC.from_pretrained(folder, output_loading_info=True)
@@ -437,7 +436,7 @@ def test_golden_names_are_those_of_diffusers(variant):
     """Catches golden digests of our own names instead of diffusers'."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    config = dcae_names.config_of(dcae.VARIANTS[variant], "diffusers")
+    config = dcae_torch.config_of(dcae.VARIANTS[variant], "diffusers")
     with torch.device("meta"):
         network = diffusers.AutoencoderDC.from_config(config)
     assert digest(network.state_dict()) == DIFFUSERS_NAMES[variant]
@@ -453,10 +452,10 @@ def test_diffusers_reads_the_authors_names_as_we_do(layout):
 
     arch = small(layout)
     weights = random_weights(arch)
-    authors = dcae_names.to_torch(weights, arch, "authors")
+    authors = dcae_torch.to_torch(weights, arch, "authors")
     authors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in authors.items()}
     read = single_file.convert_autoencoder_dc_checkpoint_to_diffusers(authors)
-    want = dcae_names.to_torch(weights, arch, "diffusers")
+    want = dcae_torch.to_torch(weights, arch, "diffusers")
     assert read.keys() == want.keys()
     for name, tensor in want.items():
         np.testing.assert_array_equal(read[name].numpy(), tensor)
@@ -470,12 +469,4 @@ def test_defaults_are_those_of_diffusers():
 
     parameters = inspect.signature(diffusers.AutoencoderDC.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
-    assert defaults == dcae_names.DIFFUSERS_DEFAULTS
-
-
-def test_names_split_evenly():
-    """Catches shapes given whole to layers that each hold a third of the channels."""
-    table = {"a": names.Layer(("q", "k", "v"), linear=True)}
-    assert names.shapes_there({"a.kernel": (5, 9)}, table) == {
-        f"{name}.weight": (3, 5) for name in "qkv"
-    }
+    assert defaults == dcae_diffusers.DIFFUSERS_DEFAULTS

@@ -17,7 +17,7 @@ from support.reconstruction import judge, model_weights
 import dcae_jax
 from dcae_jax import evaluate, main, metrics, report, sources, train
 from dcae_jax.config import UserError
-from dcae_jax.models import inception, lpips
+from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
 
 SCORES = ("psnr", "ssim", "lpips")
 
@@ -26,7 +26,7 @@ SCORES = ("psnr", "ssim", "lpips")
 def alexnet(tmp_path_factory):
     """The file of LPIPS with random features."""
     path = tmp_path_factory.mktemp("lpips") / "lpips-alex.safetensors"
-    weights = lpips.from_torch(goldens.lpips_state("alex", scale=1.0))[1]
+    weights = lpips_torch.from_torch(goldens.lpips_state("alex", scale=1.0))[1]
     save_file(weights, path, metadata={"network": "lpips-alex"})
     return str(path)
 
@@ -104,7 +104,7 @@ def test_the_judges_compute_in_float32(judge_config, small_inception, alexnet):
     assert result.scores["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
     x, y = x.astype(np.float32), y.astype(np.float32)
     distance = jax.jit(lpips.distance, static_argnums=(3, 4))(
-        lpips.load(alexnet), x / 127.5 - 1, y / 127.5 - 1, "alex", "torchmetrics"
+        lpips_torch.load(alexnet), x / 127.5 - 1, y / 127.5 - 1, "alex", "torchmetrics"
     )
     assert result.scores["lpips"] == pytest.approx(float(distance.mean()), rel=1e-5)
     moments = []
@@ -133,7 +133,7 @@ def test_two_processes_give_the_numbers_of_one(judge_config, alexnet, tmp_path):
     """Fails if processes judge the same images, miss each other's, or disagree: with Inception
     itself, 2 processes of 2 devices against 1 device."""
     path = str(tmp_path / "inception.safetensors")
-    weights = inception.from_torch(goldens.inception_state(inception.shapes()))
+    weights = inception_torch.from_torch(goldens.inception_state(inception.shapes()))
     save_file(weights, path, metadata={"network": "inception-fid"})
     judge_config.evaluate.inception_weights = path
     judge_config.evaluate.lpips_weights = alexnet

@@ -23,10 +23,10 @@ from support.published_weights import (
 )
 
 import dcae_jax
-from dcae_jax import checkpoint, export, main, published
+from dcae_jax import checkpoint, export_formats, hub, main, published
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, dcae_names, sdvae
+from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 
 ARCH = dataclasses.replace(
     dcae.VARIANTS["tiny"], widths=(8, 8, 16, 32, 32), latent_channels=8, scaling_factor=0.5
@@ -89,7 +89,7 @@ def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
     assert "encoder.stages.1.op_list.0.main.conv1.conv.weight" in tensors
     same(weights, checkpoint.load_weights(out)[0])
     more = "--config.model.variant=f32c32"
-    file = os.path.join(tmp_path, "hub", published.DIFFUSERS_FILE)
+    file = os.path.join(tmp_path, "hub", hub.DIFFUSERS_FILE)
     status, said, _ = run_export(file, "authors", more, out="b")
     assert status == 0 and "holds no scaling factor" in said
 
@@ -139,9 +139,9 @@ def test_stablehlo_runs_without_this_package(run_export, source, tmp_path):
 
 def test_the_example_is_short_and_needs_jax_and_safetensors_alone():
     """Catches an example that grows into a program, or imports what its reader has not got."""
-    lines = export.EXAMPLE.splitlines()
+    lines = export_formats.EXAMPLE.splitlines()
     assert len(lines) <= 20 and max(map(len, lines)) <= 100
-    imports = re.findall(r"^(?:import|from) (.*)$", export.EXAMPLE, re.M)
+    imports = re.findall(r"^(?:import|from) (.*)$", export_formats.EXAMPLE, re.M)
     assert imports == [
         "json, os, sys",
         "jax, numpy as np",
@@ -161,7 +161,7 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(run_export, tmp
         status, said, out = run_export(tmp_path / "ours", form)
         assert status == main.MISTAKE and "cannot express residual=False" in said
         assert said.splitlines()[-1].startswith("error: ") and not os.path.exists(out)
-    shapes = sdvae.to_torch(random_weights(sdvae.Variant()), sdvae.Variant(), "diffusers")
+    shapes = sdvae_torch.to_torch(random_weights(sdvae.Variant()), sdvae.Variant(), "diffusers")
     hollow_file(tmp_path / "kl.safetensors", {k: v.shape for k, v in shapes.items()})
     status, said, _ = run_export(tmp_path / "kl.safetensors", "authors")
     assert status == main.MISTAKE and "diffusers only" in said
@@ -186,13 +186,13 @@ def test_a_difference_after_reading_back_fails_and_leaves_nothing(
     run_export, source, tmp_path, monkeypatch
 ):
     """Catches an export that is kept though it does not hold the weights."""
-    written = dcae_names.to_torch
+    written = dcae_torch.to_torch
 
     def wrong(*arguments):
         tensors = written(*arguments)
         return {**tensors, "encoder.conv_out.bias": tensors["encoder.conv_out.bias"] + 1e-3}
 
-    monkeypatch.setattr(dcae_names, "to_torch", wrong)
+    monkeypatch.setattr(dcae_torch, "to_torch", wrong)
     with pytest.raises(RuntimeError, match="differs by 0.001"):
         run_export(source[0], "diffusers")
     assert os.listdir(tmp_path) == []

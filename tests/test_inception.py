@@ -13,7 +13,7 @@ from goldens import judges
 from safetensors.numpy import save_file
 
 from dcae_jax import crops, torch_io
-from dcae_jax.models import inception, lpips
+from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
 
 KINDS = inception.PREPROCESSINGS
 
@@ -25,7 +25,7 @@ def state():
 
 @functools.cache
 def weights():
-    return inception.from_torch(state())
+    return inception_torch.from_torch(state())
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "fc_bias"))
@@ -162,11 +162,11 @@ def test_command_converts_safetensors_without_torch(tmp_path, capsys, monkeypatc
     status, lines, _ = run(capsys, source, f"--out={out}", "--allow_unknown_checksum")
     assert status == 0 and torch_io.sha256(source) in lines[0]
     assert lines[-1].startswith(f"wrote {out}: inception-fid")
-    loaded = inception.load(out)
+    loaded = inception_torch.load(out)
     for name, value in weights().items():
         np.testing.assert_array_equal(loaded[name], value)
     with pytest.raises(ValueError, match="'inception-fid', not LPIPS"):
-        lpips.load(out)
+        lpips_torch.load(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["i.safetensors", out.name]
 
 
@@ -183,8 +183,8 @@ def test_command_converts_pth(tmp_path):
     out = tmp_path / "lpips.safetensors"
     done = convert(source, linear, f"--out={out}", "--allow_unknown_checksum")
     assert done.returncode == 0, done.stderr
-    expected = lpips.from_torch(features)[1]
-    for name, value in lpips.load(out, "alex").items():
+    expected = lpips_torch.from_torch(features)[1]
+    for name, value in lpips_torch.load(out, "alex").items():
         np.testing.assert_array_equal(value, (1 + name.startswith("lin")) * expected[name])
 
 
@@ -200,9 +200,9 @@ def test_command_knows_the_official_files(tmp_path, capsys, monkeypatch):
     out.write_bytes(b"an older file")
     status, lines, _ = run(capsys, source, f"--out={out}")
     assert status == 0 and lines[1] == "this is official.pth, lpips-alex"
-    lpips.load(out, "alex")
+    lpips_torch.load(out, "alex")
     with pytest.raises(ValueError, match="'lpips-alex', not the Inception"):
-        inception.load(out)
+        inception_torch.load(out)
 
 
 def test_command_refuses_wrong_files(tmp_path, capsys):

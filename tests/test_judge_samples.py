@@ -158,7 +158,7 @@ def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
 
 
 SAMPLES_OF_TWO = """
-inception.features, inception.load = small_judges.small_features, small_judges.small_weights
+inception.features, inception_torch.load = small_judges.small_features, small_judges.small_weights
 config = config_lib.load_file(CONFIGS + "/evaluate.py")
 for key in ("batch_size", "samples", "reference", "inception_weights"):
     config.evaluate[key] = settings[key]

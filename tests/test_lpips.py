@@ -9,7 +9,7 @@ import pytest
 from goldens import judges
 from safetensors.numpy import load_file, save_file
 
-from dcae_jax.models import lpips
+from dcae_jax.models import lpips, lpips_torch
 
 NETS = ("vgg", "alex")
 distance = jax.jit(lpips.distance, static_argnames=("net", "normalize"))
@@ -17,7 +17,7 @@ distance = jax.jit(lpips.distance, static_argnames=("net", "normalize"))
 
 @functools.cache
 def weights(net):
-    return lpips.from_torch(judges.lpips_state(net))[1]
+    return lpips_torch.from_torch(judges.lpips_state(net))[1]
 
 
 def pair(size=64):
@@ -88,7 +88,7 @@ def test_gradient_steps_reduce_it():
 def test_gradient_is_finite_where_features_vanish(normalize):
     """Fails if the root of a norm that is zero, or underflows to it, makes the gradient NaN."""
     x, y = pair(32)
-    vanishing = lpips.from_torch(judges.lpips_state("alex", scale=1e-25))[1]
+    vanishing = lpips_torch.from_torch(judges.lpips_state("alex", scale=1e-25))[1]
     for weight, other in ((vanishing, y), (weights("alex"), x)):
         _, gradient = value_and_gradient(weight, x, other, "alex", normalize)
         assert np.isfinite(gradient).all()
@@ -116,21 +116,21 @@ def test_linear_layers_are_the_published_ones():
 def test_load_refuses_another_file(tmp_path):
     """Fails if the wrong network, a missing or misshaped array is found out only at run time."""
     good = save(tmp_path / "a.safetensors", weights("alex"), "lpips-alex")
-    loaded = lpips.load(good, "alex")
+    loaded = lpips_torch.load(good, "alex")
     np.testing.assert_array_equal(loaded["features.3.kernel"], weights("alex")["features.3.kernel"])
     with pytest.raises(ValueError, match="'lpips-alex', not LPIPS of net=vgg"):
-        lpips.load(good, "vgg")
+        lpips_torch.load(good, "vgg")
     arrays = load_file(good)
     cut = save(tmp_path / "b.safetensors", arrays | {"lin0": arrays["lin0"][1:]}, "lpips-alex")
     with pytest.raises(ValueError, match=r"lin0 has shape \(63,\)"):
-        lpips.load(cut)
+        lpips_torch.load(cut)
     arrays.pop("features.8.bias")
     with pytest.raises(ValueError, match="features.8.bias has shape None"):
-        lpips.load(save(tmp_path / "c.safetensors", arrays, "lpips-alex"))
+        lpips_torch.load(save(tmp_path / "c.safetensors", arrays, "lpips-alex"))
     (tmp_path / "d.safetensors").write_bytes(b"no")
     for name in ("d.safetensors", "missing.safetensors"):
         with pytest.raises(ValueError, match="not a readable LPIPS file"):
-            lpips.load(tmp_path / name)
+            lpips_torch.load(tmp_path / name)
 
 
 def test_arguments_are_checked():

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from support.published_weights import KL, SMALL, hollow_file, random_weights, same, write_folder
 
 import dcae_jax
-from dcae_jax import checkpoint, published, state
+from dcae_jax import checkpoint, hub, published, state
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, sdvae
+from dcae_jax.models import dcae, dcae_torch, layers, sdvae, sdvae_torch
 
 # --- every kind of path ---------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
     """Catches names of the authors that only diffusers' folders are read for."""
     name = "dc-ae-f64c128-in-1.0"
     (tmp_path / "config.json").write_text(json.dumps({"model_name": name}))
-    shapes = dcae_names.shapes_in(dcae.variant(name), "authors")
+    shapes = dcae_torch.shapes_in(dcae.variant(name), "authors")
     hollow_file(tmp_path / "model.safetensors", shapes)
     weights, saved = checkpoint.load_weights(str(tmp_path))
     assert saved["model"]["variant"] == name
@@ -96,12 +96,12 @@ def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
         save_file(
             {
                 k: np.ascontiguousarray(v)
-                for k, v in sdvae.to_torch(random, sdvae.Variant(), "diffusers").items()
+                for k, v in sdvae_torch.to_torch(random, sdvae.Variant(), "diffusers").items()
             },
             tmp_path / "x.safetensors",
         )
     else:
-        shapes = dcae_names.shapes_in(dcae.VARIANTS[variant], "authors")
+        shapes = dcae_torch.shapes_in(dcae.VARIANTS[variant], "authors")
         hollow_file(tmp_path / "x.safetensors", shapes)
     _, saved = checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant=given)
     config = default().model
@@ -127,32 +127,24 @@ def test_half_precision_and_shards_are_read(tmp_path):
     arch = SMALL["dc-ae-f32c32-sana-1.1"]
     weights = random_weights(arch)
     tensors = write_folder(tmp_path / "hub", arch, weights)
-    os.remove(tmp_path / "hub" / published.DIFFUSERS_FILE)
+    os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in parts.items():
         half = {n: tensors[n].astype(ml_dtypes.bfloat16) for n in part}
         save_file(half, tmp_path / "hub" / file)
     index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
-    (tmp_path / "hub" / f"{published.DIFFUSERS_FILE}.index.json").write_text(json.dumps(index))
+    (tmp_path / "hub" / f"{hub.DIFFUSERS_FILE}.index.json").write_text(json.dumps(index))
     read, _ = checkpoint.load_weights(str(tmp_path / "hub"))
     want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}
     same(want, read)
-
-
-def test_a_variant_is_built_by_the_file_that_has_it():
-    """Catches a Stable Diffusion VAE, named by its variant alone, looked for among the DC-AEs."""
-    model = default().model
-    assert state.model_module(model) is dcae
-    model.variant = "sd-vae-f8"
-    assert state.model_module(model) is sdvae
 
 
 def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     """Catches half a minute of retries, and a private name sent out, for a typing mistake."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(published, "fetch", lambda name: pytest.fail(f"looked up {name}"))
+    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"looked up {name}"))
     with pytest.raises(UserError, match="'runs/phase9': there is no such file or folder"):
         checkpoint.load_weights("runs/phase9")
 
@@ -177,7 +169,7 @@ def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
     weights = random_weights(arch)
     tensors = write_folder(tmp_path / "hub", arch, weights)
     plain = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
-    os.remove(tmp_path / "hub" / published.DIFFUSERS_FILE)
+    os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
     for content in (plain, {"state_dict": plain}):
         torch.save(content, tmp_path / "hub" / "weights.pt")
         same(weights, checkpoint.load_weights(str(tmp_path / "hub"))[0])
@@ -196,15 +188,15 @@ def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as one model needs: /OWNER/NAME/resolve/main/FILE."""
+    """As much of the hub as one model needs: what it has, and its files."""
 
     folder = ""
     asked: list[str] = []
 
     def do_HEAD(self):
         self.asked.append(self.path)
-        file = os.path.join(self.folder, *self.path.split("/resolve/main/")[1:])
-        if "another" in self.path or not os.path.isfile(file):
+        file = os.path.join(self.folder, os.path.basename(self.path))
+        if "/resolve/" not in self.path or not os.path.isfile(file):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
@@ -220,9 +212,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return data
 
     def do_GET(self):
-        data = self.do_HEAD()
-        if data:
+        if not self.path.startswith("/api/"):
+            data = self.do_HEAD() or b""
             self.wfile.write(data)
+            return
+        self.asked.append(self.path)
+        there = [] if "another" in self.path else sorted(os.listdir(self.folder))
+        sizes = {name: os.path.getsize(os.path.join(self.folder, name)) for name in there}
+        files = [
+            {"type": "file", "path": name, "size": size, "oid": f"{size:040x}"}
+            for name, size in sizes.items()
+        ]
+        info = {"id": "mit-han-lab/any", "sha": "0" * 40, "siblings": []}
+        body = json.dumps(files if "/tree/" in self.path else info).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *args):
         del args
@@ -267,7 +274,7 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
         assert load("mit-han-lab/dc-ae-f32c128-1.5-diffusers") == first
         assert len(Hub.asked) == asked
         other = load("mit-han-lab/another")
-        gets = [path for path in Hub.asked if path.endswith(published.DIFFUSERS_FILE)]
+        gets = [path for path in Hub.asked if path.endswith(hub.DIFFUSERS_FILE)]
         server.shutdown()
         server.server_close()
         again = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
@@ -295,21 +302,21 @@ def entry(begin=0, end=8, dtype="F32", shape=(2,)):
 @pytest.mark.parametrize(
     "header, words",
     [
-        ({"a": entry(0, 8), "b": entry(4, 12)}, "a and b overlap"),
-        ({"a": entry(8, 16), "b": entry(8, 16)}, "overlap"),
-        ({"a": entry(0, 2**40, shape=(2**38,))}, "ends at byte 1099511627776 of 16: cut off"),
-        ({"a": entry(0, 8, shape=(2**62, 4))}, "takes"),
-        ({"a": entry(0, 8, shape=(-1, -2))}, "shape [-1, -2]"),
-        ({"a": entry(8, 0)}, "offsets [8, 0]"),
-        ({"a": entry(0, 8, dtype="F128")}, "dtype 'F128'"),
-        ({"a": entry(0, 8, dtype=["F32"])}, "dtype ['F32']"),
-        ({"a": [1]}, "no description"),
-        ([1], "no JSON object"),
-        (b"{", "no JSON"),
-        (2**60, "claims 1152921504606846976 bytes"),
-        (200, "cut off at"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "invalid offset for tensor `b`"),
+        ({"a": entry(8, 16), "b": entry(8, 16)}, "invalid offset"),
+        ({"a": entry(0, 2**40, shape=(2**38,))}, "not fully covered"),
+        ({"a": entry(0, 8, shape=(2**62, 4))}, "overflow"),
+        ({"a": entry(0, 8, shape=(-1, -2))}, "integer `-1`"),
+        ({"a": entry(8, 0)}, "invalid offset"),
+        ({"a": entry(0, 8, dtype="F128")}, "unknown variant `F128`"),
+        ({"a": entry(0, 8, dtype=["F32"])}, "invalid type: sequence"),
+        ({"a": [1]}, "integer `1`"),
+        ([1], "invalid type: sequence"),
+        (b"{", "EOF while parsing"),
+        (2**60, "header too large"),
+        (200, "invalid header length"),
         (b"version https://git-lfs", "Git LFS pointer"),
-        (b"", "cannot be read"),
+        (b"", "header too small"),
     ],
 )
 def test_a_damaged_or_hostile_file_is_refused_before_it_is_read(header, words, tmp_path):
@@ -333,9 +340,9 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     """Catches a model that is half loaded, and an error that does not say what to do."""
     arch = SMALL["dc-ae-f32c32-sana-1.1"]
     tensors = write_folder(tmp_path / "hub", arch, random_weights(arch))
-    file = tmp_path / "hub" / published.DIFFUSERS_FILE
+    file = tmp_path / "hub" / hub.DIFFUSERS_FILE
     os.truncate(file, os.path.getsize(file) - 100)
-    with pytest.raises(UserError, match="cut off; fetch it again"):
+    with pytest.raises(UserError, match="not fully covered.*; fetch it again"):
         checkpoint.load_weights(str(tmp_path / "hub"))
     lost = tensors.pop("encoder.conv_out.weight")
     save_file(tensors, file)
@@ -344,7 +351,7 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     save_file({**tensors, "encoder.conv_out.weight": lost[:4]}, file)
     with pytest.raises(UserError, match="1 misshapen"):
         checkpoint.load_weights(str(tmp_path / "hub"))
-    shapes = dcae_names.shapes_in(dcae.VARIANTS["f32c32-sana"], "diffusers")
+    shapes = dcae_torch.shapes_in(dcae.VARIANTS["f32c32-sana"], "diffusers")
     hollow_file(tmp_path / "x.safetensors", shapes)
     with pytest.raises(UserError, match="these are f32c32-sana weights; load them as"):
         checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant="f32c32")
@@ -454,7 +461,7 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
         tensors = write_folder(tmp_path / "hub", arch, weights)
         if kind == "bfloat16":
             half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
-            save_file(half, tmp_path / "hub" / published.DIFFUSERS_FILE)
+            save_file(half, tmp_path / "hub" / hub.DIFFUSERS_FILE)
     del weights
     size, peak = peak_of(tmp_path / "hub")
     logging.info("%s: %.0f MB of weights, peak %.2f times", kind, size / 1e6, peak / size)

@@ -9,9 +9,9 @@ import pytest
 from goldens import make_diffusion
 from safetensors.numpy import save_file
 
-from dcae_jax import published
+from dcae_jax import models, published
 from dcae_jax.config import UserError
-from dcae_jax.models import dit, layers, uvit
+from dcae_jax.models import dit, dit_torch, layers, uvit, uvit_torch
 
 SIZES = dict(latent_size=4, latent_channels=8, patch_size=2, num_classes=10)
 UVIT = uvit.Architecture(depth=2, width=128, heads=4, out_channels=8, **SIZES)
@@ -35,7 +35,7 @@ def contiguous(tensors):
 def write_folder(folder, module, arch, weights, model_name="", others=()):
     """A folder as the authors publish it."""
     folder.mkdir()
-    tensors = contiguous(module.to_torch(weights, arch, "diffusion_model."))
+    tensors = contiguous(models.backbone_names(module).to_torch(weights, arch, "diffusion_model."))
     save_file({**tensors, **dict(others)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_name": model_name}))
     return folder
@@ -52,10 +52,13 @@ def same(found, want):
 def test_weights_go_there_and_back_bit_for_bit(module, arch):
     """Catches a kernel transposed once too often, a layer of a stack lost, a rounding."""
     weights = random_weights(module, arch)
-    tensors = module.to_torch(weights, arch, "diffusion_model.")
+    names = models.backbone_names(module)
+    tensors = names.to_torch(weights, arch, "diffusion_model.")
     assert all(name.startswith("diffusion_model.") for name in tensors)
-    same(module.from_torch(tensors, arch, "diffusion_model."), weights)
-    again = module.to_torch(module.from_torch(tensors, arch, "diffusion_model."), arch)
+    same(names.from_torch(tensors, arch, "diffusion_model."), weights)
+    again = models.backbone_names(module).to_torch(
+        models.backbone_names(module).from_torch(tensors, arch, "diffusion_model."), arch
+    )
     same({f"diffusion_model.{name}": value for name, value in again.items()}, tensors)
 
 
@@ -101,7 +104,7 @@ def test_settings_make_the_same_architecture_again(tmp_path):
         arch = dataclasses.replace(arch, depth=4, out_channels=16)
         weights = random_weights(module, arch)
         path = tmp_path / f"{module.__name__}.safetensors"
-        save_file(contiguous(module.to_torch(weights, arch)), path)
+        save_file(contiguous(models.backbone_names(module).to_torch(weights, arch)), path)
         _, settings = published.read_generator(str(path))
         model = published.config_lib.default().model
         model.update(settings["model"])
@@ -114,7 +117,7 @@ def test_settings_make_the_same_architecture_again(tmp_path):
 def test_names_of_the_first_uvit_are_read(tmp_path):
     """Catches the old name of the label table refused."""
     weights = random_weights(uvit, UVIT)
-    tensors = contiguous(uvit.to_torch(weights, UVIT))
+    tensors = contiguous(uvit_torch.to_torch(weights, UVIT))
     tensors["label_emb.weight"] = tensors.pop("label_emb.embedding_table.weight")
     save_file(tensors, tmp_path / "old.safetensors")
     found, settings = published.read_generator(str(tmp_path / "old.safetensors"))
@@ -124,24 +127,24 @@ def test_names_of_the_first_uvit_are_read(tmp_path):
 
 def test_half_precision_is_widened(tmp_path):
     """Catches float16 weights handed on, and DiT's rounded positions refused."""
-    tensors = dit.to_torch(random_weights(dit, DIT), DIT)
+    tensors = dit_torch.to_torch(random_weights(dit, DIT), DIT)
     halves = {name: np.ascontiguousarray(v.astype(np.float16)) for name, v in tensors.items()}
     save_file(halves, tmp_path / "half.safetensors")
     found, _ = published.read_generator(str(tmp_path / "half.safetensors"))
     rounded = {name: value.astype(np.float32) for name, value in halves.items()}
-    same(found, dit.from_torch(rounded, DIT))
+    same(found, dit_torch.from_torch(rounded, DIT))
 
 
 def test_positions_of_dit_may_be_left_out_but_not_differ():
     """Catches learned or resized positions dropped without a word."""
     weights = random_weights(dit, DIT)
-    tensors = dit.to_torch(weights, DIT)
+    tensors = dit_torch.to_torch(weights, DIT)
     changed = {**tensors, "pos_embed": tensors["pos_embed"][:, ::-1]}
     with pytest.raises(UserError, match="pos_embed .* sin-cos"):
-        dit.from_torch(changed, DIT)
+        dit_torch.from_torch(changed, DIT)
     del tensors["pos_embed"]
-    same(dit.from_torch(tensors, DIT), weights)
-    assert dit.recognise(tensors, 0) == dataclasses.replace(DIT, latent_size=0)
+    same(dit_torch.from_torch(tensors, DIT), weights)
+    assert dit_torch.recognise(tensors, 0) == dataclasses.replace(DIT, latent_size=0)
 
 
 def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
@@ -149,7 +152,7 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
     arch = dataclasses.replace(UVIT, width=64, heads=8)
     weights = random_weights(uvit, arch)
     path = str(tmp_path / "odd.safetensors")
-    save_file(contiguous(uvit.to_torch(weights, arch)), path)
+    save_file(contiguous(uvit_torch.to_torch(weights, arch)), path)
     with pytest.raises(UserError, match="64 is that of no variant.* tiny, s, h, 2b"):
         published.read_generator(path)
     found, settings = published.read_generator(path, "s")
@@ -164,7 +167,7 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
 def test_a_variant_of_another_width_is_refused(tmp_path, variant, words):
     """Catches a wrong variant believed."""
     path = str(tmp_path / "model.safetensors")
-    save_file(contiguous(uvit.to_torch(random_weights(uvit, UVIT), UVIT)), path)
+    save_file(contiguous(uvit_torch.to_torch(random_weights(uvit, UVIT), UVIT)), path)
     with pytest.raises(UserError, match=words) as caught:
         published.read_generator(path, variant)
     assert "\n" not in str(caught.value)
@@ -173,7 +176,7 @@ def test_a_variant_of_another_width_is_refused(tmp_path, variant, words):
 @pytest.mark.parametrize("module,arch", BOTH)
 def test_damaged_files_are_refused_with_the_first_names(tmp_path, module, arch):
     """Catches a block that keeps its random weights since its tensors are not there."""
-    tensors = contiguous(module.to_torch(random_weights(module, arch), arch))
+    tensors = contiguous(models.backbone_names(module).to_torch(random_weights(module, arch), arch))
     missing = next(name for name in tensors if name.endswith("attn.proj.bias"))
     grown = next(name for name in tensors if name.endswith("mlp.fc1.weight"))
     cases = {
@@ -210,7 +213,9 @@ def test_pytorch_takes_our_names_and_gives_the_golden_numbers(model):
     module = {"uvit": uvit, "dit": dit}[backbone]
     arch = module.Architecture(**sizes)
     net = make_diffusion.network(sizes, backbone)
-    tensors = module.to_torch(module.from_torch(make_diffusion.weights(model), arch), arch)
+    tensors = models.backbone_names(module).to_torch(
+        models.backbone_names(module).from_torch(make_diffusion.weights(model), arch), arch
+    )
     net.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in tensors.items()}, strict=True)
     y = make_diffusion.run(net, *make_diffusion.inputs(model))
     want = make_diffusion.output(model)
@@ -224,7 +229,7 @@ def test_trainers_files_are_read(tmp_path, backbone):
     torch = pytest.importorskip("torch")
     module, arch = {"uvit": (uvit, UVIT), "dit": (dit, DIT)}[backbone]
     weights = random_weights(module, arch)
-    tensors = module.to_torch(weights, arch, f"{backbone}.")
+    tensors = models.backbone_names(module).to_torch(weights, arch, f"{backbone}.")
     tensors = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
     other = {name: value + 1 for name, value in tensors.items() if name != f"{backbone}.pos_embed"}
     other[f"{backbone}.pos_embed"] = tensors[f"{backbone}.pos_embed"]
@@ -251,7 +256,8 @@ def test_full_size_models_give_the_same_numbers(module, variant):
     arch = module.Architecture(**row, **sizes, out_channels=64)
     torch.manual_seed(0)
     net = make_diffusion.network(dataclasses.asdict(arch), module.__name__.rpartition(".")[2])
-    weights = module.from_torch({k: v.numpy() for k, v in net.state_dict().items()}, arch)
+    tensors = {k: v.numpy() for k, v in net.state_dict().items()}
+    weights = models.backbone_names(module).from_torch(tensors, arch)
     graph, _, _ = layers.split(
         module.create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
     )

@@ -14,12 +14,12 @@ from support import parity
 from support.parity import close
 
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, sdvae
+from dcae_jax.models import dcae, dcae_torch, layers, sdvae, sdvae_torch
 
 
 def small():
     """The architecture of the golden model."""
-    return sdvae.variant_of(make_dcae.KL["sd"], "diffusers")
+    return sdvae_torch.variant_of(make_dcae.KL["sd"], "diffusers")
 
 
 def graph_of(arch):
@@ -55,7 +55,7 @@ def test_parameter_count_is_that_of_stable_diffusion():
 def test_latents_and_images_equal_those_of_diffusers(shape):
     """Catches the downsampling padded on both sides, a wrong eps or group, a transposed key."""
     arch = small()
-    weights = sdvae.from_torch(make_dcae.weights("sd"), arch, "diffusers")
+    weights = sdvae_torch.from_torch(make_dcae.weights("sd"), arch, "diffusers")
     z, y = runner(arch)(weights, make_dcae.picture("sd", shape))
     want_z, want_y = make_dcae.outputs("sd", shape)
     assert z.shape == want_z.shape and y.shape == want_y.shape
@@ -110,11 +110,11 @@ def test_weights_travel_there_and_back_bit_for_bit():
     """Catches a tensor that is transposed on one way only, or decoder stages in wrong order."""
     arch = small()
     weights = random_weights(arch)
-    tensors = sdvae.to_torch(weights, arch, "diffusers")
+    tensors = sdvae_torch.to_torch(weights, arch, "diffusers")
     assert {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in make_dcae.weights("sd").items()
     }
-    back = sdvae.from_torch(tensors, arch, "diffusers")
+    back = sdvae_torch.from_torch(tensors, arch, "diffusers")
     assert back.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_array_equal(back[name], value)
@@ -135,8 +135,8 @@ def test_files_with_the_older_names_of_the_attention_are_read():
             name = name.replace(f"attentions.0.{now}.", f"attentions.0.{before}.")
         older[name] = tensor
     assert older.keys() != tensors.keys()
-    want = sdvae.from_torch(tensors, arch, "diffusers")
-    read = sdvae.from_torch(older, arch, "diffusers")
+    want = sdvae_torch.from_torch(tensors, arch, "diffusers")
+    read = sdvae_torch.from_torch(older, arch, "diffusers")
     for name, value in want.items():
         np.testing.assert_array_equal(read[name], value)
 
@@ -148,13 +148,13 @@ def test_weights_that_do_not_fit_are_explained():
 
     def refusal(tensors, arch):
         with pytest.raises(UserError) as caught:
-            sdvae.from_torch(tensors, arch, "diffusers")
+            sdvae_torch.from_torch(tensors, arch, "diffusers")
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     _, params, _ = layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.shapes))
     full = {n: np.broadcast_to(np.float32(0), leaf.shape) for n, leaf in params.items()}
-    full = sdvae.to_torch(full, arch, "diffusers")
+    full = sdvae_torch.to_torch(full, arch, "diffusers")
     assert "these are sd-vae-f8 weights" in refusal(full, small())
     assert "incomplete or damaged" in refusal(tensors, arch)
     flux = {name: tensor for name, tensor in tensors.items() if "quant_conv" not in name}
@@ -163,7 +163,7 @@ def test_weights_that_do_not_fit_are_explained():
     del tensors["decoder.conv_out.bias"]
     assert "1 missing (decoder.conv_out.bias)" in refusal(tensors, small())
     with pytest.raises(UserError, match="travels as diffusers only"):
-        sdvae.to_torch({}, arch, "authors")
+        sdvae_torch.to_torch({}, arch, "authors")
 
 
 def test_configurations_travel_there_and_back():
@@ -172,8 +172,8 @@ def test_configurations_travel_there_and_back():
         sdvae.VARIANTS["sd-vae-f8"],
         sdvae.Variant(latent_channels=8, widths=(32, 96), depth=1, groups=16, scaling_factor=0.13),
     ):
-        config = json.loads(json.dumps(sdvae.config_of(arch, "diffusers")))
-        assert sdvae.variant_of(config, "diffusers") == arch
+        config = json.loads(json.dumps(sdvae_torch.config_of(arch, "diffusers")))
+        assert sdvae_torch.variant_of(config, "diffusers") == arch
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_configurations_travel_there_and_back():
 )
 def test_each_field_is_checked_and_named(field, value):
     """Catches a field that is read past: the model would load and give other pictures."""
-    config = {**sdvae.config_of(sdvae.VARIANTS["sd-vae-f8"], "diffusers"), field: value}
+    config = {**sdvae_torch.config_of(sdvae.VARIANTS["sd-vae-f8"], "diffusers"), field: value}
     with pytest.raises(UserError, match=f"config.json: {field}="):
-        sdvae.variant_of(config, "diffusers")
+        sdvae_torch.variant_of(config, "diffusers")
 
 
 def test_settings_make_the_architecture_again():
@@ -207,13 +207,13 @@ def test_settings_make_the_architecture_again():
     base = sdvae.VARIANTS["sd-vae-f8"]
     for arch in (base, dataclasses.replace(base, widths=(32, 64, 64, 96), latent_channels=16)):
         config = default().model
-        config.update(sdvae.settings_of(arch))
+        config.update(sdvae_torch.settings_of(arch))
         assert sdvae.architecture(config) == arch
     with pytest.raises(UserError, match="3 stages"):
-        sdvae.settings_of(small())
+        sdvae_torch.settings_of(small())
     # A DC-AE folder given to this file, and the other way round, is told apart by its config.
     with pytest.raises(UserError, match="_class_name"):
-        dcae_names.variant_of(sdvae.config_of(base, "diffusers"), "diffusers")
+        dcae_torch.variant_of(sdvae_torch.config_of(base, "diffusers"), "diffusers")
     assert dcae.VARIANTS.keys().isdisjoint(sdvae.VARIANTS)
 
 
@@ -245,7 +245,7 @@ def compare(config, arch, sizes, quick):
     torch.manual_seed(0)
     network = diffusers.AutoencoderKL.from_config(config).eval()
     tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    weights = sdvae.from_torch(tensors, arch, "diffusers")
+    weights = sdvae_torch.from_torch(tensors, arch, "diffusers")
     rng = np.random.default_rng(1)
     for height, width in sizes:
         x = rng.uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
@@ -268,7 +268,7 @@ def test_random_weights_of_diffusers_give_the_same_numbers():
 def test_the_full_size_model_gives_the_same_numbers():
     """Catches an error that grows with depth and width until float32 no longer hides it."""
     arch = sdvae.VARIANTS["sd-vae-f8"]
-    config = sdvae.config_of(arch, "diffusers")
+    config = sdvae_torch.config_of(arch, "diffusers")
     compare(config, arch, [(64, 64), (48, 80)], quick=False)
 
 
@@ -281,8 +281,8 @@ def test_diffusers_opens_what_we_write(tmp_path):
 
     arch = small()
     weights = random_weights(arch)
-    (tmp_path / "config.json").write_text(json.dumps(sdvae.config_of(arch, "diffusers")))
-    tensors = sdvae.to_torch(weights, arch, "diffusers")
+    (tmp_path / "config.json").write_text(json.dumps(sdvae_torch.config_of(arch, "diffusers")))
+    tensors = sdvae_torch.to_torch(weights, arch, "diffusers")
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     network, report = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
@@ -304,13 +304,13 @@ def test_names_count_and_defaults_are_those_of_diffusers():
 
     parameters = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != "self"}
-    assert defaults == sdvae.DIFFUSERS_DEFAULTS
+    assert defaults == sdvae_torch.DIFFUSERS_DEFAULTS
     arch = sdvae.VARIANTS["sd-vae-f8"]
     with torch.device("meta"):
-        network = diffusers.AutoencoderKL.from_config(sdvae.config_of(arch, "diffusers"))
+        network = diffusers.AutoencoderKL.from_config(sdvae_torch.config_of(arch, "diffusers"))
     _, params, _ = layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.shapes))
     ours = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in params.items()}
-    ours = sdvae.to_torch(ours, arch, "diffusers")
+    ours = sdvae_torch.to_torch(ours, arch, "diffusers")
     assert {name: t.shape for name, t in ours.items()} == {
         name: tuple(t.shape) for name, t in network.state_dict().items()
     }

@@ -12,7 +12,7 @@ import skimage.data
 from support import CONFIGS
 
 import dcae_jax
-from dcae_jax import api, config, sharding, state, tiling, train
+from dcae_jax import api, config, models, sharding, tiling, train
 from dcae_jax.models import dcae, layers
 
 # Convolutions only, so that tiles can equal the whole: a way each of halving and doubling, with
@@ -142,7 +142,7 @@ def test_the_interface_takes_tiles_and_refuses_what_cannot_be():
     """Catches tiles in pixels, an overlap of the whole tile, and values that go unchecked."""
     mesh = sharding.make_mesh(config.default().mesh, jax.devices()[:1])
     ae = dcae_jax.create_autoencoder("tiny", mesh=mesh)
-    assert state.model_module(config.ConfigDict(ae.model)) is dcae and ae.reach == (None, None)
+    assert models.find(config.ConfigDict(ae.model)) is dcae and ae.reach == (None, None)
     x = np.random.default_rng(0).uniform(-1, 1, (1, 80, 48, 3)).astype(np.float32)
     z = ae.encode(x, tile=3)
     assert z.shape == (1, 5, 3, 32) and ae.decode(z, tile=3, overlap=1).shape == x.shape

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from goldens import make_diffusion
 
+from dcae_jax import models
 from dcae_jax.models import dit, layers, transformer, uvit
 
 MODELS = list(make_diffusion.MODELS)
@@ -23,7 +24,8 @@ def arch_of(model):
 
 
 def weights_of(model):
-    return module_of(model).from_torch(make_diffusion.weights(model), arch_of(model))
+    names = models.backbone_names(module_of(model))
+    return names.from_torch(make_diffusion.weights(model), arch_of(model))
 
 
 @functools.cache

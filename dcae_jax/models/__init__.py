@@ -1,2 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks; each file owns its variants, initial values and foreign weight names."""
+"""Networks. Each file owns its variants and initial values; the names that PyTorch gives its
+weights stand beside it, in the file with `_torch` after its name.
+
+A file with what models/protocol.py lists is a model, found here by its name or its variants.
+"""
+
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from dcae_jax.config import UserError
+
+if TYPE_CHECKING:
+    from dcae_jax.models.protocol import (
+        AutoencoderModule,
+        AutoencoderNames,
+        BackboneModule,
+        BackboneNames,
+    )
+
+DEFAULT = "dcae"
+
+
+def find(model_config: Any) -> Any:
+    """The model file that config.model.name names or, with 'auto', that has its variant."""
+    name = model_config.name
+    if name == "auto":
+        return autoencoder_of(model_config.variant)
+    # A plain name: it may come from a stranger's file.
+    module = _imported(name) if name.isidentifier() else None
+    if not hasattr(module, "architecture"):
+        raise UserError(f"model.name={name!r} is no file of dcae_jax/models with a model")
+    return module
+
+
+def autoencoder_of(variant: str) -> "AutoencoderModule":
+    """The file that has the autoencoder called `variant`; the DC-AE's if none has."""
+    known = (module for module in autoencoders() if variant in names_in(module))
+    return next(known, cast("AutoencoderModule", _imported(DEFAULT)))
+
+
+def names_in(module: "AutoencoderModule") -> tuple[str, ...]:
+    """The variants of an autoencoder's file and the names they are published under."""
+    return (*module.VARIANTS, *getattr(module, "PUBLISHED", ()))
+
+
+def is_autoencoder(module: Any) -> bool:
+    """Whether a model file is of autoencoders; else it is of backbones."""
+    return hasattr(module, "last_layer")
+
+
+def autoencoders() -> list["AutoencoderModule"]:
+    """The files of this folder that have autoencoders."""
+    return [module for module in _models() if is_autoencoder(module)]
+
+
+def backbones() -> list["BackboneModule"]:
+    """The files of this folder that have backbones of diffusion models."""
+    return [module for module in _models() if not is_autoencoder(module)]
+
+
+def owner(architecture: Any) -> Any:
+    """The model file that an architecture is of."""
+    return importlib.import_module(type(architecture).__module__)
+
+
+def autoencoder_names(module: "AutoencoderModule") -> "AutoencoderNames":
+    """What others call the weights of an autoencoder. Raises UserError if no file knows."""
+    return _torch(module)
+
+
+def backbone_names(module: "BackboneModule") -> "BackboneNames":
+    """What others call the weights of a backbone. Raises UserError if no file knows."""
+    return _torch(module)
+
+
+def has_names(module: Any) -> bool:
+    """Whether a file beside that of the model knows what others call its weights."""
+    return _imported(f"{module.__name__.rpartition('.')[2]}_torch") is not None
+
+
+def _torch(module: Any) -> Any:
+    name = module.__name__.rpartition(".")[2]
+    found = _imported(f"{name}_torch")
+    if found is None:
+        raise UserError(f"model.name={name!r} has no {name}_torch.py: use export.format=orbax")
+    return found
+
+
+@functools.cache
+def _models() -> list[Any]:
+    names = (info.name for info in pkgutil.iter_modules(__path__))
+    modules = (_imported(name) for name in names if not name.endswith("_torch"))
+    return [module for module in modules if hasattr(module, "architecture")]
+
+
+def _imported(name: str) -> ModuleType | None:
+    full = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name != full:
+            raise
+        return None

@@ -9,7 +9,6 @@ pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception of th
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,74 +231,3 @@ def shapes() -> dict[str, tuple[int, ...]]:
         found[f"{name}.kernel"] = shape
         found[f"{name}.bias"] = shape[3:]
     return found
-
-
-def from_torch(state: Weights) -> dict[str, np.ndarray]:
-    """State dict of pytorch-fid's or torch-fidelity's Inception -> weights, BatchNorm folded in.
-
-    state: name -> NumPy array. Raises ValueError for any other network, torchvision's too.
-    """
-    statistics = ("weight", "bias", "running_mean", "running_var")
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    layers = [k.removesuffix(".kernel") for k in shapes() if k.endswith(".kernel")]
-    layers.remove("fc")
-    expected = {"fc.weight", "fc.bias"}
-    for name in layers:
-        expected |= {f"{name}.conv.weight", *(f"{name}.bn.{s}" for s in statistics)}
-    if any(k.startswith("AuxLogits.") for k in state):
-        raise ValueError(
-            "this is torchvision's ImageNet Inception, which gives another FID: "
-            "take pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
-        )
-    if expected != state.keys():
-        odd = sorted(expected ^ state.keys())[0]
-        fault = "unexpected" if odd in state else "missing"
-        raise ValueError(f"not the Inception of FID: {odd!r} is {fault}")
-    weights = {"fc.kernel": state["fc.weight"].T, "fc.bias": state["fc.bias"]}
-    for name in layers:
-        scale, bias, mean, variance = (
-            np.asarray(state[f"{name}.bn.{s}"], np.float64) for s in statistics
-        )
-        scale = scale / np.sqrt(variance + 1e-3)
-        kernel = np.asarray(state[f"{name}.conv.weight"], np.float64)
-        if kernel.ndim == 4 and kernel.shape[0] == scale.size:
-            kernel = kernel.transpose(2, 3, 1, 0) * scale
-        weights[f"{name}.kernel"] = kernel
-        weights[f"{name}.bias"] = bias - mean * scale
-    weights = {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
-    _check(weights, "this file")
-    return weights
-
-
-def load(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a file that `python -m dcae_jax.torch_io` wrote -> weights for `features`.
-
-    Raises ValueError for a file of another kind, or with missing, unknown or misshaped arrays.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            kind = (file.metadata() or {}).get("network", "unknown")
-            weights = {k: file.get_tensor(k) for k in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is not a readable Inception file ({error}); make it with dcae_jax.torch_io"
-        ) from error
-    if kind != "inception-fid":
-        raise ValueError(
-            f"{path} holds the network {kind!r}, not the Inception of FID; "
-            "convert the right file with dcae_jax.torch_io"
-        )
-    _check(weights, path)
-    return weights
-
-
-def _check(weights, path):
-    for name in sorted(shapes().keys() | weights.keys()):
-        found = weights[name].shape if name in weights else None
-        if found != shapes().get(name):
-            raise ValueError(
-                f"{path}: {name} has shape {found}, the Inception of FID needs "
-                f"{shapes().get(name)}; convert the original file again"
-            )

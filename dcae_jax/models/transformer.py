@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the diffusion transformers UViT and DiT share: layers, stacked blocks, foreign names.
+"""What the diffusion transformers UViT and DiT share: layers and stacked blocks.
 
 The parameters of repeated blocks are stored stacked, one array for all layers with the layer as
 its leading axis, under a path that says so: `blocks.*.attn.qkv.kernel`. One compiled loop then
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names
+from dcae_jax.models import layers
 from dcae_jax.models.layers import Array, Fill, Init
 from dcae_jax.sharding import Layout, tokens
 
@@ -312,80 +312,5 @@ def block_macs(tokens: int, width: int) -> int:
     return tokens * matrices + 2 * tokens**2 * width
 
 
-def count_parameters(shapes: names.Shapes) -> int:
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-# --- names and shapes of the PyTorch originals ----------------------------------------------------
-# A table maps each of our layers ('blocks.*.attn.qkv') to theirs ('blocks.{}.attn.qkv'), where {}
-# is the layer's number. Kernels are [out, in] there, patch embeddings [out, c, rows, columns], and
-# a table of positions has a leading axis of 1.
-
-LEAVES = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
-
-
-def has(shapes: names.Shapes, ranks: Mapping[str, int]) -> bool:
-    """Whether there is each name of `ranks`, with so many axes and none of them empty."""
-    return all(
-        len(shapes.get(name, ())) == rank and math.prod(shapes[name])
-        for name, rank in ranks.items()
-    )
-
-
-def to_torch(weights: Mapping, table: Mapping, shapes: names.Shapes) -> dict[str, np.ndarray]:
-    """{our path: array} -> {their name: float32 array}, nothing rounded.
-
-    Raises UserError unless the weights have the `shapes` of the model.
-    """
-    problem = names.difference({path: tuple(w.shape) for path, w in weights.items()}, shapes)
-    if problem:
-        raise UserError(f"these weights are of another model: {problem}")
-    out = {}
-    for path in shapes:
-        value = np.asarray(weights[path])
-        for name, layer in _layers(path, table, value):
-            out[name] = _axes_there(path, layer)
-    return out
-
-
-def from_torch(
-    tensors: Mapping, table: Mapping, shapes: names.Shapes, cause: str
-) -> dict[str, np.ndarray]:
-    """{their name: array} -> {our path: float32 array}. Half precision is widened.
-
-    Raises UserError, before anything is converted, that counts and names what is missing,
-    unexpected or misshapen, or that names a tensor that is not of floats; `cause` ends the line.
-    """
-    hollow = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    wanted = {name: part.shape for name, part in to_torch(hollow, table, shapes).items()}
-    problem = names.difference({name: tuple(t.shape) for name, t in tensors.items()}, wanted)
-    if problem:
-        raise UserError(f"{problem}: {cause}")
-    for name in wanted:
-        if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-            raise UserError(
-                f"{name} has dtype {tensors[name].dtype}; convert quantised weights to floats"
-            )
-    out = {}
-    for path, shape in shapes.items():
-        value = np.empty(shape, np.float32)
-        for name, layer in _layers(path, table, value):
-            _axes_there(path, layer)[...] = tensors[name]
-        out[path] = value
-    return out
-
-
-def _layers(path: str, table: Mapping, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """(their name, view of its part of our array) of each layer that `path` stands for."""
-    prefix, _, leaf = path.rpartition(".")
-    name = f"{table[prefix]}.{LEAVES[leaf]}" if prefix else table[leaf]
-    if "*" not in path:
-        return [(name, value)]
-    return [(name.format(i), value[i]) for i in range(len(value))]
-
-
-def _axes_there(path: str, value: np.ndarray) -> np.ndarray:
-    """A view of one of our arrays with the axes in their order."""
-    if path.endswith(".kernel"):
-        return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-    return value[None] if "." not in path else value

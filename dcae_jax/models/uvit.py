@@ -15,18 +15,14 @@ judged with (arXiv:2410.10733); USiT there is this network with another objectiv
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names, transformer
-from dcae_jax.models.layers import Array, Weights
+from dcae_jax.models import layers, transformer
+from dcae_jax.models.layers import Array
 from dcae_jax.sharding import Layout, tokens
 
 EXTRAS = 2  # tokens before the patches: the label and the time
@@ -217,14 +213,15 @@ def create(
     return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
 
 
-def _shapes(arch: Architecture) -> names.Shapes:
+def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters."""
     model = create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
     return {path: tuple(leaf.shape) for path, leaf in layers.split(model)[1].items()}
 
 
 def count_parameters(arch: Architecture) -> int:
     """The number of parameters, without allocating them."""
-    return transformer.count_parameters(_shapes(arch))
+    return transformer.count_parameters(shapes(arch))
 
 
 def forward_macs(arch: Architecture) -> int:
@@ -235,76 +232,4 @@ def forward_macs(arch: Architecture) -> int:
         (arch.depth + 1) * transformer.block_macs(arch.tokens, width)
         + half * arch.tokens * 2 * width**2  # skips
         + (arch.tokens - EXTRAS) * width * patch  # embedding and prediction
-    )
-
-
-# --- the authors' weights -------------------------------------------------------------------------
-
-_LABELS = "label_emb.embedding_table.weight"
-_LABELS_BEFORE = "label_emb.weight"  # in U-ViT's own files
-_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-
-
-def to_torch(weights: Mapping, arch: Architecture, prefix: str = "") -> dict[str, np.ndarray]:
-    """{our path: array} -> {prefix + name in DC-AE's repository: float32 array}."""
-    out = transformer.to_torch(weights, _table(), _shapes(arch))
-    return {prefix + name: value for name, value in out.items()}
-
-
-def from_torch(tensors: Mapping, arch: Architecture, prefix: str = "") -> Weights:
-    """{prefix + name in DC-AE's or U-ViT's repository: array} -> {our path: float32 array}.
-
-    Names without the prefix are passed over. Raises UserError, in one line with the first names,
-    when a tensor is missing, unknown or misshapen.
-    """
-    tensors = _own(tensors, prefix)
-    return transformer.from_torch(
-        tensors, _table(), _shapes(arch), f"these are not weights of the UViT {arch}"
-    )
-
-
-def _own(tensors: Mapping, prefix: str) -> dict[str, Any]:
-    """The tensors below `prefix`, without it and with the names of today."""
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return {_LABELS if name == _LABELS_BEFORE else name: value for name, value in own.items()}
-
-
-def _table() -> dict[str, str]:
-    """What each of our layers is called there; {} is the number of the block."""
-    table = {name: name for name in ("pos_embed", "mid_block", "norm", "decoder_pred")}
-    table["patch_embed"] = "patch_embed.proj"
-    table["label_emb"] = "label_emb.embedding_table"
-    for layer in _BLOCK:
-        table[f"mid_block.{layer}"] = f"mid_block.{layer}"
-    for side, own in (("in_blocks", _BLOCK), ("out_blocks", ("skip_linear", *_BLOCK))):
-        table.update({f"{side}.*.{layer}": f"{side}.{{}}.{layer}" for layer in own})
-    return table
-
-
-def recognise(tensors: Mapping, heads: int, prefix: str = "") -> Architecture | None:
-    """The architecture whose weights these are, read off the shapes; None if they are no UViT's.
-
-    heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
-    UserError where the shapes are no UViT's that this file can build.
-    """
-    own = {name: tuple(tensor.shape) for name, tensor in _own(tensors, prefix).items()}
-    ranks = {"patch_embed.proj.weight": 4, "decoder_pred.weight": 2, "pos_embed": 3, _LABELS: 2}
-    if not transformer.has(own, ranks):
-        return None
-    width, channels, patch, _ = own["patch_embed.proj.weight"]
-    side = math.isqrt(max(own["pos_embed"][1] - EXTRAS, 0))
-    if side**2 != own["pos_embed"][1] - EXTRAS:
-        raise UserError(
-            f"pos_embed is {own['pos_embed']}: only square latents with a label and a time token "
-            "are supported"
-        )
-    return Architecture(
-        depth=2 * sum(bool(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", n)) for n in own),
-        width=width,
-        heads=heads or transformer.heads_of(width, VARIANTS),
-        latent_size=side * patch,
-        latent_channels=channels,
-        out_channels=own["decoder_pred.weight"][0] // patch**2,
-        patch_size=patch,
-        num_classes=own[_LABELS][0] - 1,
     )

@@ -8,8 +8,8 @@ import os
 import numpy as np
 from safetensors.numpy import save_file
 
-from dcae_jax import published
-from dcae_jax.models import dcae, dcae_names, layers, sdvae
+from dcae_jax import hub
+from dcae_jax.models import dcae, dcae_torch, layers, sdvae, sdvae_torch
 
 # The blocks of published models at a hundredth of their width.
 SMALL = {
@@ -45,11 +45,11 @@ def random_weights(arch):
 
 def write_folder(folder, arch, weights, form="diffusers"):
     """A folder as others publish it."""
-    names = sdvae if isinstance(arch, sdvae.Variant) else dcae_names
+    names = sdvae_torch if isinstance(arch, sdvae.Variant) else dcae_torch
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(names.config_of(arch, form)))
     tensors = {k: np.ascontiguousarray(v) for k, v in names.to_torch(weights, arch, form).items()}
-    file = published.AUTHORS_FILE if form == "authors" else published.DIFFUSERS_FILE
+    file = hub.AUTHORS_FILE if form == "authors" else hub.DIFFUSERS_FILE
     save_file(tensors, folder / file)
     return tensors
 

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UViT and USiT under the names of DC-AE's and of U-ViT's repositories."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dcae_jax.config import UserError
+from dcae_jax.models import torch_layout, transformer, uvit
+from dcae_jax.models.uvit import Architecture
+
+TITLE = "UViT"
+FIRST = "patch_embed.proj.weight"  # a tensor that no other model has
+# Objective -> what the authors call the model trained on it.
+KINDS = {"epsilon": "uvit", "flow": "usit"}
+
+_LABELS = "label_emb.embedding_table.weight"
+_LABELS_BEFORE = "label_emb.weight"  # in U-ViT's own files
+_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def to_torch(
+    weights: Mapping[str, Any], arch: Architecture, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """{our path: array} -> {prefix + name in DC-AE's repository: float32 array}."""
+    out = torch_layout.to_torch(weights, _table(), uvit.shapes(arch))
+    return {prefix + name: value for name, value in out.items()}
+
+
+def from_torch(
+    tensors: Mapping[str, Any], arch: Architecture, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """{prefix + name in DC-AE's or U-ViT's repository: array} -> {our path: float32 array}.
+
+    Names without the prefix are passed over. Raises UserError, in one line with the first names,
+    when a tensor is missing, unknown or misshapen.
+    """
+    tensors = _own(tensors, prefix)
+    return torch_layout.from_torch(
+        tensors,
+        _table(),
+        uvit.shapes(arch),
+        lambda found: f"these are not weights of the UViT {arch}",
+    )
+
+
+def _own(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors below `prefix`, without it and with the names of today."""
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {_LABELS if name == _LABELS_BEFORE else name: value for name, value in own.items()}
+
+
+def _table() -> dict[str, torch_layout.Layer]:
+    """What each of our layers is called there."""
+    table = {name: name for name in ("pos_embed", "mid_block", "norm", "decoder_pred")}
+    table["patch_embed"] = "patch_embed.proj"
+    table["label_emb"] = "label_emb.embedding_table"
+    for layer in _BLOCK:
+        table[f"mid_block.{layer}"] = f"mid_block.{layer}"
+    for side, own in (("in_blocks", _BLOCK), ("out_blocks", ("skip_linear", *_BLOCK))):
+        table.update({f"{side}.*.{layer}": f"{side}.{{}}.{layer}" for layer in own})
+    return torch_layout.linear_table(table)
+
+
+def recognise(tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Architecture | None:
+    """The architecture whose weights these are, read off the shapes; None if they are no UViT's.
+
+    heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
+    UserError where the shapes are no UViT's that this file can build.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in _own(tensors, prefix).items()}
+    ranks = {FIRST: 4, "decoder_pred.weight": 2, "pos_embed": 3, _LABELS: 2}
+    if not torch_layout.has(own, ranks):
+        return None
+    width, channels, patch, _ = own[FIRST]
+    side = math.isqrt(max(own["pos_embed"][1] - uvit.EXTRAS, 0))
+    if side**2 != own["pos_embed"][1] - uvit.EXTRAS:
+        raise UserError(
+            f"pos_embed is {own['pos_embed']}: only square latents with a label and a time token "
+            "are supported"
+        )
+    return Architecture(
+        depth=2 * sum(bool(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", n)) for n in own),
+        width=width,
+        heads=heads or transformer.heads_of(width, uvit.VARIANTS),
+        latent_size=side * patch,
+        latent_channels=channels,
+        out_channels=own["decoder_pred.weight"][0] // patch**2,
+        patch_size=patch,
+        num_classes=own[_LABELS][0] - 1,
+    )
