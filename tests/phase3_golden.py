@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import CONFIGS
+from support import CONFIGS
 from goldens import judges, make_gan
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
