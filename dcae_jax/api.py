@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import checkpoint, diffusion, host_memory, matching, sampling, sharding, state, tiling
+from dcae_jax import checkpoint, diffusion, matching, sampling, sharding, state, tiling
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, sdvae
@@ -171,7 +171,6 @@ def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
-    host_memory.keep()
     config = _config(dtype)
     config.model.variant = variant
     mesh = mesh or sharding.make_mesh(config.mesh)
@@ -195,7 +194,6 @@ def load_autoencoder(
     a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
     Raises UserError, a ValueError, when there is nothing to load.
     """
-    host_memory.keep()
     values, saved = checkpoint.load_weights(path, weights, variant)
     config = _config(dtype)
     config.model.update(saved["model"])
@@ -236,7 +234,7 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
-        value = host_memory.owned(weights.pop(name))
+        value = np.array(weights.pop(name), np.float32, order="C")
         placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
     return placed
 
