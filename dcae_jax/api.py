@@ -17,7 +17,6 @@ from dcae_jax import (
     checkpoint,
     crops,
     diffusion,
-    host_memory,
     matching,
     models,
     sampling,
@@ -187,7 +186,6 @@ def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
-    host_memory.keep()
     config = _config(dtype)
     config.model.variant = variant
     mesh = mesh or sharding.make_mesh(config.mesh)
@@ -211,7 +209,6 @@ def load_autoencoder(
     a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
     Raises UserError, a ValueError, when there is nothing to load.
     """
-    host_memory.keep()
     values, saved = checkpoint.load_weights(path, weights, variant)
     config = _config(dtype)
     config.model.update(saved["model"])
@@ -252,7 +249,7 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
     placed = {}
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
-        value = host_memory.owned(weights.pop(name))
+        value = np.array(weights.pop(name), np.float32, order="C")
         placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
     return placed
 

@@ -24,7 +24,6 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,7 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dcae_jax import config as config_lib
-from dcae_jax import host_memory, integrity, published, report
+from dcae_jax import integrity, published, report
 from dcae_jax.config import MachineError, UserError
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainState
@@ -216,7 +215,7 @@ def _read_numpy(path: str, which: str) -> Weights:
     import orbax.checkpoint as ocp
 
     try:
-        with host_memory.given_back(), _without_warning(), ocp.PyTreeCheckpointer() as reader:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
             return _read_tree(reader, path, which)
     except UserError:
         raise
@@ -225,10 +224,12 @@ def _read_numpy(path: str, which: str) -> Weights:
         raise UserError(f"{path} is no readable checkpoint ({reason}); use a copy of it") from error
 
 
-def _read_tree(reader: "ocp.PyTreeCheckpointer", path: str, which: str) -> Weights:
+def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> Weights:
     import orbax.checkpoint as ocp
+    from etils import epath
 
-    tree = reader.metadata(path).item_metadata.tree
+    folder = epath.Path(path)
+    tree = reader.metadata(folder).tree
     tree = {name: tree.get(name) or {} for name in _WEIGHTS}
     # A few bytes of JSON can claim any shape, which would be filled with zeros.
     claimed = sum(math.prod(leaf.shape) for part in tree.values() for leaf in part.values()) * 4
@@ -253,24 +254,9 @@ def _read_tree(reader: "ocp.PyTreeCheckpointer", path: str, which: str) -> Weigh
             size += more
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), now)
         request = ocp.args.PyTreeRestore(item=now, restore_args=args, partial_restore=True)
-        for values in reader.restore(path, args=request).values():
+        for values in reader.restore(folder, args=request).values():
             found |= values
     return found
-
-
-@contextlib.contextmanager
-def _without_warning() -> Iterator[None]:
-    """Orbax warns that items of a checkpoint have no _CHECKPOINT_METADATA, which none ever has."""
-    logger = logging.getLogger("absl")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Metadata file does not exist")
-
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:

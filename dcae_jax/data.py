@@ -15,7 +15,6 @@ import grain
 import numpy as np
 from absl import flags
 
-from dcae_jax import host_memory
 from dcae_jax.config import UserError, training_resolutions
 from dcae_jax.crops import augment, center_crop, least_side, random_crop
 from dcae_jax.latents import Latents
@@ -50,7 +49,6 @@ class _Load(grain.transforms.MapWithIndex):
     sizes: tuple[int, ...]
 
     def map_with_index(self, index: int, record: int) -> dict[str, np.ndarray]:
-        host_memory.keep()  # also where this is a worker: an image's pages are faulted in once
         read = self._latent if isinstance(self.source, Latents) else self._image
         unreadable = np.full(TRIES, -1, np.int64)
         for attempt in range(TRIES):

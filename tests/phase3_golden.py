@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from support import CONFIGS
 from goldens import judges, make_gan
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import sharding, state, steps
