@@ -2,20 +2,19 @@
 """Losses of the autoencoder and its discriminator. All float32, whatever the models compute in."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from dcae_jax.models import lpips
-from dcae_jax.models.layers import Weights
+from dcae_jax.models.layers import Array, Weights
 
-Array = jax.Array
 # (output, images, LPIPS weights) -> scalar; both batches are [B, H, W, 3] in [-1, 1].
 ReconstructionTerm = Callable[[Array, Array, Weights], Array]
 
 
-def reconstruction_terms(loss: ConfigDict) -> dict[str, tuple[ReconstructionTerm, float]]:
+def reconstruction_terms(loss: Any) -> dict[str, tuple[ReconstructionTerm, float]]:
     """The terms of the reconstruction loss, {name of its metric: (function, weight)}.
 
     A new term is one function and one weight in config.loss. Terms of weight 0 that cost time are

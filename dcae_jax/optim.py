@@ -2,15 +2,15 @@
 """The optimizer of a run, and which parameters it trains."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
 import optax
-from ml_collections import ConfigDict
 
 from dcae_jax.config import UserError
 
 
-def schedule(config: ConfigDict) -> optax.Schedule:
+def schedule(config: Any) -> optax.Schedule:
     """Learning rate over steps: linear warm-up, then constant or cosine to 0 at config.steps."""
     o = config.optimizer
     peak, warmup = o.learning_rate, o.warmup_steps
@@ -54,7 +54,7 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
 
 
 def optimizer(
-    config: ConfigDict, names: Iterable[str], trained: frozenset[str]
+    config: Any, names: Iterable[str], trained: frozenset[str]
 ) -> optax.GradientTransformation:
     """AdamW on the parameters in `trained`; the others get zero updates and have no moments.
 
@@ -64,6 +64,10 @@ def optimizer(
     o = config.optimizer
     names = tuple(names)
     decayed = match(o.decay, names, "optimizer.decay") if o.decay else frozenset()
+
+    def decays(params: Any) -> dict[str, bool]:
+        return {name: name in decayed for name in params}
+
     steps = []
     if o.clip_norm:
         steps.append(optax.clip_by_global_norm(o.clip_norm))
@@ -74,15 +78,18 @@ def optimizer(
             b2=o.b2,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            mask=lambda params: {name: name in decayed for name in params},
+            mask=decays,
         )
     )
     labels = {name: "train" if name in trained else "freeze" for name in names}
-    transforms = {"train": optax.chain(*steps), "freeze": optax.set_to_zero()}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        "train": optax.chain(*steps),
+        "freeze": optax.set_to_zero(),
+    }
     return optax.partition(transforms, labels)
 
 
-def discriminator_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
     """AdamW for all of the discriminator, with the betas of the run and its own learning rate."""
     o = config.optimizer
     return optax.adamw(config.loss.gan_learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=0.0)

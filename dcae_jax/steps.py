@@ -2,19 +2,18 @@
 """One training step: a pure function (state, batch, lpips) -> (state, metrics), jitted once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from dcae_jax import crops, diffusion, losses, optim, sharding
 from dcae_jax.models import layers
-from dcae_jax.models.layers import Weights
+from dcae_jax.models.layers import Array, Weights
 from dcae_jax.state import Discriminator, TrainSpec, TrainState
 
-Array = jax.Array
 Metrics = dict[str, Array]  # scalars
 Batch = dict[str, Array]
 TrainStep = Callable[[TrainState, Batch, Weights], tuple[TrainState, Metrics]]
@@ -31,7 +30,7 @@ class Gradients:
     stats: Weights  # the model's running statistics after these passes
 
 
-def make_step(config: ConfigDict, spec: TrainSpec) -> TrainStep:
+def make_step(config: Any, spec: TrainSpec) -> TrainStep:
     """The step of a run: of an autoencoder in any of its phases, or of a diffusion model.
 
     An autoencoder's batch holds 'image' [B, H, W, 3] uint8; `lpips` are the weights of the
@@ -49,11 +48,7 @@ def make_step(config: ConfigDict, spec: TrainSpec) -> TrainStep:
         metrics = grads.metrics | {"grad_norm": optax.global_norm(trained)}
 
         updates, opt_state = spec.optimizer.update(grads.params, state.opt_state, state.params)
-        # Frozen leaves stay the same arrays, so the gate below leaves them alone.
-        params = {
-            name: value + updates[name] if name in spec.trained else value
-            for name, value in state.params.items()
-        }
+        params = apply_updates(state.params, updates, spec.trained)
         new = dataclasses.replace(
             state,
             params=params,
@@ -84,7 +79,7 @@ def make_step(config: ConfigDict, spec: TrainSpec) -> TrainStep:
     return train_step
 
 
-def jit_step(config: ConfigDict, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
+def jit_step(config: Any, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
     """The step, jitted; its state argument is donated, and the new state is sharded as it was.
 
     abstract: the state as `state.abstract_state` gives it.
@@ -99,7 +94,7 @@ def jit_step(config: ConfigDict, spec: TrainSpec, abstract: TrainState) -> jax.s
 
 
 def accumulated_gradients(
-    config: ConfigDict, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
 ) -> Gradients:
     """Gradients over the batch, in config.accumulate microbatches."""
 
@@ -131,7 +126,7 @@ def accumulated_gradients(
 
 
 def denoising_gradients(
-    config: ConfigDict, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
 ) -> Gradients:
     """One forward and backward pass of a diffusion model."""
     x0 = diffusion.scaled(batch["latent"], config.model.scaling_factor)
@@ -147,7 +142,7 @@ def denoising_gradients(
 
 
 def reconstruction_gradients(
-    config: ConfigDict, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
 ) -> Gradients:
     """One forward and backward pass of an autoencoder, and of a discriminator where there is one.
 
@@ -169,16 +164,24 @@ def reconstruction_gradients(
     def reconstruction_loss(output: Array) -> tuple[Array, Metrics]:
         terms = losses.reconstruction_terms(config.loss)
         values = {name: term(output, images, lpips) for name, (term, _) in terms.items()}
-        loss = sum(weight * values[name] for name, (_, weight) in terms.items())
+        weighted = (weight * values[name] for name, (_, weight) in terms.items())
+        loss = sum(weighted, jnp.zeros(()))
         return loss, values | {"psnr": losses.psnr(output, images)}
 
     output, backward, new_stats = jax.vjp(forward, state.params, has_aux=True)
     (loss, metrics), pull = jax.value_and_grad(reconstruction_loss, has_aux=True)(output)
 
     discriminator_grads: Weights = {}
-    if spec.discriminator:
-        params = state.discriminator.params
-        gan_loss, gan_pull = jax.value_and_grad(generator_loss, argnums=2)(spec, params, output)
+    if spec.discriminator and state.discriminator:
+        graphdef, params = spec.discriminator.graphdef, state.discriminator.params
+
+        def logits(params: Weights, images: Array) -> Array:  # [B, H, W, 3] -> [B, h, w]
+            return layers.merge(graphdef, use(spec, params))(images)
+
+        def gan_loss_fn(output: Array) -> Array:
+            return losses.generator_hinge(logits(params, output))
+
+        gan_loss, gan_pull = jax.value_and_grad(gan_loss_fn)(output)
         # Of these two backward passes only the last layer's part is used; XLA drops the rest.
         norm, gan_norm = (
             optax.global_norm(backward(p)[0][spec.last_layer]) for p in (pull, gan_pull)
@@ -187,15 +190,16 @@ def reconstruction_gradients(
         weight *= config.loss.gan_weight * (state.step >= config.loss.gan_warmup_steps)
         pull += weight * gan_pull
         loss += weight * gan_loss
-        discriminator_grads, discriminator_metrics = jax.grad(
-            discriminator_loss, argnums=1, has_aux=True
-        )(spec, params, images, jax.lax.stop_gradient(output))
-        metrics |= discriminator_metrics | {
+        metrics |= {
             "gan_g_loss": gan_loss,
             "gan_weight": weight,
             "reconstruction_grad_norm": norm,
             "gan_grad_norm": gan_norm,
         }
+        discriminator_grads, discriminator_metrics = jax.grad(discriminator_loss, has_aux=True)(
+            params, logits, images, jax.lax.stop_gradient(output)
+        )
+        metrics |= discriminator_metrics
 
     (grads,) = backward(pull)
     # The arrays of frozen statistics themselves, so that they are seen to be unchanged.
@@ -203,18 +207,13 @@ def reconstruction_gradients(
     return Gradients(grads, discriminator_grads, metrics | {"loss": loss}, stats)
 
 
-def generator_loss(spec: TrainSpec, params: Weights, output: Array) -> Array:
-    """How far the discriminator with `params` is from taking [B, H, W, 3] for real; a scalar."""
-    return losses.generator_hinge(logits(spec, params, output))
-
-
 def discriminator_loss(
-    spec: TrainSpec, params: Weights, real: Array, fake: Array
+    params: Weights, logits: Callable[[Weights, Array], Array], real: Array, fake: Array
 ) -> tuple[Array, Metrics]:
     """(hinge loss, metrics) of the discriminator with `params` on two batches [B, H, W, 3]."""
     # One batch of pairs [B, 2, ...], so that each device keeps the images it has.
     pairs = jnp.stack([real, fake], axis=1)
-    both = logits(spec, params, pairs.reshape(-1, *real.shape[1:]))  # [2B, h, w]
+    both = logits(params, pairs.reshape(-1, *real.shape[1:]))  # [2B, h, w]
     on_real, on_fake = jnp.moveaxis(both.reshape(*pairs.shape[:2], *both.shape[1:]), 1, 0)
     loss = losses.hinge(on_real, on_fake)
     return loss, {
@@ -223,11 +222,6 @@ def discriminator_loss(
         "logits_fake": jnp.mean(on_fake),
         "gan_accuracy": 0.5 * (jnp.mean(on_real > 0) + jnp.mean(on_fake < 0)),
     }
-
-
-def logits(spec: TrainSpec, params: Weights, images: Array) -> Array:
-    """Images [B, H, W, 3] in [-1, 1] -> the discriminator's logits [B, h, w], one per patch."""
-    return layers.merge(spec.discriminator.graphdef, use(spec, params))(images)
 
 
 # --- parts of a step ------------------------------------------------------------------------------
@@ -252,6 +246,13 @@ def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:
     return jnp.where(draws(jnp.arange(labels.shape[0])) < share, none, labels)
 
 
+def apply_updates(params: Weights, updates: Any, trained: Collection[str]) -> Weights:
+    """The parameters after the optimizer's updates; frozen ones are the arrays that they were."""
+    return {
+        name: value + updates[name] if name in trained else value for name, value in params.items()
+    }
+
+
 def update_discriminator(
     spec: TrainSpec, old: Discriminator | None, grads: Weights
 ) -> Discriminator | None:
@@ -259,11 +260,10 @@ def update_discriminator(
     if spec.discriminator is None or old is None:
         return None
     updates, opt_state = spec.discriminator.optimizer.update(grads, old.opt_state, old.params)
-    params = {name: value + updates[name] for name, value in old.params.items()}
-    return Discriminator(params=params, opt_state=opt_state)
+    return Discriminator(apply_updates(old.params, updates, old.params), opt_state)
 
 
-def moving_average(state: TrainState, new: Weights, config: ConfigDict) -> Weights:
+def moving_average(state: TrainState, new: Weights, config: Any) -> Weights:
     """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal."""
     done = (state.step - state.skipped + 1).astype(jnp.float32)
     decay = config.ema_decay * (1 - jnp.exp(-done / config.ema_warmup))

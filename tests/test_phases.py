@@ -146,8 +146,8 @@ def _checkpoint(config, mesh, workdir, step):
 
 
 def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
-    """Catches a checkpoint without the discriminator, one of the two optimizers, or
-    the draw of resolutions, and a warm-up of the GAN or of the rate that starts again."""
+    """Catches a checkpoint without the discriminator, one of the two optimizers, or the draw of
+    resolutions, and a warm-up of the GAN or of the rate that starts again."""
     first = str(tmp_path / "phase1")
     small.steps = 2
     train.run(small, first)
