@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-torch lint soak bench clean
+.PHONY: demo test test-slow test-torch lint soak bench oldest licenses clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +35,15 @@ soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one th
 bench: $(VENV)/installed  ## beside PyTorch, which must be installed in .venv; into docs/benchmarks.md
 	$(PY) benchmarks/run.py
 
+oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; needs uv
+	rm -rf $(VENV)-oldest
+	uv venv -q $(VENV)-oldest
+	uv pip install -q --python $(VENV)-oldest --resolution lowest-direct -e '.[dev]'
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m 'not slow and not torch'
+
+licenses: $(VENV)/installed  ## of all that an installation brings along
+	$(PY) -m pip install -q --disable-pip-version-check pip-licenses
+	$(VENV)/bin/pip-licenses --format=markdown --with-urls
+
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) $(VENV)-oldest demo-run

@@ -12,6 +12,7 @@ import argparse
 import os
 import tempfile
 
+import common
 import jax
 
 from dcae_jax import config as config_lib
@@ -55,27 +56,20 @@ def one(phase: int, name: str, trainable: tuple, init_from: str, steps: int) -> 
 
 def plot(rows: list[list], path: str) -> None:
     """Change of PSNR at both sizes for each row, as bars."""
-    reach = max(abs(value) for row in rows for value in (row[3], row[5])) or 1.0
-    parts, y = [], 24
-    for row in rows:
-        parts.append(f'<text x="190" y="{y + 12}" text-anchor="end">{row[0]}: {row[1]}</text>')
-        for offset, value, colour in ((0, row[3], "#2563eb"), (8, row[5], "#d97706")):
-            width = abs(value) / reach * 150
-            x = 360 if value >= 0 else 360 - width
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y + offset}" width="{width:.1f}" height="7" '
-                f'fill="{colour}"/><text x="520" y="{y + offset + 7}" font-size="8" '
-                f'fill="{colour}">{value:+.2f}</text>'
-            )
-        y += 24
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="560" height="{y + 8}" '
-        'font-family="system-ui" font-size="11"><rect width="100%" height="100%" fill="white"/>'
-        '<text x="360" y="14" text-anchor="middle">change of PSNR, dB: '
-        '<tspan fill="#2563eb">64</tspan>, <tspan fill="#d97706">256 pixels</tspan></text>'
-        f'<path d="M360 18 V{y}" stroke="#888"/>{"".join(parts)}</svg>'
-    )
-    report.write_file(path, svg.encode())
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.4 * len(rows) + 1), layout="constrained")
+    axes = figure.add_subplot(xlabel="change of PSNR, dB")
+    places = range(len(rows))
+    for shift, column, name in ((-0.2, 3, "64 pixels"), (0.2, 5, "256 pixels")):
+        bars = axes.barh([y + shift for y in places], [r[column] for r in rows], 0.4, label=name)
+        axes.bar_label(bars, fmt="{:+.2f}", fontsize="x-small", padding=2)
+    axes.set_yticks(places, [f"{row[0]}: {row[1]}" for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    common.save_svg(figure, path)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ The page, WORKDIR/index.html, needs nothing beside it: curves, a table and pictu
 
 import base64
 import html
+import importlib.util
 import io
 import logging
 import os
@@ -37,13 +38,14 @@ from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
 
 PHASES = train.PHASES
-COLOURS = ("#2563eb", "#d97706", "#059669")
 PCA_PATCHES = 20_000
 
 
 def run(workdir: str) -> int:
     """Trains, judges and writes the page; what an earlier call finished is not done again."""
     began = time.perf_counter()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
     configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
     config = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
     status = train.run_phases(config, workdir) or demo_diffusion.make(workdir, configs)
@@ -154,14 +156,14 @@ def write_page(
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "what phase 3 changed, on grey: the texture that it learned</p>"
-        f"<img src='data:image/png;base64,{_base64(grid)}' alt='reconstructions'>"
+        + _png(grid, "reconstructions")
         for size, grid in pictures.items()
     )
     page = _PAGE.format(
         table=_html_table([head, *cells]),
         curves="".join(curves),
         images=images,
-        samples=f"data:image/png;base64,{_base64(samples.grid)}",
+        samples=_png(samples.grid, "crops and samples of each class"),
         classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
         crops=demo_diffusion.SHOWN[0],
         known=samples.known,
@@ -183,7 +185,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem aut
 table {{ border-collapse: collapse }}
 td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
 td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
-img {{ max-width: 100% }} .cap {{ color: #555 }} svg {{ margin-right: 1rem }}
+img {{ max-width: 100%; margin-right: 1rem }} .cap {{ color: #555 }}
 </style></head><body>
 <h1>A deep compression autoencoder, trained in three phases</h1>
 <p>The model <code>tiny</code> (16 pixels a side to one latent position of 32 channels), on the
@@ -201,7 +203,7 @@ solved in closed form: the mark that a few minutes of training are to be read ag
 4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
 {classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
 guidance.</p>
-<img src="{samples}" alt="crops and samples of each class">
+{samples}
 <p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of
 the same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of
 the samples: {ratio:.2f} times as often.</p>{uvit}
@@ -217,10 +219,16 @@ def _html_table(rows: list[list[str]]) -> str:
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in out) + "</table>"
 
 
-def _base64(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _png(pixels: np.ndarray, alt: str) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return _image("png", file.getvalue(), alt)
+
+
+def _image(kind: str, data: bytes, alt: str) -> str:
+    """An image of which the page has the bytes."""
+    text = base64.b64encode(data).decode()
+    return f'<img src="data:image/{kind};base64,{text}" alt="{html.escape(alt)}">'
 
 
 def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
@@ -233,44 +241,22 @@ def _curve(workdir: str, key: str, title: str) -> str:
 
 
 def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> str:
-    """Lines over steps as an SVG, with the range of both axes at their ends."""
-    points = [point for _, line in lines for point in line]
-    if not points:
+    """Curves over steps, (name, points) each, as an image within the page; '' without points."""
+    if not any(points for _, points in lines):
         return ""
-    width, height, left, top = 420, 240, 52, 28
-    x_max = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    span = (high - low) or 1.0
+    from matplotlib.figure import Figure
 
-    def place(x, y):
-        return (
-            f"{left + x / x_max * (width - left - 12):.1f},"
-            f"{height - 24 - (y - low) / span * (height - 24 - top):.1f}"
-        )
-
-    parts = [f'<text x="{left}" y="16" font-weight="bold">{html.escape(title)}</text>']
-    for (_, line), colour in zip(lines, COLOURS, strict=False):
-        path = " ".join(place(x, y) for x, y in line)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-        )
-    labels = " ".join(
-        f'<tspan fill="{colour}">{html.escape(name)}</tspan>'
-        for (name, line), colour in zip(lines, COLOURS, strict=False)
-        if line
-    )
-    parts += [
-        f'<text x="{width - 12}" y="16" text-anchor="end">{labels}</text>',
-        f'<text x="{left - 4}" y="{top + 6}" text-anchor="end">{high:.3g}</text>',
-        f'<text x="{left - 4}" y="{height - 24}" text-anchor="end">{low:.3g}</text>',
-        f'<text x="{width - 12}" y="{height - 6}" text-anchor="end">step {x_max:.0f}</text>',
-        f'<path d="M{left} {top} V{height - 24} H{width - 12}" fill="none" stroke="#888"/>',
-    ]
-    return (
-        f'<svg width="{width}" height="{height}" font-family="system-ui" font-size="12">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step")
+    for name, points in lines:
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, gid="curve")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:  # beside the curves, never on them
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return _image("svg+xml", file.getvalue(), title)
 
 
 def command(argv: list[str]) -> int:

@@ -227,20 +227,18 @@ def image_source(path: str, key: str) -> Any:
 
 
 def _map_array(path: str, name: str) -> np.ndarray:
-    """An array of an .npz, mapped where it is not compressed: 50,000 samples are 10 GB."""
+    """An array of an .npz, left on disk unless it is compressed: 50,000 samples are 10 GB."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type == zipfile.ZIP_STORED:
         with open(path, "rb") as file:
-            # The local header repeats name and extra field, whose lengths stand at 26 and 28.
-            file.seek(entry.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            file.seek(entry.header_offset + 30 + int(lengths.sum()))
-            version = np.lib.format.read_magic(file)
-            if version == (1, 0):
+            file.seek(entry.header_offset)  # of a ZIP header of some length, then the .npy itself
+            head = file.read(2**12)
+            file.seek(entry.header_offset + head.index(np.lib.format.MAGIC_PREFIX))
+            if np.lib.format.read_magic(file) == (1, 0):
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
                 if not fortran and not dtype.hasobject and math.prod(shape):
-                    return np.memmap(path, dtype, "r", file.tell(), shape)
+                    return np.memmap(file, dtype, "r", file.tell(), shape)
     with np.load(path) as arrays:
         return arrays[name]
 

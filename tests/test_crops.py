@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Levels and the range [-1, 1]; tests/test_data.py has the crops themselves."""
+"""Levels and the range [-1, 1], rotation and jitter; tests/test_data.py has the crops."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dcae_jax import crops
 
@@ -31,3 +34,38 @@ def test_uint8_survives_the_range_of_the_models(module):
     above = module.asarray((np.arange(255, dtype=np.float32) + 0.51) / 127.5 - 1)
     for found in (jax.jit(crops.to_uint8)(above), crops.to_uint8(above)):
         np.testing.assert_array_equal(found, np.arange(1, 256))
+
+
+def augmented(pixels, size, **changes):
+    """`crops.augment` of [H, W, 3] uint8, and the generator whose draws it took."""
+    settings = {"crop": "center", "rotation": 0.0, "flip": False, "color_jitter": 0.0} | changes
+    draws = [np.random.default_rng(2) for _ in range(2)]
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    out = crops.augment(image, size, types.SimpleNamespace(**settings), draws[0])
+    return out.astype(np.float64), draws[1]
+
+
+def test_rotation_turns_the_image_by_the_angle_drawn():
+    """Fails if the image is cropped for a rotation and not rotated, or has empty corners."""
+    ramp = np.broadcast_to(np.arange(40, 200, dtype=np.uint8)[None, :, None], (160, 160, 3))
+    found, draws = augmented(ramp, 64, rotation=30.0)
+    turn = np.radians(draws.uniform(-30.0, 30.0))
+    down, across = (slope.mean() for slope in np.gradient(found[..., 0]))
+    assert found.shape == (64, 64, 3) and found.min() > 0
+    assert abs(turn) > 0.1 and np.arctan2(-down, across) == pytest.approx(turn, abs=0.02)
+
+
+def test_jitter_changes_brightness_contrast_and_colour():
+    """Fails if one of the three is left out; each is seen where the others change nothing new."""
+    grey, steps, colour = (np.full((8, 8, 3), 100, np.uint8) for _ in range(3))
+    steps[:4] = 60
+    colour[..., 0] = 160
+    found = [augmented(pixels, 8, color_jitter=0.3) for pixels in (grey, steps, colour)]
+    brightness, contrast, saturation = (1 + found[0][1].uniform(-0.3, 0.3) for _ in range(3))
+    assert min(abs(v - 1) for v in (brightness, contrast, saturation)) > 0.05
+    (grey, _), (steps, _), (colour, _) = found
+    assert grey[0, 0, 0] / 100 == pytest.approx(brightness, abs=0.02)
+    both = (steps[7, 0, 0] - steps[0, 0, 0]) / 40
+    assert both == pytest.approx(brightness * contrast, abs=0.05)
+    every = (colour[0, 0, 0] - colour[0, 0, 1]) / 60
+    assert every == pytest.approx(brightness * contrast * saturation, abs=0.05)

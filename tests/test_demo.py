@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's page and its linear baseline; the demo itself is `make demo`."""
 
+import base64
+import importlib.util
 import os
+import re
 
 import numpy as np
+import pytest
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax import demo, demo_diffusion, report, sources
+from dcae_jax.config import UserError
 
 
 def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
@@ -23,9 +28,21 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     path = demo.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
-    assert page.count("<svg") == 4 and page.count("<polyline") == 3 + 3 + 3 + 1
+    drawn = []
+    for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
+        axes, _, legend = base64.b64decode(image).partition(b'id="legend_1"')
+        drawn.append((axes.count(b'id="curve"'), legend.count(b"<!-- ")))
+    assert drawn == [(3, 3), (3, 3), (1, 1), (1, 0)], drawn
     assert "cat, rocket" in page and "80.0%" in page and "60.0%" in page and "0.75 times" in page
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
+
+
+def test_without_the_extra_for_plots_one_line_names_it(tmp_path, monkeypatch):
+    """Catches minutes of training whose page then fails at the first curve."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dcae_jax\[plots\]'"):
+        demo.run(str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_grid_shows_what_phase_3_changed():

@@ -12,7 +12,7 @@ from PIL import Image
 from support import small_judges
 
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate, metrics, report
+from dcae_jax import evaluate, judge_samples, metrics, report, sample
 from dcae_jax.config import UserError
 from dcae_jax.models import inception
 
@@ -138,6 +138,22 @@ def test_samples_that_cannot_be_judged_are_named(sample_config, tmp_path):
         with pytest.raises(UserError, match=word) as error:
             evaluate.run(sample_config, str(tmp_path / "out"))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["stored", "job", "compressed", "fortran"])
+def test_images_of_an_npz_stay_on_disk_where_they_can(form, tmp_path):
+    """Catches 10 GB of samples read into memory, and pixels from the wrong place of the file."""
+    images, path = goldens.pictures(10, 16), str(tmp_path / "samples.npz")
+    if form == "job":
+        sample._write_npz(path, [images[:7], images[7:]], np.arange(10))
+    elif form == "compressed":
+        np.savez_compressed(path, arr_0=images)
+    else:
+        order = np.asfortranarray if form == "fortran" else np.ascontiguousarray
+        np.savez(path, arr_1=np.arange(10), arr_0=order(images))
+    source = judge_samples.image_source(path, "evaluate.samples")
+    assert isinstance(source.images, np.memmap) == (form in ("stored", "job"))
+    np.testing.assert_array_equal(np.stack([source[i][0] for i in range(10)]), images)
 
 
 @pytest.mark.slow
