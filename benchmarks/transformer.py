@@ -32,7 +32,7 @@ def ours(case: str):
     config = config_lib.load_file(os.path.join(configs, "uvit.py"), "s")
     config.autoencoder, config.resolution, config.batch_size = "f32c32", 32 * side, BATCH
     config.ema_decay = 0.0
-    config = matching.complete(config, None)
+    config = matching.resolve_latent_spec(config, None)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     spec = state.train_spec(config, mesh)
     rng = np.random.default_rng(0)

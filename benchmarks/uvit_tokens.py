@@ -28,7 +28,7 @@ def configuration(arguments: argparse.Namespace, autoencoder: str, patch_size: i
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), arguments.variant)
     config.autoencoder, config.patch_size = autoencoder, patch_size
     config.resolution, config.batch_size = arguments.resolution, arguments.batch_size
-    return matching.complete(config, None)
+    return matching.resolve_latent_spec(config, None)
 
 
 class Runner:

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Autoencoder",
     "Generator",
+    "SampleSettings",
     "create_autoencoder",
     "load_autoencoder",
     "load_generator",

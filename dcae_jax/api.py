@@ -258,6 +258,28 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """How samples are drawn, beside their labels. Raises UserError, naming the argument."""
+
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 is none
+    steps: int = 30  # evaluations of the model
+    seed: int = 0
+    sampler: str = ""  # one of sampling.SAMPLERS; '': the objective's default
+    interval: tuple[float, float] = (0.0, 1.0)  # noise levels (1: pure noise) at which to guide
+    first: int = 0  # image i is sample first + i of the seed, whatever the batch
+
+    def __post_init__(self):
+        if not (np.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance={self.guidance} must be a number of at least 0; 1 is none")
+        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UserError(f"interval={self.interval} must be 0 <= low <= high <= 1")
+        if not (0 <= self.seed and 0 <= self.first):
+            raise UserError(f"seed={self.seed} and first={self.first} must be at least 0")
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Generator:
     """A diffusion model with the autoencoder whose latents it makes, on the devices of a mesh."""
 
@@ -276,7 +298,7 @@ class Generator:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of a sample."""
+        """Pixels per side of a sample."""
         return self.architecture.latent_size * self.autoencoder.compression
 
     @property
@@ -303,12 +325,12 @@ class Generator:
 
         guidance: scale of classifier-free guidance, 1 being none, within `interval` of the noise
         level (1: pure noise). steps: evaluations of the model. sampler: one of
-        `sampling.SAMPLERS`, '' being the objective's own. Image i is that of (seed, first + i),
-        whatever the batch. An image that is not finite is black, and a warning names it.
+        `sampling.SAMPLERS`, '' being the objective's default. Image i is sample first + i of the
+        seed, whatever the batch. An image that is not finite is black, and a warning names it.
         Raises ValueError, naming the argument.
         """
-        settings = (labels, guidance, steps, seed, sampler, interval, first)
-        images, finite = self._run(*settings, decode=True)
+        settings = SampleSettings(guidance, steps, seed, sampler, interval, first)
+        images, finite = self._run(labels, settings, decode=True)
         bad = np.flatnonzero(~finite)
         if bad.size:
             logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
@@ -317,22 +339,51 @@ class Generator:
     def sample_latents(
         self,
         labels: Sequence[int] | np.ndarray,
-        guidance: float = 1.0,
-        steps: int = 30,
-        seed: int = 0,
-        *,
-        sampler: str = "",
-        interval: tuple[float, float] = (0.0, 1.0),
-        first: int = 0,
+        settings: SampleSettings = SampleSettings(),
     ) -> np.ndarray:
-        """What `sample` decodes: latents [B, h, w, c] float32, unscaled. Arguments as there."""
-        settings = (labels, guidance, steps, seed, sampler, interval, first)
-        return self._run(*settings, decode=False)[0]
+        """What `sample` decodes: latents [B, h, w, c] float32, unscaled."""
+        return self._run(labels, settings, decode=False)[0]
+
+    def program(self, count: int, settings: SampleSettings) -> tuple[Callable, tuple]:
+        """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
+
+        The weights are in the arguments as they are in the generator.
+        """
+
+        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            whole = sharding.replicated(self.mesh)
+            place = sharding.batch_sharding(self.mesh, len(sizes)) if sizes else whole
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        return self._compiled(settings, decode=True), (
+            self.weights,
+            self.autoencoder.weights,
+            shape(count, dtype=jnp.int32),
+            shape(count, 2, dtype=jnp.uint32),
+            shape(dtype=jnp.float32),
+        )
 
     def _run(
-        self, labels, guidance, steps, seed, sampler, interval, first, *, decode: bool
+        self, labels: Sequence[int] | np.ndarray, settings: SampleSettings, *, decode: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """(images or latents [B, ...], whether all of each is finite [B])."""
+        labels = self._checked(labels)
+        run = self._compiled(settings, decode=decode)
+        # Padded to a multiple of the shards: a sample's index determines it, not its row.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
+        keys = sampling.sample_keys(settings.seed, jnp.asarray(settings.first + rows))
+        out, finite = run(
+            self.weights,
+            self.autoencoder.weights,
+            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
+            sharding.put(jax.random.key_data(keys), sharding.batch_sharding(self.mesh, 2)),
+            sharding.put(np.float32(settings.guidance), sharding.replicated(self.mesh)),
+        )
+        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
+
+    def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Labels [B], integers of classes that the model has. Raises UserError."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
@@ -342,76 +393,28 @@ class Generator:
                 f"labels={wrong} is no class; there are 0 to {self.num_classes - 1}, and "
                 f"{self.num_classes} for none"
             )
-        if not (np.isfinite(guidance) and guidance >= 0):
-            raise UserError(f"guidance={guidance} must be a number of at least 0; 1 is none")
-        if not 0 <= interval[0] <= interval[1] <= 1:
-            raise UserError(f"interval={interval} must be 0 <= low <= high <= 1")
-        if not (0 <= seed and 0 <= first):
-            raise UserError(f"seed={seed} and first={first} must be at least 0")
-        run = self._program(guidance, steps, sampler, interval, decode=decode)
-        # Filled up to what the mesh divides by: the number of a sample fixes it, not its row.
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
-        keys = jax.random.key_data(sampling.sample_keys(seed, jnp.asarray(first + rows)))
-        place = sharding.batch_sharding(self.mesh, 2)
-        out, finite = run(
-            self.weights,
-            self.autoencoder.weights,
-            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
-            sharding.put(keys, place),
-            sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
-        )
-        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
+        return labels
 
-    def program(
-        self,
-        count: int,
-        guidance: float,
-        steps: int,
-        sampler: str = "",
-        interval: tuple[float, float] = (0.0, 1.0),
-    ) -> tuple[Callable, tuple]:
-        """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
-
-        The weights are in the arguments as they are in the generator. The rest as in `sample`.
-        """
-
-        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
-            whole = sharding.replicated(self.mesh)
-            place = sharding.batch_sharding(self.mesh, len(sizes)) if sizes else whole
-            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
-
-        return self._program(guidance, steps, sampler, interval, decode=True), (
-            self.weights,
-            self.autoencoder.weights,
-            shape(count, dtype=jnp.int32),
-            shape(count, 2, dtype=jnp.uint32),
-            shape(dtype=jnp.float32),
-        )
-
-    def _program(self, guidance, steps, sampler, interval, *, decode: bool) -> Callable:
+    def _compiled(self, settings: SampleSettings, *, decode: bool) -> Callable:
+        sampler = sampling.check(self.objective, settings.sampler, settings.steps)
         arch = self.architecture
-        return _sample_fn(
-            self.graph,
-            self.autoencoder.graph,
-            self.mesh,
-            _Settings(
-                objective=self.objective,
-                sampler=sampler,
-                steps=int(steps),
-                guided=guidance != 1,
-                interval=tuple(interval),
-                shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
-                none=arch.num_classes,
-                scaling_factor=self.scaling_factor,
-                decode=decode,
-            ),
+        static = _Static(
+            objective=self.objective,
+            sampler=sampler,
+            steps=int(settings.steps),
+            guided=settings.guidance != 1,
+            interval=(settings.interval[0], settings.interval[1]),
+            shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
+            none=arch.num_classes,
+            scaling_factor=self.scaling_factor,
+            decode=decode,
         )
+        return _sample_fn(self.graph, self.autoencoder.graph, self.mesh, static)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What a compiled sampler is made for."""
+class _Static:
+    """What a compiled sampler is specialised to: one program for each value."""
 
     objective: str
     sampler: str
@@ -421,44 +424,44 @@ class _Settings:
     shape: tuple[int, int, int]  # of the latents
     none: int  # the label that stands for no class
     scaling_factor: float
-    decode: bool  # else the latents are what is wanted
+    decode: bool  # else the latents are returned
 
 
 @functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
-def _sample_fn(
-    graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, settings: _Settings
-) -> Callable:
+def _sample_fn(graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static) -> Callable:
     """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (out, finite).
 
-    out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. On every
-    process whole.
+    out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. Both are
+    replicated, so that every process has them whole.
     """
-    s = settings
+    s = static
 
-    def run(weights, decoder_weights, labels, keys, guidance):
+    def run(
+        weights: Weights, decoder_weights: Weights, labels: Array, keys: Array, guidance: Array
+    ) -> tuple[Array, Array]:
         keys = jax.random.wrap_key_data(keys)
-        noise = sampling.initial_noise(keys, s.shape)
+        noise = sampling.initial_noise(keys, s.shape)  # [B, h, w, c]
+        scale = guidance if s.guided else 1
         model = sampling.guided(
             layers.merge(graph, weights),
-            labels,
             s.none,
-            guidance if s.guided else 1,
+            scale,
             objective=s.objective,
             interval=s.interval,
         )
         z = sampling.sample(
-            model, noise, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
+            model, noise, labels, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
         )
-        z = diffusion.unscaled(z, s.scaling_factor)
+        z = diffusion.unscaled(z, s.scaling_factor)  # [B, h, w, c]
         if not s.decode:
             return z, jnp.isfinite(z).all((1, 2, 3))
-        images = layers.merge(decoder, decoder_weights).decode(z)
+        images = layers.merge(decoder, decoder_weights).decode(z)  # [B, H, W, 3]
         levels = crops.to_levels(images)
-        finite = jnp.isfinite(levels).all((1, 2, 3))
+        finite = jnp.isfinite(levels).all((1, 2, 3))  # [B]
         levels = jnp.where(finite[:, None, None, None], levels, 0)
         return levels.astype(jnp.uint8), finite
 
-    # The encoder's weights too, which lie there all the same: a plan counts their memory.
+    # The encoder's weights are on the devices too: keep_unused, so that a plan counts their memory.
     return jax.jit(run, out_shardings=sharding.replicated(mesh), keep_unused=True)
 
 
@@ -507,8 +510,8 @@ def load_generator(
 def abstract_generator(config: Any, mesh: Mesh) -> Generator:
     """What `load_generator` makes, with shapes for weights.
 
-    config: of the run that trains it, completed (`matching.complete`); its autoencoder is a
-    VARIANT, its dtype that of the sampling.
+    config: of the run that trains it, resolved (`matching.resolve_latent_spec`); its autoencoder is
+    a VARIANT, its dtype that of the sampling.
     """
     inner, outer = _config(config.dtype), _config(config.dtype)
     inner.model.variant, inner.model.depthwise = config.autoencoder, config.model.depthwise

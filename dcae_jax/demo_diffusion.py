@@ -57,13 +57,9 @@ def judge(workdir: str, configs: str) -> Samples:
     near = np.stack([known[n][0][0].astype(np.float32) for n in range(JUDGED * count)])
     unseen, labels = held_out(model, len(known), JUDGED * count)
     wanted = np.arange(SAMPLED * count) % count
-    drawn = model.sample_latents(
-        wanted,
-        config.sample.guidance,
-        config.sample.steps,
-        config.seed,
-        sampler=config.sample.sampler,
-    )
+    c = config.sample
+    settings = api.SampleSettings(c.guidance, c.steps, config.seed, c.sampler)
+    drawn = model.sample_latents(wanted, settings)
     hit = nearest(near, np.arange(len(near)) % count, unseen) == labels
     sampled_hit = nearest(near, np.arange(len(near)) % count, drawn) == wanted
     first, then = SHOWN

@@ -98,7 +98,7 @@ def on_latents(config: Any) -> tuple[Any, Any, dict[str, Any]]:
             "run configs/encode.py, then set data.source=latents and data.path to its workdir"
         )
     source = sources.training_source(config.data)
-    return matching.complete(config, source.manifest), source, source.manifest
+    return matching.resolve_latent_spec(config, source.manifest), source, source.manifest
 
 
 def batch_sizes(config: Any) -> list[int]:

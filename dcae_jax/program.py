@@ -73,8 +73,9 @@ def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> An
         )
     if config.objective:
         # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
-        on_disk = bool(config.data.path)
-        config = preflight.on_latents(config)[0] if on_disk else matching.complete(config, None)
+        if config.data.path:
+            return preflight.on_latents(config)[0]
+        return matching.resolve_latent_spec(config, None)
     return config
 
 
@@ -99,7 +100,7 @@ def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
             f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
             "'autoencoder=f64c128' or another into plan.overrides"
         )
-    model = matching.complete(model, None)
+    model = matching.resolve_latent_spec(model, None)
     s = config.sample
     if (s.sampler or sampling.SAMPLERS[model.objective][0]) == "dopri5":
         raise UserError(
@@ -258,9 +259,10 @@ def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
     """train.py's step, jitted, and its abstract arguments, laid out on `mesh`; or a sampler's."""
     if config.job == "sample":
         s = config.sample
-        return api.abstract_generator(config, mesh).program(
-            config.batch_size, s.guidance, s.steps, s.sampler, s.guidance_interval
+        settings = api.SampleSettings(
+            s.guidance, s.steps, sampler=s.sampler, interval=s.guidance_interval
         )
+        return api.abstract_generator(config, mesh).program(config.batch_size, settings)
     spec = state_lib.train_spec(config, mesh)
     state = state_lib.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, size, mesh)

@@ -16,7 +16,7 @@ def planned(autoencoder, patch_size):
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), "s")
     config.autoencoder, config.patch_size, config.resolution = autoencoder, patch_size, 512
     config.unroll = True  # XLA counts a loop's body once
-    return matching.complete(config, None)
+    return matching.resolve_latent_spec(config, None)
 
 
 def step_flops(config, mesh):
