@@ -89,5 +89,5 @@ import small_judges
 from conftest import CONFIGS
 from dcae_jax import config as config_lib
 from dcae_jax import evaluate
-from dcae_jax.models import inception
+from dcae_jax.models import inception, inception_torch
 """

@@ -49,7 +49,10 @@ HUGE = b"[" + b"[]," * 20_000_000 + b"[]]"
         (b'{"a": {"dtype": "F32", "shape": [1e99], "data_offsets": [0, 8]}}', "`1e+99`"),
         (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}', "JSON"),
         (b'{"a": {"dtype": "F32", "shape": ' + b"9" * 5000 + b"}}", "number out of range"),
-        (b'{"a": {"dtype": "F32", "shape": [' + b"1," * 40 + b'2], "data_offsets": [0, 8]}}', "cov"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [' + b"1," * 40 + b'2], "data_offsets": [0, 8]}}',
+            "cov",
+        ),
     ],
 )
 def test_headers_that_unfold(tmp_path, header, words):
