@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dcae_jax import config as config_lib
 from dcae_jax import hub, models
 from dcae_jax.config import UserError
-from dcae_jax.models.layers import Weights
 
 if TYPE_CHECKING:
     from dcae_jax.models.protocol import (
+        Arrays,
         AutoencoderArchitecture,
         AutoencoderNames,
         BackboneArchitecture,
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     )
 
 
-def read(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
+def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
     """(weights by path, config.model) of a published folder, file or hub name.
 
     variant: what the weights are of; needed by files whose tensors do not tell, and checked
-    against the others. Arrays are NumPy, float32, and views of the mapped file where possible.
-    Raises UserError, one line, before anything is converted.
+    against the others. Arrays are NumPy, float32. Raises UserError, one line.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
@@ -118,7 +117,7 @@ AUTOENCODER_PREFIX = "autoencoder."
 HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
 
 
-def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
+def read_generator(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
     """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
 
     settings: {'model': all of config.model, 'patch_size': int, 'objective': 'epsilon',
