@@ -110,9 +110,6 @@ def model_settings(arch: "AutoencoderArchitecture") -> dict[str, Any]:
 
 # --- diffusion models -----------------------------------------------------------------------------
 
-# What stands before the names: in folders of the hub, in files of the authors' trainers; nothing
-# in those of U-ViT and DiT.
-PREFIXES = ("diffusion_model.", "uvit.", "dit.", "0.", "")
 AUTOENCODER_PREFIX = "autoencoder."
 HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
 
@@ -154,7 +151,7 @@ def kind_of(path: str) -> str:
     """
     _, tensors = hub.read_tensors(path)
     first = [names.FIRST for _, names in _backbones()]
-    found = any(prefix + name in tensors for prefix in PREFIXES for name in first)
+    found = any(prefix + name in tensors for prefix in _prefixes() for name in first)
     return "generator" if found else "autoencoder"
 
 
@@ -163,11 +160,19 @@ def _backbones() -> "list[tuple[BackboneModule, BackboneNames]]":
     return [(module, models.backbone_names(module)) for module in modules]
 
 
+def _prefixes() -> list[str]:
+    """What stands before the names: in folders of the hub, in files of the authors' trainers;
+    nothing in those of U-ViT and DiT.
+    """
+    own = [f"{module.__name__.rpartition('.')[2]}." for module, _ in _backbones()]
+    return ["diffusion_model.", *own, "0.", ""]
+
+
 def _recognise(
     tensors: Mapping[str, Any], variant: str
 ) -> "tuple[BackboneModule, BackboneArchitecture, str]":
     """(the backbone's file, architecture, prefix of the names) of tensors."""
-    for prefix in PREFIXES:
+    for prefix in _prefixes():
         for module, names in _backbones():
             row = module.VARIANTS.get(variant)
             arch = names.recognise(tensors, row.heads if row else 0, prefix)
