@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         BackboneModule,
     )
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, jax.Array | np.ndarray]
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS = "weights.safetensors"
@@ -174,7 +174,7 @@ def write_stablehlo(
         exported = jax.export.export(function, platforms=PLATFORMS)(
             shapes, jax.ShapeDtypeStruct(inputs[name], jnp.float32)
         )
-        report.write_file(os.path.join(folder, f"{name}.stablehlo"), exported.serialize())
+        report.write_file(os.path.join(folder, f"{name}.stablehlo"), bytes(exported.serialize()))
     torch_io.write_safetensors(os.path.join(folder, WEIGHTS), _contiguous(weights), {})
     report.write_json(os.path.join(folder, "model.json"), {**meta, "kind": "stablehlo"})
     report.write_file(os.path.join(folder, "example.py"), EXAMPLE.encode())

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dcae_jax import config as config_lib
 from dcae_jax import hub, models
 from dcae_jax.config import UserError
-from dcae_jax.models.layers import Weights
 
 if TYPE_CHECKING:
     from dcae_jax.models.protocol import (
+        Arrays,
         AutoencoderArchitecture,
         AutoencoderNames,
         BackboneArchitecture,
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     )
 
 
-def read(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
+def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
     """(weights by path, config.model) of a published folder, file or hub name.
 
     variant: what the weights are of; needed by files whose tensors do not tell, and checked
-    against the others. Arrays are NumPy, float32, and views of the mapped file where possible.
-    Raises UserError, one line, before anything is converted.
+    against the others. Arrays are NumPy, float32. Raises UserError, one line.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
@@ -111,14 +110,11 @@ def model_settings(arch: "AutoencoderArchitecture") -> dict[str, Any]:
 
 # --- diffusion models -----------------------------------------------------------------------------
 
-# What stands before the names: in folders of the hub, in files of the authors' trainers; nothing
-# in those of U-ViT and DiT.
-PREFIXES = ("diffusion_model.", "uvit.", "dit.", "0.", "")
 AUTOENCODER_PREFIX = "autoencoder."
 HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
 
 
-def read_generator(path: str, variant: str = "") -> tuple[Weights, dict[str, Any]]:
+def read_generator(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
     """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
 
     settings: {'model': all of config.model, 'patch_size': int, 'objective': 'epsilon',
@@ -155,7 +151,7 @@ def kind_of(path: str) -> str:
     """
     _, tensors = hub.read_tensors(path)
     first = [names.FIRST for _, names in _backbones()]
-    found = any(prefix + name in tensors for prefix in PREFIXES for name in first)
+    found = any(prefix + name in tensors for prefix in _prefixes() for name in first)
     return "generator" if found else "autoencoder"
 
 
@@ -164,11 +160,19 @@ def _backbones() -> "list[tuple[BackboneModule, BackboneNames]]":
     return [(module, models.backbone_names(module)) for module in modules]
 
 
+def _prefixes() -> list[str]:
+    """What stands before the names: in folders of the hub, in files of the authors' trainers;
+    nothing in those of U-ViT and DiT.
+    """
+    own = [f"{module.__name__.rpartition('.')[2]}." for module, _ in _backbones()]
+    return ["diffusion_model.", *own, "0.", ""]
+
+
 def _recognise(
     tensors: Mapping[str, Any], variant: str
 ) -> "tuple[BackboneModule, BackboneArchitecture, str]":
     """(the backbone's file, architecture, prefix of the names) of tensors."""
-    for prefix in PREFIXES:
+    for prefix in _prefixes():
         for module, names in _backbones():
             row = module.VARIANTS.get(variant)
             arch = names.recognise(tensors, row.heads if row else 0, prefix)

@@ -2,6 +2,7 @@
 """Weights that others published: every kind of path, and files that are not what they claim."""
 
 import dataclasses
+import fnmatch
 import http.server
 import json
 import logging
@@ -290,6 +291,39 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
     assert (
         tmp_path / "cache" / "hub" / "models--mit-han-lab--dc-ae-f32c128-1.5-diffusers"
     ).exists()
+
+
+def test_a_download_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    """Catches a snapshot with some of its shards taken for the whole model, and a second request
+    for one that is whole."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    arch = SMALL["dc-ae-f32c128-1.5"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    names = sorted(tensors)
+    parts = {
+        f"{hub.DIFFUSERS_FILE[:-12]}-0000{i}-of-00002.safetensors": names[i::2] for i in (0, 1)
+    }
+    index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
+    (tmp_path / "hub" / f"{hub.DIFFUSERS_FILE}.index.json").write_text(json.dumps(index))
+    first, second = parts
+    save_file({n: tensors[n] for n in parts[first]}, tmp_path / "hub" / first)
+    asked = []
+
+    def download(name, *, allow_patterns, local_files_only):
+        asked.append(local_files_only)
+        if not local_files_only:
+            assert any(fnmatch.fnmatch(second, pattern) for pattern in allow_patterns)
+            assert not any(fnmatch.fnmatch("unet/" + second, p) for p in allow_patterns)
+            save_file({n: tensors[n] for n in parts[second]}, tmp_path / "hub" / second)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    same(weights, checkpoint.load_weights("somebody/something")[0])
+    assert asked == [True, False]
+    checkpoint.load_weights("somebody/something")
+    assert asked == [True, False, True]
 
 
 # --- files that are not what they claim -----------------------------------------------------------

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one converter between our layouts and PyTorch's, and how a model's file is found."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -140,10 +142,7 @@ def test_each_model_offers_what_the_protocols_list():
 
 def test_a_model_without_foreign_names_says_so():
     """Catches an ImportError, as a traceback, for a backbone that only this package has."""
-
-    class Mine:
-        __name__ = "dcae_jax.models.mine"
-
-    assert not models.has_names(Mine)
+    mine = types.ModuleType("dcae_jax.models.mine")
+    assert not models.has_names(mine)
     with pytest.raises(UserError, match="model.name='mine' has no mine_torch.py"):
-        models.backbone_names(Mine)
+        models.backbone_names(mine)

@@ -88,5 +88,5 @@ assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
 from support import CONFIGS, small_judges
 from dcae_jax import config as config_lib
 from dcae_jax import evaluate
-from dcae_jax.models import inception
+from dcae_jax.models import inception, inception_torch
 """
