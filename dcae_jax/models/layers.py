@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of DC-AE, and the bridge between NNX modules and flat dicts of weights.
+"""The layers of DC-AE.
 
 Images are NHWC. Parameters are float32; a layer computes in its `dtype`; norms and attention
 sums are float32 whatever the dtype is. Layers follow PyTorch where numbers depend on it: padding,
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Array = jax.Array
-Weights = dict[str, Array]
+from dcae_jax.models.weights import Array, Weights, merge, split  # noqa: F401
+
 Fill = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Init = Callable[[tuple[int, ...], Fill], Any]  # makes each parameter: `shapes` or `random(seed)`
 
@@ -24,31 +24,7 @@ HEAD_DIM = 32  # channels of one head of the linear attention [DC-AE, efficientv
 EXPAND = 8  # hidden channels of GLUMBConv over its input's, both halves of the gate together
 
 
-# --- modules <-> flat dicts -----------------------------------------------------------------------
-
-
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:
-    """Returns (graph, parameters, statistics).
-
-    Both are {'decoder.stages.1.0.conv.kernel': array}: attribute names and list indices joined
-    by dots. Statistics are the running mean and variance of BatchNorm.
-    """
-    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graph, _flat(params), _flat(stats)
-
-
-def merge(graph: nnx.GraphDef, weights: Weights) -> Any:
-    """The module of `graph` holding `weights` (parameters and statistics together)."""
-    paths = [(_path(name), value) for name, value in weights.items()]
-    return nnx.merge(graph, nnx.from_flat_state(paths))
-
-
-def _flat(state: nnx.State) -> Weights:
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def _path(name: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+# --- modes of modules ----------------------------------------------------------------------------
 
 
 def train_norms(model: nnx.Module, trained: Callable[[str], bool]) -> None:
