@@ -207,9 +207,7 @@ def _reconstruction(
     def forward(params):
         weights = use(plan, _constant_where_frozen(plan, params))
         model = layers.merge(plan.graph, {**weights, **state.stats})
-        layers.train_norms(model, plan.trained.__contains__)
-        if config.remat == "blocks":
-            layers.remat_blocks(model)
+        model = layers.training_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
 
@@ -262,7 +260,6 @@ class _Gan:
         """(logits [B, h, w], statistics after this pass)."""
         weights = {**use(self.plan, params), **self.state.stats}
         model = layers.merge(self.plan.discriminator.graph, weights)
-        layers.train_norms(model, lambda name: True)
         if self.config.loss.gan_diff_augment:
             pictures = losses.diff_augment(self.key, pictures)
         return model(pictures), layers.split(model)[2]
