@@ -60,7 +60,7 @@ def write(config: Any, weights: Weights, folder: str) -> float:
     """
     arch = models.find(config.model).architecture(config.model)
     mesh = sharding.make_mesh(_one(config.mesh), jax.devices()[:1])
-    _, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
+    _, params, stats = layers.split(state.abstract_model(config, mesh))
     state.check_weights(weights, {**params, **stats})
     meta = _autoencoder_meta(config, config.model, arch)
     if config.export.format == "stablehlo":
@@ -85,7 +85,7 @@ def _write_stablehlo(
         config.dtype = "float32"
     if config.model.depthwise == "auto":
         config.model.depthwise = "grouped"
-    graph, _, _ = layers.split(state.create_model(config, mesh, layers.shapes))
+    graph, _, _ = layers.split(state.abstract_model(config, mesh))
     arch = models.find(config.model).architecture(config.model)
     return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
 

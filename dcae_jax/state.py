@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from dcae_jax import models, optim, sharding
 from dcae_jax.config import UserError
 from dcae_jax.models import layers, patchgan
-from dcae_jax.models.layers import Weights
-
-model_module = models.find
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.weights import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -67,21 +66,31 @@ class TrainSpec:
     layout: sharding.Layout | None = None  # how the weights are sharded
 
 
-def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
+def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
-    dtype = sharding.compute_dtype(config, mesh)
+    dtype, remat = sharding.compute_dtype(config, mesh), config.remat == "blocks"
     if config.objective:
         return models.find(config.model).create(
             architecture(config),
             dtype=dtype,
-            init=init,
-            remat=config.remat == "blocks",
+            init=layers.drawn(rngs),
+            remat=remat,
             unroll=config.unroll,
             layout=sharding.layout(config, mesh),
         )
     return models.find(config.model).create(
-        config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
+        config.model, platform=sharding.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
     )
+
+
+def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
+    """`create_model` with shapes in place of arrays."""
+    return weights_lib.abstract(functools.partial(create_model, config, mesh))
+
+
+def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
+    """Parameters and statistics of the model of `config`, drawn on the host."""
+    return _joined(create_model(config, mesh, nnx.Rngs(seed)))
 
 
 def architecture(config: Any) -> Any:
@@ -103,7 +112,7 @@ def architecture(config: Any) -> Any:
 
 def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
     """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
-    graphdef, params, stats = layers.split(create_model(config, mesh, layers.shapes))
+    graphdef, params, stats = weights_lib.split(abstract_model(config, mesh))
     arch = architecture(config)
     patterns = config.trainable
     if not config.objective:
@@ -130,13 +139,14 @@ def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
 
 def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
     """The PatchGAN of config.loss, and its optimizer."""
-    graphdef, params, _ = layers.split(create_discriminator(config, mesh, layers.shapes))
+    model = weights_lib.abstract(functools.partial(create_discriminator, config, mesh))
+    graphdef, params, _ = weights_lib.split(model)
     return DiscriminatorSpec(graphdef, params, optim.discriminator_optimizer(config))
 
 
-def create_discriminator(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
-    dtype = sharding.compute_dtype(config, mesh)
-    return patchgan.create(config.loss, dtype=dtype, init=init)
+def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> patchgan.PatchGAN:
+    """The PatchGAN of config.loss for the devices of `mesh`."""
+    return patchgan.create(config.loss, dtype=sharding.compute_dtype(config, mesh), rngs=rngs)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -204,23 +214,22 @@ def init_state(
     """
     abstract = abstract_state(config, mesh, spec)
     if weights is None:
-        weights = _joined(create_model(config, mesh, layers.random(config.seed)))
+        weights = random_weights(config, mesh, config.seed)
     check_weights(weights, {**spec.params, **spec.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
     if spec.discriminator:
-        # Another seed than the model's, or both would start from the same draws.
-        init = layers.random(config.seed + 2**32)
-        other = _place(
-            _joined(create_discriminator(config, mesh, init)), abstract.discriminator.params
-        )
+        # Another key than the model's, or both would start from the same draws.
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
+        discriminator = _joined(create_discriminator(config, mesh, rngs))
+        other = _place(discriminator, abstract.discriminator.params)
     places = jax.tree.map(lambda s: s.sharding, abstract)
     start = jax.jit(functools.partial(fresh, spec), out_shardings=places, donate_argnums=(0, 1))
     return start(weights, other)
 
 
 def _joined(model: nnx.Module) -> Weights:
-    _, params, stats = layers.split(model)
+    _, params, stats = weights_lib.split(model)
     return {**params, **stats}
 
 

@@ -155,9 +155,7 @@ def reconstruction_gradients(
     def forward(params: Weights) -> tuple[Array, Weights]:
         weights = use(spec, stop_frozen_gradients(spec, params))
         model = layers.merge(spec.graphdef, {**weights, **state.stats})
-        layers.train_norms(model, spec.trained.__contains__)
-        if config.remat == "blocks":
-            layers.remat_blocks(model)
+        model = layers.training_norms(model, spec.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
 

@@ -15,7 +15,8 @@ from support import parity
 from support.parity import close
 
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_diffusers, dcae_torch, layers
+from dcae_jax.models import dcae, dcae_diffusers, dcae_torch
+from dcae_jax.models.weights import abstract, split
 
 # The first 40 digits of the SHA-256 of the sorted lines "name shape" of the state dicts that
 # diffusers' AutoencoderDC and the authors' own class (DC-Gen, run once with PyTorch) have for each
@@ -50,14 +51,18 @@ def small(layout):
 @functools.cache
 def runner(arch, depthwise="shifted", quick=True):
     """A compiled function: (weights, x [B, H, W, 3]) -> (latents, images made of them)."""
-    model = dcae.DCAE(arch, depthwise=depthwise, dtype=jnp.float32, init=layers.shapes)
-    return parity.round_trip(layers.split(model)[0], quick)
+    model = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise=depthwise, dtype=jnp.float32, rngs=rngs)
+    )
+    return parity.round_trip(split(model)[0], quick)
 
 
 @functools.cache
 def shapes(arch):
-    model = dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=layers.shapes)
-    _, params, stats = layers.split(model)
+    model = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=rngs)
+    )
+    _, params, stats = split(model)
     return {name: tuple(leaf.shape) for name, leaf in {**params, **stats}.items()}
 
 

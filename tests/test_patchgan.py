@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import phase3_golden
 import pytest
+from flax import nnx
 from goldens import make_gan
 
 from dcae_jax import config as config_lib
@@ -74,5 +75,5 @@ def test_the_discriminator_is_seeded_by_the_run_and_unlike_the_model(one_device)
             state.init_state(config, one_device, spec).discriminator.params["convs.0.kernel"]
         )
     assert not np.array_equal(found[0], found[1])
-    as_model = state.create_discriminator(config, one_device, layers.random(1))
+    as_model = state.create_discriminator(config, one_device, nnx.Rngs(1))
     assert not np.array_equal(found[1], layers.split(as_model)[1]["convs.0.kernel"])

@@ -13,7 +13,8 @@ from support import CONFIGS
 from dcae_jax import checkpoint, data, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, sdvae
+from dcae_jax.models import dcae, sdvae
+from dcae_jax.models.weights import merge
 
 
 def _phase(number, small, variant="tiny"):
@@ -76,7 +77,7 @@ def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
             np.testing.assert_array_equal(averaged[name], old)
     if number == 3:
         x = jnp.asarray(np.random.default_rng(9).uniform(-1, 1, (1, 64, 64, 3)), jnp.float32)
-        encode = jax.jit(lambda w: layers.merge(spec.graphdef, w).encode(x))
+        encode = jax.jit(lambda w: merge(spec.graphdef, w).encode(x))
         old_latents = encode({**before.params, **before.stats})
         np.testing.assert_array_equal(old_latents, encode(averaged))
 

@@ -22,7 +22,8 @@ from support.published_weights import KL, SMALL, hollow_file, random_weights, sa
 import dcae_jax
 from dcae_jax import checkpoint, hub, published, state
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_torch, layers, sdvae, sdvae_torch
+from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
+from dcae_jax.models.weights import abstract, split
 
 # --- every kind of path ---------------------------------------------------------------------------
 
@@ -424,8 +425,10 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
     """Catches a square kernel turned one way only, and two tensors under one name, in the depths
     and widths that are published; both give no error, since all shapes are right."""
     arch = dcae.variant(name)
-    module = dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.shapes)
-    _, params, stats = layers.split(module)
+    module = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=rngs)
+    )
+    _, params, stats = split(module)
     rng = np.random.default_rng(0)
     weights = {
         path: rng.standard_normal(leaf.shape, np.float32)

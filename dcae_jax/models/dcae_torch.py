@@ -122,7 +122,7 @@ def shapes_in(arch: Variant, form: str) -> torch_layout.Shapes:
 @functools.cache
 def _shapes(arch: Variant) -> torch_layout.Shapes:
     return torch_layout.shapes_of(
-        lambda init: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=init)
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=rngs)
     )
 
 

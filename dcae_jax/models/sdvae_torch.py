@@ -113,7 +113,7 @@ def _only_diffusers(form: str) -> None:
 
 
 def _shapes(arch: Variant) -> torch_layout.Shapes:
-    return torch_layout.shapes_of(lambda init: sdvae.SDVAE(arch, dtype=jnp.float32, init=init))
+    return torch_layout.shapes_of(lambda rngs: sdvae.SDVAE(arch, dtype=jnp.float32, rngs=rngs))
 
 
 def _table(arch: Variant) -> dict[str, torch_layout.Layer]:

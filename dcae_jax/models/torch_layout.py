@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers
+from dcae_jax.models import weights as weights_lib
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, Any]  # {PyTorch's name: something with a shape that np.asarray reads}
@@ -57,9 +57,9 @@ def linear_table(table: Mapping[str, str]) -> dict[str, Layer]:
     return {ours: Layer((theirs,), linear=True) for ours, theirs in table.items()}
 
 
-def shapes_of(create: Callable[[layers.Init], nnx.Module]) -> Shapes:
+def shapes_of(create: Callable[[nnx.Rngs], nnx.Module]) -> Shapes:
     """{our path: shape} of the parameters and statistics of the model that `create` makes."""
-    _, params, stats = layers.split(create(layers.shapes))
+    _, params, stats = weights_lib.split(weights_lib.abstract(create))
     return {path: tuple(leaf.shape) for path, leaf in {**params, **stats}.items()}
 
 

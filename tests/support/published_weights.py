@@ -6,10 +6,12 @@ import json
 import os
 
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from dcae_jax import hub
-from dcae_jax.models import dcae, dcae_torch, layers, sdvae, sdvae_torch
+from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
+from dcae_jax.models import weights as weights_lib
 
 # The blocks of published models at a hundredth of their width.
 SMALL = {
@@ -35,11 +37,11 @@ KL = dataclasses.replace(sdvae.VARIANTS["sd-vae-f8"], widths=(32, 32, 32, 32))
 def random_weights(arch):
     """{path: array} of an autoencoder."""
     module = (
-        sdvae.SDVAE(arch, dtype=np.float32, init=layers.random(0))
+        sdvae.SDVAE(arch, dtype=np.float32, rngs=nnx.Rngs(0))
         if isinstance(arch, sdvae.Variant)
-        else dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.random(0))
+        else dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=nnx.Rngs(0))
     )
-    _, params, stats = layers.split(module)
+    _, params, stats = weights_lib.split(module)
     return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
 
 

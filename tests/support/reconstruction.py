@@ -6,7 +6,6 @@ import numpy as np
 
 import dcae_jax
 from dcae_jax import evaluate, sharding, sources, state
-from dcae_jax.models import layers
 
 
 def judge(config, devices=1, source=None):
@@ -21,5 +20,4 @@ def judge(config, devices=1, source=None):
 def model_weights(config):
     """Random weights by path, NumPy."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    _, params, stats = layers.split(state.create_model(config, mesh, layers.random(5)))
-    return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
+    return {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 5).items()}

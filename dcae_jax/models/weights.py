@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bridge between NNX modules and flat dicts of weights.
+
+Training, checkpoints and exports hold {'decoder.stages.1.0.conv.kernel': array}: attribute names
+and list indices joined by dots. Modules exist only while a function is traced.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+Array = jax.Array
+Weights = dict[str, Array]
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:
+    """Returns (graph, parameters, statistics), the latter two by path.
+
+    Statistics are the running mean and variance of BatchNorm.
+    """
+    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graph, _flat(params), _flat(stats)
+
+
+def merge(graph: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
+    """The module of `graph` holding `weights` (parameters and statistics together)."""
+    paths = [(_path(name), value) for name, value in weights.items()]
+    return nnx.merge(graph, nnx.from_flat_state(paths))
+
+
+class _OneKey(nnx.RngStream):
+    """A stream that gives the same key again and again, which is enough for shapes.
+
+    Counting inside a trace takes nnx a time that grows with the square of the draws.
+    """
+
+    def __call__(self) -> Array:
+        return self.key[...]
+
+
+def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """The module that `create` makes, with shapes in place of arrays. Allocates nothing."""
+
+    def one_key() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        rngs.default = _OneKey(0, tag="default")
+        return create(rngs)
+
+    return nnx.eval_shape(one_key)
+
+
+def num_parameters(weights: Mapping[str, Any], prefix: str | tuple[str, ...] = "") -> int:
+    """The number of values in `weights` (arrays or their shapes) whose path starts so."""
+    return sum(leaf.size for path, leaf in weights.items() if path.startswith(prefix))
+
+
+def _flat(state: nnx.State) -> Weights:
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
