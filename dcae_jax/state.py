@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from dcae_jax import optim, sharding
 from dcae_jax.config import UserError
 from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.layers import Weights
 
 
@@ -69,7 +71,6 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
-    layout: sharding.Layout | None = None  # where weights lie split
 
 
 def model_module(model_config: Any) -> Any:
@@ -91,17 +92,29 @@ def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
     dtype = sharding.compute_dtype(config, mesh)
     if config.objective:
-        return model_module(config.model).create(
-            architecture(config),
+        arch = architecture(config)
+        sharding.check_heads(arch.heads, mesh)
+        create = functools.partial(
+            model_module(config.model).create,
+            arch,
             dtype=dtype,
-            init=init,
             remat=config.remat == "blocks",
             unroll=config.unroll,
-            layout=sharding.layout(config, mesh),
         )
-    return model_module(config.model).create(
-        config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
-    )
+        model = _create(lambda rngs: create(rngs=rngs), init)
+    else:
+        model = model_module(config.model).create(
+            config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
+        )
+    return sharding.set_rules(model, config.sharding)
+
+
+def _create(create: Callable[[nnx.Rngs], nnx.Module], init: layers.Init) -> nnx.Module:
+    """create(rngs) with the seed of `init`, or with shapes in place of arrays."""
+    if init is layers.shapes:
+        return weights_lib.abstract(create)
+    seed = init((1,), lambda rng, shape: rng.integers(0, 2**24, shape))
+    return nnx.jit(create)(nnx.Rngs(int(seed[0])))
 
 
 def architecture(config: Any) -> Any:
@@ -133,11 +146,10 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
-    layout = sharding.layout(config, mesh)
     moved = trained | moving
     averaged = moved if config.ema_decay else frozenset()
     if config.objective:
-        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "", layout)
+        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "")
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -145,7 +157,7 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer, layout)
+    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
@@ -156,7 +168,8 @@ def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
 
 def create_discriminator(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
     dtype = sharding.compute_dtype(config, mesh)
-    return patchgan.create(config.loss, dtype=dtype, init=init)
+    model = patchgan.create(config.loss, dtype=dtype, init=init)
+    return sharding.set_rules(model, config.sharding)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -210,9 +223,11 @@ def abstract_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
         {**plan.params, **plan.stats},
         {**other.params, **other.stats} if other else {},
     )
-    places = sharding.state_shardings(shapes, config.sharding, mesh)
+    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
     )
 
 
@@ -235,8 +250,8 @@ def init_state(
         # Another seed than the model's, or both would start from the same draws.
         init = layers.random(config.seed + 2**32)
         other = _place(_joined(create_discriminator(config, mesh, init)), {**d.params, **d.stats})
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    start = jax.jit(functools.partial(fresh, plan), out_shardings=places, donate_argnums=(0, 1))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(functools.partial(fresh, plan), out_shardings=shardings, donate_argnums=(0, 1))
     return start(weights, other)
 
 
@@ -246,7 +261,10 @@ def _joined(model: nnx.Module) -> Weights:
 
 
 def _place(weights: Weights, abstract: Weights) -> Weights:
-    return {name: sharding.put(weights[name], leaf.sharding) for name, leaf in abstract.items()}
+    return {
+        name: sharding.host_to_global(weights[name], leaf.sharding)
+        for name, leaf in abstract.items()
+    }
 
 
 def check_weights(weights: Weights, wanted: Weights) -> None:

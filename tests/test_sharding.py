@@ -280,7 +280,7 @@ def test_processes_read_the_images_that_their_devices_have(shape, share, places,
     devices = np.array([_Device(i // 2) for i in range(8)], object).reshape(shape)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     mesh = _Hosts(devices)
-    assert sharding.share(mesh) == share
+    assert sharding.process_batch_slice(mesh) == share
     assert sharding._places(mesh)[1] == places
 
 
@@ -288,7 +288,7 @@ def test_shares_that_overlap_in_part_are_refused():
     """Catches batches of different sizes on different processes, which would hang."""
     devices = np.array([_Device(i // 2) for i in range(6)], object).reshape(2, 1, 3, 1)
     with pytest.raises(UserError, match="part of each other's images"):
-        sharding.share(_Hosts(devices))
+        sharding.process_batch_slice(_Hosts(devices))
 
 
 @pytest.fixture(scope="module")
