@@ -165,7 +165,7 @@ def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
     places, shares = _places(mesh)[jax.process_index()], process_batch_slice(mesh)[1]
     rows = len(value) // len(places)  # at one place
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # of slices
         first = places.index((index[0].start or 0) // rows) * rows
         return value[(slice(first, first + rows), *index[1:])]
 
@@ -176,7 +176,7 @@ def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
 def host_to_global(value: Any, where: NamedSharding) -> jax.Array:
     """A global array with the sharding `where`, of a host array that every process has whole."""
     value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
 
 RULES = ("fsdp", "rows", "columns", "replicate")
@@ -194,7 +194,8 @@ def weight_spec(
     if rule not in RULES:
         raise UserError(f"sharding rule {rule!r} is not known; choose one of {', '.join(RULES)}")
     first = 1 if stacked else 0
-    left, names = list(shape), [() for _ in shape]
+    left = list(shape)
+    names: list[tuple[str, ...]] = [() for _ in shape]
     axis = len(shape) - {"rows": 2, "columns": 1}.get(rule, len(shape) + 1)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if axis >= first and tensor > 1 and left[axis] % tensor == 0:

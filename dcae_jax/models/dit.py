@@ -130,11 +130,18 @@ class Block(nnx.Module):
 
     def __init__(self, arch: Architecture, *, attention: str = "plain", dtype: Any, rngs: nnx.Rngs):
         c = arch.width
-        kwargs = dict(kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(c, rngs=rngs)
-        self.attn = Attention(c, arch.heads, qkv_bias=True, attention=attention, **kwargs)
+        self.attn = Attention(
+            c,
+            arch.heads,
+            qkv_bias=True,
+            kernel_init=XAVIER,
+            attention=attention,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm2 = layer_norm(c, rngs=rngs)
-        self.mlp = MLP(c, approximate=True, **kwargs)
+        self.mlp = MLP(c, approximate=True, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(c, 6, rngs=rngs)
 
     def __call__(self, x: Array, c: Array) -> Array:

@@ -6,6 +6,7 @@ whatever the dtype is.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -97,9 +98,9 @@ class Attention(nnx.Module):
             raise UserError(
                 f"attention={attention!r} is not known; choose one of {', '.join(ATTENTIONS)}"
             )
-        kwargs = dict(kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, use_bias=qkv_bias, **kwargs)
-        self.proj = nnx.Linear(width, width, **kwargs)
+        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
+        self.proj = linear(width, width)
         self.heads, self.attention = heads, attention
 
     def __call__(self, x: Array) -> Array:
@@ -150,9 +151,9 @@ class MLP(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        kwargs = dict(kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.fc1 = nnx.Linear(width, MLP_RATIO * width, **kwargs)
-        self.fc2 = nnx.Linear(MLP_RATIO * width, width, **kwargs)
+        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, MLP_RATIO * width)
+        self.fc2 = linear(MLP_RATIO * width, width)
         self.approximate = approximate
 
     def __call__(self, x: Array) -> Array:

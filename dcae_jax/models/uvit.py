@@ -85,13 +85,20 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         c = arch.width
-        kwargs = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         if skip:
-            self.skip_linear = nnx.Linear(2 * c, c, **kwargs)
+            self.skip_linear = nnx.Linear(2 * c, c, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(c, rngs=rngs)
-        self.attn = Attention(c, arch.heads, qkv_bias=False, attention=attention, **kwargs)
+        self.attn = Attention(
+            c,
+            arch.heads,
+            qkv_bias=False,
+            kernel_init=NORMAL,
+            attention=attention,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.norm2 = layer_norm(c, rngs=rngs)
-        self.mlp = MLP(c, approximate=False, **kwargs)
+        self.mlp = MLP(c, approximate=False, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, skip: Array | None = None) -> Array:
         if skip is not None:
