@@ -248,7 +248,7 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
         value = np.array(weights.pop(name), np.float32, order="C")
-        placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
+        placed[name] = sharding.host_to_global(value, sharding.replicated(mesh)).block_until_ready()
     return placed
 
 
@@ -434,7 +434,11 @@ def _sample_fn(graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _
     """
     s = static
 
-    def run(
+    def run(*arguments: Any) -> tuple[Array, Array]:
+        with sharding.on_mesh(mesh):
+            return generate(*arguments)
+
+    def generate(
         weights: Weights, decoder_weights: Weights, labels: Array, keys: Array, guidance: Array
     ) -> tuple[Array, Array]:
         keys = jax.random.wrap_key_data(keys)

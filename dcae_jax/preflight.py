@@ -73,7 +73,8 @@ def load_lpips(config: Any, mesh: Mesh) -> Weights:
         weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
     except (OSError, ValueError) as error:
         raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
-    return {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}
+    everywhere = sharding.replicated(mesh)
+    return {name: sharding.host_to_global(value, everywhere) for name, value in weights.items()}
 
 
 def lpips_share(config: Any, weights: Weights, compiled: dict[int, Any]) -> float:

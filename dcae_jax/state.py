@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import models, optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, patchgan
+from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Weights
 
@@ -63,24 +63,22 @@ class TrainSpec:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorSpec | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
-    layout: sharding.Layout | None = None  # how the weights are sharded
 
 
 def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
     dtype, remat = sharding.compute_dtype(config, mesh), config.remat == "blocks"
     if config.objective:
-        return models.find(config.model).create(
-            architecture(config),
-            dtype=dtype,
-            init=layers.drawn(rngs),
-            remat=remat,
-            unroll=config.unroll,
-            layout=sharding.layout(config, mesh),
+        arch = architecture(config)
+        sharding.check_heads(arch.heads, mesh)
+        model = models.find(config.model).create(
+            arch, dtype=dtype, remat=remat, unroll=config.unroll, rngs=rngs
         )
-    return models.find(config.model).create(
-        config.model, platform=sharding.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
-    )
+    else:
+        model = models.find(config.model).create(
+            config.model, platform=sharding.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
+        )
+    return sharding.set_rules(model, config.sharding)
 
 
 def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
@@ -89,8 +87,10 @@ def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
 
 
 def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
-    """Parameters and statistics of the model of `config`, drawn on the host."""
-    return _joined(create_model(config, mesh, nnx.Rngs(seed)))
+    """Parameters and statistics of the model of `config`, as random as `seed` makes them."""
+    create = functools.partial(create_model, config, mesh)
+    # An autoencoder draws on the host; a transformer, with fewer layers, in one program.
+    return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
 
 
 def architecture(config: Any) -> Any:
@@ -122,11 +122,10 @@ def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
-    layout = sharding.layout(config, mesh)
     moved = trained | moving
     averaged = moved if config.ema_decay else frozenset()
     if config.objective:
-        return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, None, "", layout)
+        return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, None, "")
     last_layer = models.find(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -134,7 +133,7 @@ def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
             "gradients weigh the GAN loss"
         )
     other = discriminator_spec(config, mesh) if config.loss.gan_weight else None
-    return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, other, last_layer, layout)
+    return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, other, last_layer)
 
 
 def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
@@ -144,9 +143,11 @@ def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
     return DiscriminatorSpec(graphdef, params, optim.discriminator_optimizer(config))
 
 
-def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> patchgan.PatchGAN:
+def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The PatchGAN of config.loss for the devices of `mesh`."""
-    return patchgan.create(config.loss, dtype=sharding.compute_dtype(config, mesh), rngs=rngs)
+    dtype = sharding.compute_dtype(config, mesh)
+    model = patchgan.create(config.loss, dtype=dtype, rngs=rngs)
+    return sharding.set_rules(model, config.sharding)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -198,9 +199,11 @@ def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
         {**spec.params, **spec.stats},
         other.params if other else {},
     )
-    places = sharding.state_shardings(shapes, config.sharding, mesh)
+    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
     )
 
 
@@ -223,8 +226,8 @@ def init_state(
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
         discriminator = _joined(create_discriminator(config, mesh, rngs))
         other = _place(discriminator, abstract.discriminator.params)
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    start = jax.jit(functools.partial(fresh, spec), out_shardings=places, donate_argnums=(0, 1))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(functools.partial(fresh, spec), out_shardings=shardings, donate_argnums=(0, 1))
     return start(weights, other)
 
 
@@ -234,7 +237,10 @@ def _joined(model: nnx.Module) -> Weights:
 
 
 def _place(weights: Weights, abstract: Weights) -> Weights:
-    return {name: sharding.put(weights[name], leaf.sharding) for name, leaf in abstract.items()}
+    return {
+        name: sharding.host_to_global(weights[name], leaf.sharding)
+        for name, leaf in abstract.items()
+    }
 
 
 def check_weights(weights: Weights, wanted: Weights) -> None:

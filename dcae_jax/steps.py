@@ -80,14 +80,19 @@ def make_step(config: Any, spec: TrainSpec) -> TrainStep:
 
 
 def jit_step(config: Any, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
-    """The step, jitted; its state argument is donated, and the new state is sharded as it was.
+    """Jitted train step. Donates the state; the new one keeps its sharding.
 
     abstract: the state as `state.abstract_state` gives it.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    everywhere = sharding.replicated(places.step.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    mesh = shardings.step.mesh
     step = make_step(config, spec)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+
+    def run(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
+        with sharding.on_mesh(mesh):
+            return step(state, batch, lpips)
+
+    return jax.jit(run, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -134,7 +139,8 @@ def denoising_gradients(
     labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
 
     def loss_fn(params: Weights) -> tuple[Array, Metrics]:
-        model = layers.merge(spec.graphdef, use(spec, stop_frozen_gradients(spec, params)))
+        model = layers.merge(spec.graphdef, stop_frozen_gradients(spec, params))
+        model = sharding.all_gather_weights(model)
         return diffusion.loss(config.objective, model, x0, labels, key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -153,8 +159,8 @@ def reconstruction_gradients(
     images = crops.to_float(batch["image"])  # [B, H, W, 3]
 
     def forward(params: Weights) -> tuple[Array, Weights]:
-        weights = use(spec, stop_frozen_gradients(spec, params))
-        model = layers.merge(spec.graphdef, {**weights, **state.stats})
+        weights = {**stop_frozen_gradients(spec, params), **state.stats}
+        model = sharding.all_gather_weights(layers.merge(spec.graphdef, weights))
         model = layers.training_norms(model, spec.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
@@ -174,7 +180,7 @@ def reconstruction_gradients(
         graphdef, params = spec.discriminator.graphdef, state.discriminator.params
 
         def logits(params: Weights, images: Array) -> Array:  # [B, H, W, 3] -> [B, h, w]
-            return layers.merge(graphdef, use(spec, params))(images)
+            return sharding.all_gather_weights(layers.merge(graphdef, params))(images)
 
         def gan_loss_fn(output: Array) -> Array:
             return losses.generator_hinge(logits(params, output))
@@ -231,11 +237,6 @@ def stop_frozen_gradients(spec: TrainSpec, params: Weights) -> Weights:
         name: value if name in spec.trained else jax.lax.stop_gradient(value)
         for name, value in params.items()
     }
-
-
-def use(spec: TrainSpec, weights: Weights) -> Weights:
-    """Sharded weights as a program computes with them: all-gathered over fsdp."""
-    return spec.layout.use(weights) if spec.layout else weights
 
 
 def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:
