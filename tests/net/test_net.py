@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The net: today's numbers, files and words, seen from outside, against those of the record.
+
+`DCAE_NET_EXACT=1` also compares the bytes of weights, latents and samples: on the machine and with
+the libraries of the record alone. One case: `pytest tests/net -m slow -k "uvit"`.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import compare  # noqa: E402
+from cases import CASES  # noqa: E402
+
+RECORD = HERE / "recorded.json"
+SHOWN = 12  # differences
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """{case: result} of the cases that were selected, run in one process of one device."""
+    here = [item for item in request.session.items if item.module is request.module]
+    names = {item.callspec.params["name"] for item in here if hasattr(item, "callspec")}
+    out = tmp_path_factory.mktemp("net") / "found.json"
+    only = "|".join(f"^{name}$" for name in sorted(names))
+    command = [sys.executable, str(HERE / "record.py"), f"--out={out}", f"--only={only}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gives_what_was_recorded(name, results):
+    """Catches what the docstring of the case says."""
+    recorded = json.loads(RECORD.read_text())
+    assert name in recorded, f"{name} is not recorded"
+    exact = os.environ.get("DCAE_NET_EXACT", "") == "1"
+    lines = compare.differences(recorded[name], results[name], exact)
+    if lines:
+        more = [f"... {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        said = "\n".join([*lines[:SHOWN], *more])
+        pytest.fail(f"{name}: {CASES[name].__doc__.splitlines()[0]}\n{said}", pytrace=False)
+
+
+def test_every_recorded_case_is_still_run():
+    """Catches a case that is dropped, and with it what it holds."""
+    assert json.loads(RECORD.read_text()).keys() == CASES.keys()

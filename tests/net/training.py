@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases: twenty steps of each recipe from weights in a file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import inputs
+import space as net
+from space import Space
+
+AUTOENCODER = {
+    "model.widths": "(8,8,16,32,32)",
+    "model.latent_channels": 8,
+    "resolution": 32,
+    "batch_size": 2,
+    "steps": 20,
+    "log_every": 1,
+    "save_every": 100,
+    "evaluate_every": 0,
+    "optimizer.warmup_steps": 3,
+    "ema_warmup": 4,
+    "data.source": "folder",
+    "data.held_out": 0.2,
+    **net.EVALUATE,
+}
+DIFFUSION = {
+    "model.depth": 2,
+    "batch_size": 4,
+    "steps": 20,
+    "log_every": 1,
+    "save_every": 100,
+    "evaluate_every": 0,
+    "optimizer.warmup_steps": 3,
+    "ema_warmup": 4,
+    "sample.count": 2,
+    "sample.steps": 4,
+    "sample.batch_size": 2,
+}
+
+
+def result(space: Space, workdir: str, model: str, form: str) -> dict[str, Any]:
+    """What a run left: its rows, its weights by PyTorch's names, and their files' digests."""
+    start = inputs.weights(model)
+    found = {"rows": net.rows(workdir), "tensors": {}, "sha256": {}}
+    for which in ("ema", "raw"):
+        values, file = space.export(workdir, which, form)
+        found["tensors"][which] = net.tensors(values, start)
+        found["sha256"][which] = net.digest(file)
+    return found
+
+
+def autoencoder(
+    space: Space, name: str, config: str, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains the tiny autoencoder with the recipe of `config`."""
+    changes = AUTOENCODER | {"data.path": space.pictures(), "init_from": space.model("tiny")}
+    workdir = space.job(config, name, changes | dict(settings or {}))
+    return result(space, workdir, "tiny", "diffusers")
+
+
+def phase1(space: Space) -> dict[str, Any]:
+    """Catches another update, decay, schedule, crop or flip in phase 1."""
+    return autoencoder(space, "phase1", "phase1.py:tiny")
+
+
+def lpips(space: Space) -> dict[str, Any]:
+    """Catches another LPIPS in the loss: taps, scaling, norm, weight or gradient."""
+    settings = {"loss.lpips_weight": 0.7, "loss.lpips_weights": space.network("vgg"), "steps": 4}
+    return autoencoder(space, "lpips", "phase1.py:tiny", settings)
+
+
+def phase2(space: Space) -> dict[str, Any]:
+    """Catches another draw of resolutions, and frozen parts of phase 2 that move."""
+    settings = {"resolutions": "(32,48)", "evaluate_first": False}
+    return autoencoder(space, "phase2", "phase2.py:tiny", settings)
+
+
+GAN = {"loss.gan_channels": 8, "evaluate_first": False}
+
+
+def phase3(space: Space) -> dict[str, Any]:
+    """Catches another recipe of phase 3, frozen parts that move, and a GAN that acts too soon.
+
+    While the discriminator warms up, the autoencoder does not depend on it.
+    """
+    settings = {**GAN, "loss.gan_warmup_steps": 1000}
+    found = autoencoder(space, "phase3", "phase3.py:tiny", settings)
+    found["exact"] = {"metrics": sorted(found["rows"][-1])}
+    keep = ("step", "l1", "lpips", "psnr", "psnr_32", "ssim_32", "learning_rate", "skipped")
+    found["rows"] = [{k: row[k] for k in keep if k in row} for row in found["rows"]]
+    return found
+
+
+def gan(space: Space) -> dict[str, Any]:
+    """Catches another GAN: its losses, warm-up, adaptive weight, optimizer and gates.
+
+    The discriminator has no file to start from. Where its initial values change, and only there,
+    this case alone is recorded anew.
+    """
+    return autoencoder(space, "gan", "phase3.py:tiny", {**GAN, "loss.gan_warmup_steps": 5})
+
+
+def accumulated(space: Space) -> dict[str, Any]:
+    """Catches microbatches that are summed or weighted wrongly, and remat that changes numbers."""
+    settings = {
+        "accumulate": 2,
+        "batch_size": 4,
+        "remat": "blocks",
+        "steps": 6,
+        "optimizer.clip_norm": 0.1,
+        "data.crop": "random_resized",
+        "data.rotation": 10.0,
+        "data.color_jitter": 0.2,
+    }
+    return autoencoder(space, "accumulated", "phase1.py:tiny", settings)
+
+
+def finetune(space: Space) -> dict[str, Any]:
+    """Catches a decoder's fine-tuning that moves the encoder, and evaluate_first without a row."""
+    settings = {"steps": 6, "evaluate.crops": 2, "evaluate.resolutions": "(32,48)"}
+    return autoencoder(space, "finetune", "finetune.py:tiny,decoder", settings)
+
+
+def _diffusion(space: Space, name: str, settings: Mapping[str, Any] | None = None) -> dict:
+    changes = DIFFUSION | {"data.path": space.latents(), "init_from": space.model(name)}
+    if name == "usit":
+        changes["sample.sampler"] = "heun"
+    workdir = space.job(f"{name}.py:tiny", name, changes | dict(settings or {}))
+    return result(space, workdir, name, "authors")
+
+
+def uvit(space: Space) -> dict[str, Any]:
+    """Catches another noise, time, label dropout, loss or recipe of UViT."""
+    return _diffusion(space, "uvit")
+
+
+def dit(space: Space) -> dict[str, Any]:
+    """Catches another variational bound, noise, time, label dropout or recipe of DiT."""
+    return _diffusion(space, "dit")
+
+
+def usit(space: Space) -> dict[str, Any]:
+    """Catches another path, time, label dropout, loss or recipe of USiT."""
+    return _diffusion(space, "usit")
+
+
+CASES = {
+    "train phase1": phase1,
+    "train lpips": lpips,
+    "train phase2": phase2,
+    "train phase3": phase3,
+    "train gan": gan,
+    "train accumulated": accumulated,
+    "train finetune": finetune,
+    "train uvit": uvit,
+    "train dit": dit,
+    "train usit": usit,
+}
