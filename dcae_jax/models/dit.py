@@ -25,7 +25,6 @@ from jax.nn import initializers
 from dcae_jax.config import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.layers import Array
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
 from dcae_jax.sharding import constrain_activations
