@@ -3,6 +3,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from dcae_jax import report
 from dcae_jax.config import MachineError
 
 FOLDER = "diverged"
+Batch = Mapping[str, np.ndarray]  # rows of this process
 
 
 class Diverged(MachineError):
@@ -23,9 +25,9 @@ class Watch:
 
     def __init__(self, workdir: str, limit: int):
         self.workdir, self.limit = workdir, limit
-        self.first: tuple[int, dict[str, Any]] | None = None
+        self.first: tuple[int, Batch] | None = None
 
-    def look(self, step: int, skipped_in_row: jax.Array, batch: dict[str, Any]) -> None:
+    def look(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
         """Takes step `step` with its host batch. Raises Diverged after `limit` in a row."""
         count = int(skipped_in_row)
         if not count:
@@ -43,7 +45,7 @@ class Watch:
             )
 
 
-def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
+def write_batch(workdir: str, step: int, batch: Batch) -> str:
     """WORKDIR/diverged/step<step>.npz, as PNG too where it has images; returns the path.
 
     Of a distributed run each process writes its own rows.
@@ -54,8 +56,9 @@ def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = f"{path}.{os.getpid()}.tmp"
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in batch.items()}
     with open(beside, "wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
+        np.savez(file, **arrays)
     os.replace(beside, path)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
