@@ -19,6 +19,7 @@ import glob
 import hashlib
 import logging
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -31,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dcae_jax import config as config_lib
-from dcae_jax import integrity, published, report
+from dcae_jax import host_memory, integrity, published, report
 from dcae_jax.config import MachineError, UserError
 from dcae_jax.models.layers import Weights
 from dcae_jax.state import TrainState
@@ -45,7 +46,7 @@ DAMAGED = "damaged"  # where a run that resumes moves checkpoints that are not w
 EXPORT = "model.json"  # of an export
 # Bytes of arrays decoded together. Orbax reads at once whatever it is asked for, and holds what is
 # stored of each array beside what it becomes.
-READ_AT_ONCE = 2**27
+READ_AT_ONCE = 2**25
 MOST_EXPANSION = 1000  # what zstd makes of weights that are all equal
 AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its autoencoder
 # What an export says of a diffusion model; `latents` holds the checksum of the encoder.
@@ -254,9 +255,24 @@ def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> 
             size += more
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type="np.ndarray"), now)
         request = ocp.args.PyTreeRestore(item=now, restore_args=args, partial_restore=True)
-        for values in reader.restore(folder, args=request).values():
-            found |= values
+        restored = reader.restore(folder, args=request)
+        for values in restored.values():
+            for name in list(values):
+                found[name] = _in_pages(values.pop(name))
+                host_memory.trim()
     return found
+
+
+def _in_pages(value: np.ndarray) -> np.ndarray:
+    """A copy in pages of its own, which go back to the system when it is freed.
+
+    Orbax decodes arrays in threads, each with a heap of its own, of which the C library returns
+    little. Left there until they are placed, the weights would take twice their size.
+    """
+    pages = mmap.mmap(-1, max(value.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(pages, value.dtype, value.size).reshape(value.shape)
+    copy[...] = value
+    return copy
 
 
 def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:

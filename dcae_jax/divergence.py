@@ -3,6 +3,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from dcae_jax import report
 from dcae_jax.config import MachineError
 
 FOLDER = "diverged"
+Batch = Mapping[str, np.ndarray]  # rows of this process
 
 
 class Diverged(MachineError):
@@ -23,9 +25,9 @@ class Watch:
 
     def __init__(self, workdir: str, limit: int):
         self.workdir, self.limit = workdir, limit
-        self.first: tuple[int, dict[str, Any]] | None = None
+        self.first: tuple[int, Batch] | None = None
 
-    def look(self, step: int, skipped_in_row: jax.Array, batch: dict[str, Any]) -> None:
+    def look(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
         """Takes step `step` with its host batch. Raises Diverged after `limit` in a row."""
         count = int(skipped_in_row)
         if not count:
@@ -43,7 +45,7 @@ class Watch:
             )
 
 
-def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
+def write_batch(workdir: str, step: int, batch: Batch) -> str:
     """WORKDIR/diverged/step<step>.npz, as PNG too where it has images; returns the path.
 
     Of a distributed run each process writes its own rows.
@@ -52,8 +54,9 @@ def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     if jax.process_count() > 1:
         name += f"_process{jax.process_index()}"
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in batch.items()}
     with report.atomic(path) as beside, open(beside, "wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
+        np.savez(file, **arrays)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
         report.write_png(path.replace(".npz", ".png"), report.image_grid((images,)))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""glibc malloc tuning, for jobs at their start; the library never does it to its user's process."""
+"""glibc malloc: settings for jobs at their start; what the library does changes none."""
 
+import contextlib
 import ctypes
 
 # From glibc's malloc.h.
@@ -23,3 +24,9 @@ def keep() -> bool:
     # The padding is beyond the need; untouched, it is free.
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all(mallopt(*setting) for setting in settings)
+
+
+def trim() -> None:
+    """Returns to the system, once, what is free; changes no setting. Nothing without glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

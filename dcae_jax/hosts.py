@@ -252,7 +252,7 @@ def _deadline(seconds: float, text: str) -> contextlib.AbstractContextManager[No
     return _after(seconds, end)
 
 
-def assert_same_config(facts: Mapping[str, Any]) -> None:
+def assert_same_config(facts: Mapping[str, object]) -> None:
     """Returns when all processes have called this with equal `facts`, flat and of JSON's types.
 
     Raises UserError, on all, naming who differs in what; ends the process with one line and status

@@ -74,7 +74,7 @@ def set_up_logging() -> None:
     sys.unraisablehook = _without_echo
 
 
-def _without_echo(failure: Any) -> None:
+def _without_echo(failure: "sys.UnraisableHookArgs") -> None:
     """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
     value = failure.exc_value
     if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
@@ -111,7 +111,7 @@ def use_compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told another one."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
