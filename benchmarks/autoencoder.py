@@ -55,7 +55,11 @@ def _our_step():
     import jax
 
     from dcae_jax import config as config_lib
-    from dcae_jax import host_memory, preflight, sharding, state, steps
+    from dcae_jax.runtime import host_memory
+    from dcae_jax.runtime import mesh as sharding
+    from dcae_jax.setup import preflight
+    from dcae_jax.training import state
+    from dcae_jax.training import step as steps
 
     host_memory.keep()  # as main.py does
     configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")

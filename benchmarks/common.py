@@ -207,7 +207,7 @@ def _least(run: Callable[[], object], repeats: int = 7) -> float:
 
 def put(doc: str, name: str, printed: str) -> None:
     """Puts a benchmark's output between its marks `<!-- name -->` in the document at path `doc`."""
-    from dcae_jax import report
+    from dcae_jax import files as report
 
     with open(doc, encoding="utf-8") as file:
         text = file.read()
@@ -238,7 +238,7 @@ def beside(
     given = arguments(doc, default)
     if given.side:
         return serve({"ours": ours, "theirs": theirs}[given.side])
-    from dcae_jax import report
+    from dcae_jax import files as report
 
     print(machine())
     peak = peaks()

@@ -20,7 +20,7 @@ import scipy
 import scipy.linalg
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dcae_jax import metrics  # noqa: E402
+from dcae_jax.evaluation import metrics
 
 
 def with_sqrtm(mu1, sigma1, mu2, sigma2):

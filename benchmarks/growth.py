@@ -38,7 +38,7 @@ def measure(ae, side: int, batch: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     given = common.arguments(__doc__, rounds=3)
     import dcae_jax
-    from dcae_jax import report
+    from dcae_jax import files as report
 
     print(common.machine(), "\n")
     ae = dcae_jax.create_autoencoder("tiny", dtype="float32")

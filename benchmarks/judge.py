@@ -18,8 +18,8 @@ def ours(case: str):
     import jax
     from goldens import judges
 
-    from dcae_jax import host_memory
     from dcae_jax.models import inception
+    from dcae_jax.runtime import host_memory
 
     host_memory.keep()  # as main.py does
     weights = inception.from_torch(judges.inception_state(inception.shapes()))

@@ -16,7 +16,10 @@ import common
 import jax
 
 from dcae_jax import config as config_lib
-from dcae_jax import report, sharding, state, train
+from dcae_jax import files
+from dcae_jax.jobs import train
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(HERE, os.pardir, "configs")
@@ -45,9 +48,9 @@ def one(phase: int, name: str, trainable: tuple, init_from: str, steps: int) -> 
     config.save_every = steps
     with tempfile.TemporaryDirectory() as workdir:
         train.run(config, workdir)
-        rows = report.read_rows(workdir)
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
-    spec = state.train_spec(config, mesh)
+        rows = files.read_rows(workdir)
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices())
+    spec = state_lib.train_spec(config, mesh)
     trained = sum(leaf.size for name, leaf in spec.params.items() if name in spec.trained)
     first, last = rows[0], rows[-1]
     scores = [last[key] - first[key] for key in ("psnr_64", "ssim_64", "psnr_256", "ssim_256")]
@@ -84,7 +87,7 @@ def main() -> None:
             rows.append(one(phase, name, trainable, before, arguments.steps))
             print(*rows[-1], flush=True)  # so that an interruption leaves what was measured
     head = ["", "trains", "parameters", "PSNR 64", "SSIM 64", "PSNR 256", "SSIM 256"]
-    print(report.table([head, *rows]))
+    print(files.table([head, *rows]))
     plot(rows, os.path.join(HERE, os.pardir, "docs", "layer_study.svg"))
 
 

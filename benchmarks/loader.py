@@ -34,7 +34,9 @@ def folder(pixels: int) -> str:
     """JPEGs of the embedded photographs, enlarged; made once."""
     path = os.path.join(tempfile.gettempdir(), f"dcae_jax-jpegs-{pixels}")
     if not os.path.isdir(path):
-        from dcae_jax import crops, report, sources
+        from dcae_jax import files as report
+        from dcae_jax.data import sources
+        from dcae_jax.data import transforms as crops
 
         photos = sources.photos()
         with report.atomic_folder(path) as beside:
@@ -47,7 +49,8 @@ def folder(pixels: int) -> str:
 
 def ours(case: str):
     from dcae_jax import config as config_lib
-    from dcae_jax import data, sources
+    from dcae_jax.data import pipeline as data
+    from dcae_jax.data import sources
 
     crop, pixels, batches = _case(case)
     config = config_lib.default()
@@ -124,7 +127,7 @@ def main() -> None:
     given = common.arguments(__doc__, rounds=5)
     if given.side:
         return common.serve({"ours": ours, "theirs": theirs}[given.side])
-    from dcae_jax import report
+    from dcae_jax import files as report
 
     print(common.machine(), "\n")
     rows = [(*common.HEAD, "images/s", "a worker")]

@@ -50,7 +50,8 @@ def job(*arguments: str, watch: list | None = None) -> float:
 
 def main() -> None:
     common.arguments(__doc__, rounds=1)
-    from dcae_jax import report, sources
+    from dcae_jax import files as report
+    from dcae_jax.data import sources
 
     print(common.machine(), "\n")
     with tempfile.TemporaryDirectory() as root:

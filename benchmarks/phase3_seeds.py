@@ -11,7 +11,8 @@ import tempfile
 import numpy as np
 
 from dcae_jax import config as config_lib
-from dcae_jax import report, train
+from dcae_jax import files
+from dcae_jax.jobs import train
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
 
@@ -23,7 +24,7 @@ def one(seed: int, init_from: str, steps: int) -> list:
     config.save_every = steps
     with tempfile.TemporaryDirectory() as workdir:
         train.run(config, workdir)
-        rows = report.read_rows(workdir)
+        rows = files.read_rows(workdir)
     logs = [row for row in rows if "gan_accuracy" in row]
     accuracy = [row["gan_accuracy"] for row in logs]
     first, last = rows[0], rows[-1]
@@ -49,7 +50,7 @@ def main() -> None:
     head = ["seed", "skipped", "accuracy", "least", "most", "D loss", "largest weight"]
     head += ["PSNR before", "after"]
     rows = [one(seed, arguments.init_from, arguments.steps) for seed in range(arguments.seeds)]
-    print(report.table([head, *rows]))
+    print(files.table([head, *rows]))
 
 
 if __name__ == "__main__":

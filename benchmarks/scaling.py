@@ -18,7 +18,8 @@ import re
 import common
 
 from dcae_jax import config as config_lib
-from dcae_jax import plan, program, report
+from dcae_jax import files
+from dcae_jax.planner import compile, plan
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(HERE, os.pardir, "configs")
@@ -99,14 +100,14 @@ def planned(cell: Cell) -> dict:
     settings = config_lib.default().plan
     settings.config = os.path.join(CONFIGS, cell.config)
     settings.overrides, settings.effort = cell.overrides, cell.effort
-    job = program.target(settings)
+    job = compile.target(settings)
     kept = {
         "job": cell.job,
         "config": f"configs/{cell.config}",
         "overrides": list(cell.overrides),
         "rows": plan.plan(settings, job, cell.topology),
     }
-    report.write_json(path(cell), kept)
+    files.write_json(path(cell), kept)
     return kept
 
 
@@ -114,13 +115,13 @@ def table(cells: list[Cell]) -> str:
     """The kept cells of one table, with the name of the job before each row."""
     rows = []
     for cell in cells:
-        kept = report.read_json(path(cell))
+        kept = files.read_json(path(cell))
         if kept and (kept["config"], kept["overrides"]) == (
             f"configs/{cell.config}",
             list(cell.overrides),
         ):
             rows += [[cell.job, *plan.cells(row)] for row in kept["rows"]]
-    return report.table([["job", *plan.HEAD], *rows]) if rows else "(not planned yet)"
+    return files.table([["job", *plan.HEAD], *rows]) if rows else "(not planned yet)"
 
 
 def write(cells: list[Cell]) -> None:

@@ -105,7 +105,7 @@ def first_steps(rounds: int) -> list[list]:
 
 def main() -> None:
     given = common.arguments(__doc__, rounds=5)
-    from dcae_jax import report
+    from dcae_jax import files as report
 
     print(common.machine(), "\n")
     print(report.table([["", "s, median", "ratio to the first"], *imports(given.rounds)]), "\n")

@@ -14,8 +14,11 @@ import numpy as np
 from PIL import Image
 
 import dcae_jax
-from dcae_jax import api, report, sharding, sources, tiling
 from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.api import autoencoder, tiling
+from dcae_jax.data import sources
+from dcae_jax.runtime import mesh as mesh_lib
 
 
 def steps(image: np.ndarray, axis: int) -> np.ndarray:
@@ -30,7 +33,7 @@ def borders(size: int, tile: int, overlap: int, compression: int) -> list[int]:
     return [compression * n for n in sorted(edges) if 0 < n < size]
 
 
-def rows_of(ae: api.Autoencoder, picture: Image.Image, tile: int, overlap: int) -> list:
+def rows_of(ae: autoencoder.Autoencoder, picture: Image.Image, tile: int, overlap: int) -> list:
     """[direction, line, step tiled, step whole, step that tiling adds] of a picture's borders."""
     f = ae.compression
     pixels = np.asarray(picture, np.float32)
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=16)
     parser.add_argument("--overlap", type=int, default=4)
     given = parser.parse_args()
-    mesh = sharding.make_mesh(config_lib.default().mesh)
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh)
     ae = dcae_jax.load_autoencoder(given.run, mesh=mesh)
     photos = sources.photos((*sources.PHOTOS, *sources.HELD_OUT_PHOTOS))
     every = [["photograph", "border", "at", "tiled", "whole", "added"]]
@@ -64,8 +67,8 @@ def main() -> None:
         columns = [[row[k] for row in rows] for k in (2, 3, 4)]
         above = [sum(value > 2 for value in column) for column in columns[:2]]
         largest.append([name, len(rows), *above, *map(max, columns)])
-    print(report.table(every), "\n\nThe largest of each photograph:\n")
-    print(report.table(largest))
+    print(files.table(every), "\n\nThe largest of each photograph:\n")
+    print(files.table(largest))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,13 @@ def ours(case: str):
     import jax.numpy as jnp
 
     from dcae_jax import config as config_lib
-    from dcae_jax import host_memory, matching, preflight, sharding, state, steps
-    from dcae_jax.models import layers
+    from dcae_jax.diffusion import latent_spec as matching
+    from dcae_jax.models import weights as layers
+    from dcae_jax.runtime import host_memory
+    from dcae_jax.runtime import mesh as sharding
+    from dcae_jax.setup import preflight
+    from dcae_jax.training import state
+    from dcae_jax.training import step as steps
 
     host_memory.keep()  # as main.py does
     what, tokens = case.split(", ")
@@ -69,7 +74,7 @@ def ours(case: str):
 def _cost(config, mesh, call):
     import jax
 
-    from dcae_jax import state
+    from dcae_jax.training import state
 
     spec = state.train_spec(config, mesh)
     cost = jax.jit(lambda w: call(spec.graphdef, w)).lower(spec.params).compile().cost_analysis()

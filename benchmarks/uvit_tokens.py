@@ -17,7 +17,12 @@ import jax
 import numpy as np
 
 from dcae_jax import config as config_lib
-from dcae_jax import matching, preflight, report, sharding, state, steps
+from dcae_jax import files
+from dcae_jax.diffusion import latent_spec
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import preflight
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
 SETTINGS = {"f8, patch 2": ("sd-vae-f8", 2), "f64, patch 1": ("f64c128", 1)}
@@ -28,20 +33,20 @@ def configuration(arguments: argparse.Namespace, autoencoder: str, patch_size: i
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), arguments.variant)
     config.autoencoder, config.patch_size = autoencoder, patch_size
     config.resolution, config.batch_size = arguments.resolution, arguments.batch_size
-    return matching.resolve_latent_spec(config, None)
+    return latent_spec.resolve_latent_spec(config, None)
 
 
 class Runner:
     """A compiled training step, its state and a batch of noise."""
 
     def __init__(self, config, mesh):
-        spec = state.train_spec(config, mesh)
+        spec = state_lib.train_spec(config, mesh)
         size = config.model.latent_size
         shapes = preflight.abstract_batch(config, size, mesh)
-        abstract = state.abstract_state(config, mesh, spec)
-        program = jax.jit(steps.make_step(config, spec), donate_argnums=0)
+        abstract = state_lib.abstract_state(config, mesh, spec)
+        program = jax.jit(step.make_step(config, spec), donate_argnums=0)
         self.step = program.lower(abstract, shapes, {}).compile()
-        self.state = state.init_state(config, mesh, spec)
+        self.state = state_lib.init_state(config, mesh, spec)
         noise = np.random.default_rng(0).standard_normal(shapes["latent"].shape)
         self.batch = {
             "latent": jax.device_put(noise.astype(shapes["latent"].dtype)),
@@ -49,8 +54,8 @@ class Runner:
         }
         # XLA counts a loop's body once: the cost is that of the unrolled program, not compiled.
         config.unroll = True
-        spec = state.train_spec(config, mesh)
-        unrolled = jax.jit(steps.make_step(config, spec)).lower(abstract, shapes, {})
+        spec = state_lib.train_spec(config, mesh)
+        unrolled = jax.jit(step.make_step(config, spec)).lower(abstract, shapes, {})
         self.flops = unrolled.cost_analysis()["flops"]
         self.seconds = []
 
@@ -69,7 +74,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    mesh = sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     runners = {
         name: Runner(configuration(arguments, *setting), mesh) for name, setting in SETTINGS.items()
     }
@@ -95,7 +100,7 @@ def main() -> None:
         f"({device.device_kind}), {os.cpu_count()} cores, {platform.machine()}, "
         f"jax {jax.__version__}; load {os.getloadavg()[0]:.1f}\n"
     )
-    print(report.table(rows))
+    print(files.table(rows))
     print(
         f"\nf8, patch 2 over f64, patch 1: {wide.flops / narrow.flops:.1f} times the FLOPs, "
         f"{statistics.median(ratios):.1f} times the seconds (rounds: {min(ratios):.1f} to "

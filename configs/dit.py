@@ -7,11 +7,11 @@
 The authors' recipe for s, b, l and xl; with batch_size=1024 they take a learning rate of 2e-4.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="xl"):
-    config = base.default()
+    config = config_lib.default()
     config.model.name = "dit"
     config.model.variant = variant
     config.objective = "learned_sigma"

@@ -9,11 +9,11 @@
 pixels from each of the embedded photographs, of which a model of `tiny` gives 4x4 latents.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant=""):
-    config = base.default()
+    config = config_lib.default()
     config.job = "encode"
     config.model.variant = variant
     config.resolution = 512

@@ -8,11 +8,11 @@
         --config.evaluate.inception_weights=inception.safetensors
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config():
-    config = base.default()
+    config = config_lib.default()
     config.job = "evaluate"
     config.data.split = "validation"
     config.evaluate.resolutions = ()

@@ -7,11 +7,11 @@
 `:VARIANT` says what a file of weights without a config.json is of.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant=""):
-    config = base.default()
+    config = config_lib.default()
     config.job = "export"
     config.model.variant = variant
     return config

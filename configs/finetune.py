@@ -9,14 +9,15 @@
 before the first step, so that one sees whether the model needs it.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
+from dcae_jax import errors
 
 
 def get_config(argument="f32c32"):
     variant, _, part = argument.partition(",")
     if part not in ("", "decoder"):
-        raise base.UserError(f"{argument!r}: write VARIANT or VARIANT,decoder")
-    config = base.default()
+        raise errors.UserError(f"{argument!r}: write VARIANT or VARIANT,decoder")
+    config = config_lib.default()
     config.model.variant = variant
     config.needs_weights = True
     config.trainable = (r"decoder\..*",) if part == "decoder" else (".*",)

@@ -10,16 +10,17 @@ with --config.data.parts.
 
 import os
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
+from dcae_jax import errors
 
 
 def get_config(argument="f32c32"):
     variant, _, phase = argument.partition(",")
     phase = phase or "phase1"
     if phase not in ("phase1", "phase2", "phase3"):
-        raise base.UserError(f"{argument!r}: write VARIANT,PHASE, as in {variant},phase2")
+        raise errors.UserError(f"{argument!r}: write VARIANT,PHASE, as in {variant},phase2")
     here = os.path.dirname(os.path.abspath(__file__))
-    config = base.load_file(os.path.join(here, f"{phase}.py"), variant)
+    config = config_lib.load_file(os.path.join(here, f"{phase}.py"), variant)
     config.data.source = "mixture"
     # Shares of the examples, whatever the sizes of the parts; those of the paper are not published.
     config.data.parts = (

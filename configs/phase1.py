@@ -8,11 +8,11 @@
 `:tiny` runs on two CPU cores on the embedded photographs, with no file to download.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="f32c32"):
-    config = base.default()
+    config = config_lib.default()
     config.model.variant = variant
     if variant in ("f64c128", "f128c512"):
         config.remat = "blocks"  # without, eight images a chip need 17 GB (docs/scaling.md)

@@ -9,11 +9,11 @@ Everything else is frozen, so no gradient runs through the encoder's large featu
 `:tiny` runs on two CPU cores on the embedded photographs.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="f32c32"):
-    config = base.default()
+    config = config_lib.default()
     config.model.variant = variant
     config.needs_weights = True
     config.trainable = (

@@ -9,11 +9,11 @@ The encoder is not touched: latents stay bit-identical, and a diffusion model on
 `:tiny` runs on two CPU cores on the embedded photographs.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="f32c32"):
-    config = base.default()
+    config = config_lib.default()
     config.model.variant = variant
     config.needs_weights = True
     # Not 0, the stage's upsampling: the blocks' input is then constant, and needs no gradient.

@@ -11,12 +11,12 @@ import os
 
 from ml_collections import ConfigDict
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="f32c32"):
     here = os.path.dirname(os.path.abspath(__file__))
     config = ConfigDict({"job": "phases"})
     for phase in ("phase1", "phase2", "phase3"):
-        config[phase] = base.load_file(os.path.join(here, f"{phase}.py"), variant)
+        config[phase] = config_lib.load_file(os.path.join(here, f"{phase}.py"), variant)
     return config

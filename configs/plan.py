@@ -11,10 +11,10 @@ the topology cpu. For configs/sample.py, plan.generator names the file that trai
 docs/scaling.md.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config():
-    config = base.default()
+    config = config_lib.default()
     config.job = "plan"
     return config

@@ -11,11 +11,11 @@ The same command goes on where it stopped. `:VARIANT` says whose heads published
 another width have.
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant=""):
-    config = base.default()
+    config = config_lib.default()
     config.job = "sample"
     config.model.variant = variant
     return config

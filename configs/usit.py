@@ -10,12 +10,12 @@ As configs/uvit.py but for the objective, the learning rate and the weight decay
 
 import os
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="h"):
     here = os.path.dirname(os.path.abspath(__file__))
-    config = base.load_file(os.path.join(here, "uvit.py"), variant)
+    config = config_lib.load_file(os.path.join(here, "uvit.py"), variant)
     config.objective = "flow"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 0.0

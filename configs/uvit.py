@@ -8,11 +8,11 @@ The authors' recipe for s, h and 2b. `:tiny` runs on two CPU cores on latents of
 photographs (configs/encode.py:tiny).
 """
 
-from dcae_jax import config as base
+from dcae_jax import config as config_lib
 
 
 def get_config(variant="h"):
-    config = base.default()
+    config = config_lib.default()
     config.model.name = "uvit"
     config.model.variant = variant
     config.objective = "epsilon"

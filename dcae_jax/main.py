@@ -19,8 +19,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
-from dcae_jax import failures, host_memory, preemption
-from dcae_jax.config import UserError
+from dcae_jax import errors
+from dcae_jax.errors import UserError
+from dcae_jax.runtime import host_memory, preemption
 
 # Job -> module and function (config, workdir) -> exit status.
 JOBS = {
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
         return 0
     try:
-        from dcae_jax import hosts
+        from dcae_jax.runtime import distributed as hosts
 
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except Exception as error:
-        line = failures.explain(error)
+        line = errors.explain(error)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")

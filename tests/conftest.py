@@ -27,14 +27,16 @@ from goldens import judges as goldens
 from support import CONFIGS, NARROW, small_judges
 
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate, judge_samples, main, sharding
+from dcae_jax import main
+from dcae_jax.evaluation import reconstruction, samples
 from dcae_jax.models import inception
+from dcae_jax.runtime import mesh as mesh_lib
 
 
 @pytest.fixture
 def one_device():
     """The mesh of a laptop."""
-    return sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+    return mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +53,9 @@ def _logging_as_before():
 @pytest.fixture
 def alone(monkeypatch):
     """Jobs that run in this process see one device, as on a laptop."""
-    make_mesh = sharding.make_mesh
+    make_mesh = mesh_lib.make_mesh
     monkeypatch.setattr(
-        sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+        mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
     )
 
 
@@ -78,13 +80,13 @@ def small_inception(monkeypatch, tmp_path):
     """Puts a fast network in Inception's place; -> the file that has its weights."""
     monkeypatch.setattr(inception, "features", small_judges.small_features)
     monkeypatch.setattr(inception, "load", small_judges.small_weights)
-    evaluate.judge_fn.cache_clear()
-    judge_samples.features_fn.cache_clear()
+    reconstruction.judge_fn.cache_clear()
+    samples.features_fn.cache_clear()
     path = tmp_path / "inception.safetensors"
     path.write_bytes(b"small")
     yield str(path)
-    evaluate.judge_fn.cache_clear()
-    judge_samples.features_fn.cache_clear()
+    reconstruction.judge_fn.cache_clear()
+    samples.features_fn.cache_clear()
 
 
 @pytest.fixture

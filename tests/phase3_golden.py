@@ -13,9 +13,12 @@ from ml_collections import ConfigDict
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import sharding, state, steps
 from dcae_jax.models import dcae_torch, lpips
-from dcae_jax.models.layers import Weights
+from dcae_jax.models.weights import Weights
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
 
 VARIANT = dcae_torch.variant_of(make_gan.CONFIG, "diffusers")
 
@@ -57,21 +60,21 @@ def run(seed: int, mesh: Mesh) -> dict[str, dict[str, np.ndarray]]:
     Also 'frozen': {path: whether it is bit-equal to what it was}.
     """
     c = config()
-    spec = state.train_spec(c, mesh)
-    start = state.init_state(c, mesh, spec, autoencoder_weights(seed))
+    spec = state_lib.train_spec(c, mesh)
+    start = state_lib.init_state(c, mesh, spec, autoencoder_weights(seed))
     channels, depth = make_gan.DISCRIMINATOR
     other = discriminator_weights(seed, channels, depth)
     assert {k: v.shape for k, v in other.items()} == {
         k: v.shape for k, v in start.discriminator.params.items()
     }
-    params = {name: sharding.put(v, sharding.replicated(mesh)) for name, v in other.items()}
+    params = {name: sharding.put(v, mesh_lib.replicated(mesh)) for name, v in other.items()}
     start.discriminator.params.update(params)
     batch = {
         "image": make_gan.images(seed),
         "label": np.zeros(c.batch_size, np.int32),
     }
-    step = jax.jit(steps.make_step(c, spec))
-    after, metrics = step(start, sharding.put_batch(batch, mesh), lpips_weights())
+    step = jax.jit(step_lib.make_step(c, spec))
+    after, metrics = step(start, mesh_lib.put_batch(batch, mesh), lpips_weights())
     old, new = ({**s.params, **s.stats} for s in (start, after))
     return {
         "metrics": {name: np.asarray(value) for name, value in metrics.items()},

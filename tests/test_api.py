@@ -14,12 +14,15 @@ from support import CONFIGS
 
 import dcae_jax
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate, metrics, report, sharding, train
+from dcae_jax import files
+from dcae_jax.evaluation import metrics
+from dcae_jax.jobs import evaluate, train
+from dcae_jax.runtime import mesh as mesh_lib
 
 
 @pytest.fixture(scope="module")
 def ae():
-    mesh = sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     return dcae_jax.create_autoencoder("tiny", seed=3, mesh=mesh)
 
 
@@ -73,7 +76,7 @@ def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, a
     config.evaluate.update(small.evaluate)
     evaluate.run(config, str(tmp_path / "judged"))
     judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
-    trained = report.read_rows(workdir)[-1]
+    trained = files.read_rows(workdir)[-1]
     assert judged["images"] == 7
     for name in ("psnr", "ssim"):
         assert judged[name] == pytest.approx(trained[f"{name}_32"], rel=1e-5)
@@ -96,7 +99,7 @@ def test_grids_show_the_difference_and_survive_odd_sizes():
     """Catches pictures that overlap in the grid, and differences that wrap around in uint8."""
     x = np.full((2, 3, 5, 3), 250, np.uint8)
     y = np.full((2, 3, 5, 3), 0, np.uint8)
-    grid = report.image_grid([x, y], tile=6, gap=1)
+    grid = files.image_grid([x, y], tile=6, gap=1)
     assert grid.shape == (2 * 6 + 1, 2 * 10 + 1, 3)
     assert (grid[:6, :10] == 250).all() and (grid[7:, 11:] == 0).all() and grid[6, 0, 0] == 255
-    assert (report.difference(x, y) == 0).all() and (report.difference(x, x) == 128).all()
+    assert (files.difference(x, y) == 0).all() and (files.difference(x, x) == 128).all()

@@ -13,9 +13,11 @@ import pytest
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import sharding, state
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dit, sdvae, uvit
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import state as state_lib
 
 PACKAGE = pathlib.Path(config_lib.__file__).parent
 
@@ -103,8 +105,8 @@ def _training_configs():
 @pytest.mark.parametrize("config", _training_configs())
 def test_every_training_config_builds_its_abstract_state(config, one_device):
     """Catches a pattern that matches nothing, or a key that does not fit, in a shipped config."""
-    spec = state.train_spec(config, one_device)
-    abstract = state.abstract_state(config, one_device, spec)
+    spec = state_lib.train_spec(config, one_device)
+    abstract = state_lib.abstract_state(config, one_device, spec)
     assert abstract.params.keys() == spec.params.keys()
     assert abstract.ema.keys() == spec.trained
     moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
@@ -186,19 +188,19 @@ def test_mesh_and_batch_errors_name_what_would_fit():
     sizes = config_lib.default().mesh
     sizes.fsdp = 3
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        sharding.make_mesh(sizes, jax.devices()[:8])
+        mesh_lib.make_mesh(sizes, jax.devices()[:8])
     sizes.fsdp = 2
-    mesh = sharding.make_mesh(sizes, jax.devices()[:8])
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:8])
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1, "spatial": 1}
     with pytest.raises(UserError, match="batch_size=100 .* try 96 or 104"):
-        sharding.check_batch(100, mesh, key="batch_size")
+        mesh_lib.check_batch(100, mesh, key="batch_size")
 
 
 def test_fsdp_splits_the_largest_axis_that_divides():
     """Catches small biases split over chips, and kernels split along an axis of 3."""
     sizes = config_lib.default().mesh
     sizes.fsdp = 8
-    mesh = sharding.make_mesh(sizes, jax.devices()[:8])
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:8])
 
     def spec(*shape, rule="fsdp"):
         return tuple(sharding.weight_spec(shape, rule, mesh))

@@ -13,8 +13,8 @@ from PIL import Image
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import crops, data, sources
-from dcae_jax.config import UserError
+from dcae_jax.data import pipeline, sources, transforms
+from dcae_jax.errors import UserError
 
 
 def _config(**changes):
@@ -39,7 +39,7 @@ def pictures(tmp_path):
 
 def _take(config, count, start=0, process=0, processes=1):
     source = sources.training_source(config.data)
-    batches = data.training_batches(config, source, start, process, processes)
+    batches = pipeline.training_batches(config, source, start, process, processes)
     return list(itertools.islice(batches, count))
 
 
@@ -116,8 +116,8 @@ def test_center_crop_is_adms():
     small = half.resize((round(65 * scale), 32), Image.Resampling.BICUBIC)
     left = (small.width - 32) // 2
     want = np.asarray(small)[:, left : left + 32]
-    np.testing.assert_array_equal(np.asarray(crops.center_crop(image, 32)), want)
-    assert crops.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
+    np.testing.assert_array_equal(np.asarray(transforms.center_crop(image, 32)), want)
+    assert transforms.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
 
 
 @pytest.mark.parametrize("crop", ["random", "random_resized", "center"])
@@ -127,7 +127,7 @@ def test_every_crop_has_the_asked_size(crop, size):
     settings = _config(data__crop=crop, data__rotation=20.0, data__color_jitter=0.1).data
     image = Image.new("RGB", size, (200, 200, 200))
     for seed in range(8):
-        out = crops.augment(image, 16, settings, np.random.default_rng(seed))
+        out = transforms.augment(image, 16, settings, np.random.default_rng(seed))
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8
         assert out.min() > 100  # a black corner would be 0
 
@@ -141,7 +141,7 @@ def test_flips_and_jitter_happen_only_when_asked_for():
     def variants(**changes):
         settings = _config(data__crop="center", **changes).data
         rngs = (np.random.default_rng(seed) for seed in range(20))
-        return {crops.augment(image, 16, settings, rng).tobytes() for rng in rngs}
+        return {transforms.augment(image, 16, settings, rng).tobytes() for rng in rngs}
 
     assert variants(data__flip=False) == {pixels.tobytes()}
     assert variants() == {pixels.tobytes(), pixels[:, ::-1].tobytes()}
@@ -282,7 +282,7 @@ def test_evaluation_reads_each_image_once_and_masks_the_rest(pictures):
     for processes in (1, 2):
         seen = []
         for process in range(processes):
-            batches = data.evaluation_batches(
+            batches = pipeline.evaluation_batches(
                 source, size=16, batch_size=8, process=process, processes=processes
             )
             for batch in batches:
@@ -295,7 +295,7 @@ def test_fixed_crops_are_the_same_each_time():
     """Catches evaluation on other crops at every step, which makes its curve meaningless."""
     source = sources.photos(sources.HELD_OUT_PHOTOS)
     runs = [
-        list(data.evaluation_batches(source, size=32, batch_size=4, count=8, crops=4))
+        list(pipeline.evaluation_batches(source, size=32, batch_size=4, count=8, crops=4))
         for _ in range(2)
     ]
     first, second = (_joined(run) for run in runs)
@@ -366,15 +366,15 @@ def test_a_jpeg_is_decoded_at_a_fraction_where_the_crop_halves_it_anyway(tmp_pat
 
     settings = config_lib.default().data
     settings.crop = "random"
-    assert crops.least_side(settings, 128) == 0
+    assert transforms.least_side(settings, 128) == 0
     settings.crop = "center"
-    assert crops.least_side(settings, 128) == 128
+    assert transforms.least_side(settings, 128) == 128
     settings.rotation = 45.0
-    assert crops.least_side(settings, 128) == math.ceil(128 * math.sqrt(2))
+    assert transforms.least_side(settings, 128) == math.ceil(128 * math.sqrt(2))
     settings.crop, settings.crop_area, settings.rotation = "random_resized", (0.25, 1.0), 0.0
-    assert crops.least_side(settings, 128) == 512
+    assert transforms.least_side(settings, 128) == 512
 
-    whole, part = (crops.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
+    whole, part = (transforms.center_crop(source.read(0, least)[0], 128) for least in (0, 128))
     difference = np.abs(np.asarray(whole, np.float32) - np.asarray(part, np.float32))
     assert difference.mean() < 2  # of 255
 
@@ -385,10 +385,10 @@ def test_a_picture_turned_by_any_angle_has_its_size(crop):
     settings = _config(data__rotation=180.0, data__crop=crop).data
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
     for seed in range(40):
-        out = crops.augment(image, 32, settings, np.random.default_rng(seed))
+        out = transforms.augment(image, 32, settings, np.random.default_rng(seed))
         assert out.shape == (32, 32, 3), seed
     settings.crop = "center"
-    assert crops.least_side(settings, 64) == math.ceil(64 * math.sqrt(2))  # as for 45 degrees
+    assert transforms.least_side(settings, 64) == math.ceil(64 * math.sqrt(2))  # as for 45 degrees
 
 
 def test_the_labels_of_a_mixture_are_those_of_all_parts(tmp_path):

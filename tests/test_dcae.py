@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae
 from dcae_jax.models.weights import abstract, merge, num_parameters, split
 

@@ -11,21 +11,24 @@ import pytest
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax import demo, demo_diffusion, report, sources
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.data import sources
+from dcae_jax.demo import diffusion
+from dcae_jax.demo import page as page_lib
+from dcae_jax.errors import UserError
 
 
 def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     """Catches a page that links to files beside it, or drops a phase or a curve."""
-    for phase in demo.PHASES:
+    for phase in page_lib.PHASES:
         for step in (1, 2, 3):
             values = {"loss": 1 / step, "psnr": 20.0 + step, "logits_real": 0.1 * step}
-            report.append_row(str(tmp_path / phase), step, values)
+            files.append_row(str(tmp_path / phase), step, values)
     rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
     picture = np.zeros((4, 6, 3), np.uint8)
-    report.append_row(str(tmp_path / demo_diffusion.RUN), 1, {"loss": 1.0})
-    samples = demo_diffusion.Samples(("cat.png", "rocket.jpg"), 200, picture, 0.8, 0.6)
-    path = demo.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
+    files.append_row(str(tmp_path / diffusion.RUN), 1, {"loss": 1.0})
+    samples = diffusion.Samples(("cat.png", "rocket.jpg"), 200, picture, 0.8, 0.6)
+    path = page_lib.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
     drawn = []
@@ -41,7 +44,7 @@ def test_without_the_extra_for_plots_one_line_names_it(tmp_path, monkeypatch):
     """Catches minutes of training whose page then fails at the first curve."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dcae_jax\[plots\]'"):
-        demo.run(str(tmp_path / "run"))
+        page_lib.run(str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -49,7 +52,7 @@ def test_the_grid_shows_what_phase_3_changed():
     """Catches the difference to the photograph, or of the other phases, under that heading."""
     photo, one, two, three = (np.full((1, 2, 2, 3), v, np.uint8) for v in (9, 50, 100, 100))
     three[0, 0, 0] += 5
-    *first, change = demo.columns([photo, one, two, three])
+    *first, change = page_lib.columns([photo, one, two, three])
     assert [c[0, 0, 0, 0] for c in first] == [9, 50, 100, 105]
     assert (change[0, 0, 0] == 128 + 4 * 5).all() and (change[0, 1] == 128).all()
 
@@ -60,8 +63,8 @@ def test_pca_is_the_best_linear_code_of_its_size():
     config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
     config.evaluate.count, config.evaluate.resolutions = 8, (32,)
     source = sources.held_out_source(config.data)
-    exact = demo.pca_scores(config, source, 4, 48)["psnr_32"]
-    few, more = (demo.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))
+    exact = page_lib.pca_scores(config, source, 4, 48)["psnr_32"]
+    few, more = (page_lib.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))
     assert few < more < exact and exact > 50
 
 
@@ -72,4 +75,4 @@ def test_a_neighbour_is_found_by_mean_and_deviation_of_channels():
     labels = np.arange(40) % 2
     known[labels == 1] *= 4  # the same mean, another deviation
     moved = known.reshape(40, 16, 3)[:, rng.permutation(16)].reshape(known.shape)
-    np.testing.assert_array_equal(demo_diffusion.nearest(known, labels, moved), labels)
+    np.testing.assert_array_equal(diffusion.nearest(known, labels, moved), labels)

@@ -8,10 +8,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import integrate, stats
 
-from dcae_jax import diffusion, sharding
-from dcae_jax.config import UserError, default
+from dcae_jax.config import default
+from dcae_jax.diffusion import objectives
+from dcae_jax.errors import UserError
+from dcae_jax.runtime import mesh as mesh_lib
 
-BETAS = {"epsilon": diffusion.scaled_linear_betas(), "learned_sigma": diffusion.linear_betas()}
+BETAS = {"epsilon": objectives.scaled_linear_betas(), "learned_sigma": objectives.linear_betas()}
 SHAPE = (2, 2, 3)
 
 
@@ -66,7 +68,7 @@ def test_noisy_latents_have_the_mean_and_variance_of_the_chain(objective):
     """Catches a cumulative product off by one step, and the other schedule's betas."""
     betas = BETAS[objective]
     n, x0 = jnp.arange(1000), draw(0, 1000, *SHAPE)
-    mean, variance = diffusion.q_mean_variance(betas, jnp.asarray(x0), n)
+    mean, variance = objectives.q_mean_variance(betas, jnp.asarray(x0), n)
     factor, want = chain(betas)
     np.testing.assert_allclose(mean, factor[:, None, None, None] * x0, rtol=1e-12)
     np.testing.assert_allclose(variance[:, 0, 0, 0], want, rtol=1e-12)
@@ -82,7 +84,7 @@ def test_the_posterior_is_that_of_bayes(objective):
     betas = BETAS[objective]
     numbers = np.array([0, 1, 2, 500, 999])
     x0, x_t = draw(0, 5, *SHAPE), draw(1, 5, *SHAPE)
-    mean, variance, log_variance = diffusion.posterior(
+    mean, variance, log_variance = objectives.posterior(
         betas, jnp.asarray(x0), jnp.asarray(x_t), jnp.asarray(numbers)
     )
     for i, n in enumerate(numbers):
@@ -96,15 +98,17 @@ def test_x0_from_epsilon_undoes_the_noise():
     """Catches a missing root: the clean latents come back from the noise that was mixed in."""
     betas, n = BETAS["epsilon"], jnp.array([0, 500, 999])
     x0, noise = jnp.asarray(draw(0, 3, *SHAPE)), jnp.asarray(draw(1, 3, *SHAPE))
-    x_t = diffusion.q_sample(betas, x0, n, noise)
-    np.testing.assert_allclose(diffusion.x0_from_epsilon(betas, x_t, n, noise), x0, rtol=1e-9)
+    x_t = objectives.q_sample(betas, x0, n, noise)
+    np.testing.assert_allclose(objectives.x0_from_epsilon(betas, x_t, n, noise), x0, rtol=1e-9)
 
 
 def test_learned_variance_lies_between_the_two_published_bounds():
     """Catches v taken as [0, 1], bounds in the wrong order, and log 0 at the first step."""
     betas, numbers = BETAS["learned_sigma"], np.array([0, 1, 500, 999])
     for v in (-1.0, 0.25, 1.0):
-        ours = diffusion.learned_log_variance(betas, jnp.full((4, *SHAPE), v), jnp.asarray(numbers))
+        ours = objectives.learned_log_variance(
+            betas, jnp.full((4, *SHAPE), v), jnp.asarray(numbers)
+        )
         for i, n in enumerate(numbers):
             np.testing.assert_allclose(ours[i], np.full(SHAPE, learned(betas, v, n)), rtol=1e-9)
 
@@ -113,7 +117,7 @@ def test_kl_is_the_integral():
     """Catches the divergence of the second distribution from the first."""
     one, two = stats.norm(0.3, 0.5), stats.norm(-0.2, 0.8)
     want, _ = integrate.quad(lambda x: one.pdf(x) * (one.logpdf(x) - two.logpdf(x)), -6, 6)
-    ours = diffusion.normal_kl(0.3, 2 * jnp.log(0.5), -0.2, 2 * jnp.log(0.8))
+    ours = objectives.normal_kl(0.3, 2 * jnp.log(0.5), -0.2, 2 * jnp.log(0.8))
     np.testing.assert_allclose(ours, want, rtol=1e-7)
 
 
@@ -121,7 +125,7 @@ def test_bins_have_the_probabilities_of_the_normal_distribution():
     """Catches a bin of half the width, and outer bins that do not reach to infinity."""
     levels = jnp.asarray(np.arange(256) / 127.5 - 1)
     for mean, deviation in ((0.1, 0.5), (-0.97, 0.02)):
-        ours = diffusion.discretised_log_likelihood(levels, mean, 2 * jnp.log(deviation))
+        ours = objectives.discretised_log_likelihood(levels, mean, 2 * jnp.log(deviation))
         want = [bin_log_probability(x, mean, deviation) for x in np.asarray(levels)]
         np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(np.exp(ours).sum(), 1, rtol=1e-6)
@@ -135,7 +139,7 @@ def test_the_bound_equals_a_loop_over_its_values():
     epsilon, v = noise + 0.3 * draw(2, 4, *SHAPE), np.tanh(draw(3, 4, *SHAPE))
     root = np.sqrt(variance)[numbers][:, None, None, None]
     x_t = factor[numbers][:, None, None, None] * x0 + root * noise
-    ours = diffusion.variational_bound(
+    ours = objectives.variational_bound(
         betas, *(jnp.asarray(a) for a in (x0, x_t, numbers, epsilon, v))
     )
     for i, n in enumerate(numbers):
@@ -163,7 +167,7 @@ def seen(objective, batch, key=0, x0=None):
         inputs.append((x_t, time))
         return jnp.zeros((*x_t.shape[:-1], x_t.shape[-1] * (1 + (objective == "learned_sigma"))))
 
-    diffusion.loss(objective, model, x0, None, jax.random.key(key))
+    objectives.loss(objective, model, x0, None, jax.random.key(key))
     return inputs[0]
 
 
@@ -186,22 +190,24 @@ def truth(objective, x0):
     return model
 
 
-@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_the_loss_of_the_true_prediction_is_zero(objective):
     """Catches a target of the wrong sign, and a time that is not that of the noise mixed in."""
     x0 = jnp.asarray(draw(0, 64, *SHAPE))
-    value, metrics = diffusion.loss(objective, truth(objective, x0), x0, None, jax.random.key(0))
+    value, metrics = objectives.loss(objective, truth(objective, x0), x0, None, jax.random.key(0))
     assert metrics["mse"] < 1e-12
     # No step of these 64 is the first, whose likelihood is not zero.
     assert value < 1e-6
     # Zeros have the loss of the target's second moment: 1 for noise, 1 + 1 for a velocity.
     zero = truth(objective, x0)
-    value, metrics = diffusion.loss(objective, lambda *a: 0 * zero(*a), x0, None, jax.random.key(0))
+    value, metrics = objectives.loss(
+        objective, lambda *a: 0 * zero(*a), x0, None, jax.random.key(0)
+    )
     np.testing.assert_allclose(metrics["mse"], 2 if objective == "flow" else 1, rtol=0.2)
     assert value == metrics["mse"] + metrics.get("vb", 0)
 
 
-@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_the_network_is_given_times_of_the_published_range(objective):
     """Catches UViT given 0..999, DiT given 1..1000, a flow time scaled, times not uniform."""
     _, time = seen(objective, 20000, x0=jnp.zeros((20000, 1, 1, 1)))
@@ -215,7 +221,7 @@ def test_the_network_is_given_times_of_the_published_range(objective):
     np.testing.assert_allclose(time.std(), (high - low) / np.sqrt(12), rtol=0.02)
 
 
-@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_draws_depend_on_the_key_and_the_example_alone(objective):
     """Catches draws for the batch as a whole, which change with its size or its devices."""
     x0 = jnp.asarray(draw(0, 8, *SHAPE), jnp.float32)
@@ -227,7 +233,7 @@ def test_draws_depend_on_the_key_and_the_example_alone(objective):
     assert len(np.unique(time)) > 4
     assert not np.array_equal(seen(objective, 8, key=1, x0=x0)[1], time)
 
-    mesh = sharding.make_mesh(default().mesh, jax.devices())
+    mesh = mesh_lib.make_mesh(default().mesh, jax.devices())
     split = jax.device_put(x0, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     spread = jax.jit(lambda x: seen(objective, 8, x0=x))(split)
     np.testing.assert_array_equal(spread[1], time)
@@ -240,7 +246,7 @@ def test_the_bound_does_not_train_the_mean():
 
     def value(epsilon, v, part):
         model = lambda x_t, time, cond: jnp.concatenate([epsilon, v], axis=-1)  # noqa: E731
-        total, metrics = diffusion.loss("learned_sigma", model, x0, None, jax.random.key(0))
+        total, metrics = objectives.loss("learned_sigma", model, x0, None, jax.random.key(0))
         return total if part == "all" else metrics[part]
 
     at = jnp.asarray(draw(1, 4, *SHAPE)), jnp.zeros((4, *SHAPE))
@@ -255,7 +261,7 @@ def test_float32_loses_no_more_than_rounding():
     x0 = draw(0, 64, *SHAPE)
     n = jnp.arange(0, 1000, 16)[:63]
     for dtype, rtol in ((jnp.float32, 1e-6), (jnp.float64, 1e-12)):
-        _, variance = diffusion.q_mean_variance(
+        _, variance = objectives.q_mean_variance(
             BETAS["learned_sigma"], jnp.asarray(x0[:63], dtype), n
         )
         assert variance.dtype == dtype
@@ -263,7 +269,7 @@ def test_float32_loses_no_more_than_rounding():
         np.testing.assert_allclose(variance[:, 0, 0, 0], want, rtol=rtol)
 
 
-@pytest.mark.parametrize("objective", diffusion.OBJECTIVES)
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_conditioning_reaches_the_network_as_it_was_given(objective):
     """Catches an objective that takes labels alone, or drops what else conditions a model."""
     cond, got = {"label": jnp.arange(2), "text": jnp.ones((2, 4, 8))}, []
@@ -272,11 +278,11 @@ def test_conditioning_reaches_the_network_as_it_was_given(objective):
         got.append(cond)
         return jnp.concatenate([x_t] * (1 + (objective == "learned_sigma")), axis=-1)
 
-    diffusion.loss(objective, model, jnp.zeros((2, *SHAPE)), cond, jax.random.key(0))
+    objectives.loss(objective, model, jnp.zeros((2, *SHAPE)), cond, jax.random.key(0))
     assert len(got) == 1 and got[0] is cond
 
 
 def test_an_unknown_objective_is_named():
     """Catches a misspelt objective that trains something else."""
     with pytest.raises(UserError, match="objective='eps' is none of epsilon, learned_sigma, flow"):
-        diffusion.loss("eps", lambda x, *_: x, jnp.zeros((1, *SHAPE)), None, jax.random.key(0))
+        objectives.loss("eps", lambda x, *_: x, jnp.zeros((1, *SHAPE)), None, jax.random.key(0))

@@ -11,8 +11,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformer_costs import dit_macs, num_parameters
 
-from dcae_jax.config import UserError
-from dcae_jax.models import dit, weights
+from dcae_jax.errors import UserError
+from dcae_jax.models import dit
+from dcae_jax.models import weights as weights_lib
 
 
 def architecture(variant, learn_sigma=True, patch_size=1, **changes):
@@ -22,7 +23,7 @@ def architecture(variant, learn_sigma=True, patch_size=1, **changes):
 
 
 def weights_of(arch):
-    return weights.split(dit.create(arch, dtype="float32", rngs=nnx.Rngs(0)))
+    return weights_lib.split(dit.create(arch, dtype="float32", rngs=nnx.Rngs(0)))
 
 
 def test_parameters_and_cost_of_xl_are_the_published_ones():
@@ -32,8 +33,8 @@ def test_parameters_and_cost_of_xl_are_the_published_ones():
     # The published count also has one operation for each value of a softmax and of a LayerNorm.
     assert abs(dit_macs(arch) / 118.68e9 - 1) < 1e-3
     create = functools.partial(dit.create, arch, dtype="float32", unroll=True)
-    graph, params, _ = weights.split(weights.abstract(lambda rngs: create(rngs=rngs)))
-    program = jax.jit(lambda params, *inputs: weights.merge(graph, params)(*inputs)).lower(
+    graph, params, _ = weights_lib.split(weights_lib.abstract(lambda rngs: create(rngs=rngs)))
+    program = jax.jit(lambda params, *inputs: weights_lib.merge(graph, params)(*inputs)).lower(
         params,
         jax.ShapeDtypeStruct((1, 16, 16, 32), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
@@ -96,7 +97,7 @@ def test_initial_values():
 def test_a_fresh_model_predicts_zero():
     """Catches a gate or a last layer that does not start at zero."""
     graph, params, _ = weights_of(architecture("tiny", depth=2))
-    y = weights.merge(graph, params)(
+    y = weights_lib.merge(graph, params)(
         np.ones((2, 4, 4, 8), np.float32), np.ones(2, np.float32), np.array([0, 10], np.int32)
     )
     assert y.shape == (2, 4, 4, 16) and (np.asarray(y) == 0).all()

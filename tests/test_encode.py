@@ -18,9 +18,14 @@ from support import CONFIGS, small_models
 from support.small_judges import two_processes
 
 import dcae_jax
-from dcae_jax import checkpoint, crops, encode, latents, main, preemption, report, sharding, sources
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import files, main
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.data import latent_shards, latents, sources, transforms
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import encode
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import preemption
 
 COUNT, SIZE = 23, 32  # pictures of the fixture, and pixels that they are cut to
 
@@ -74,9 +79,9 @@ def whole(pictures, model, tmp_path_factory):
     """The workdir of a job that nothing interrupted, on one device."""
     workdir = str(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
+        make_mesh = mesh_lib.make_mesh
         patch.setattr(
-            sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+            mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
         )
         assert encode.run(_config(pictures, model), workdir) == encode.DONE
     return workdir
@@ -105,7 +110,7 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(whole, model
     assert sorted(records) == list(range(COUNT))
     for number, (values, label) in records.items():
         image, want = source[number]
-        x = np.asarray(crops.center_crop(image, SIZE))[None].astype(np.float32) / 127.5 - 1
+        x = np.asarray(transforms.center_crop(image, SIZE))[None].astype(np.float32) / 127.5 - 1
         for variant, pixels in enumerate((x, x[:, :, ::-1])):
             z = np.asarray(ae.encode(np.ascontiguousarray(pixels)))[0]
             np.testing.assert_allclose(
@@ -132,7 +137,9 @@ def test_the_manifest_holds_the_statistics_of_what_is_stored(whole, model, pictu
     wanted |= {"autoencoder": model, "weights": "ema"}
     assert {key: manifest[key] for key in wanted} == wanted
     assert manifest["source"] == {"images": COUNT, "source": "folder", "path": pictures}
-    assert manifest["checksum"] == checkpoint.checksum(checkpoint.load_weights(model)[0])
+    assert manifest["checksum"] == checkpoint_weights.checksum(
+        checkpoint_weights.load_weights(model)[0]
+    )
 
 
 @pytest.mark.parametrize("shard_size, batch_size, devices", [(7, 3, 1), (100, 8, 8)])
@@ -140,9 +147,9 @@ def test_each_image_is_there_once_whatever_the_sizes(
     whole, config, tmp_path, monkeypatch, shard_size, batch_size, devices
 ):
     """Catches images lost or doubled where shards, batches and devices do not divide."""
-    make_mesh = sharding.make_mesh
+    make_mesh = mesh_lib.make_mesh
     monkeypatch.setattr(
-        sharding, "make_mesh", lambda sizes, _=None: make_mesh(sizes, jax.devices()[:devices])
+        mesh_lib, "make_mesh", lambda sizes, _=None: make_mesh(sizes, jax.devices()[:devices])
     )
     config.encode.shard_size, config.encode.batch_size = shard_size, batch_size
     assert encode.run(config, str(tmp_path)) == encode.DONE
@@ -177,7 +184,7 @@ def test_fixed_crops_are_those_of_evaluation(config, tmp_path, alone):
         n: n % len(sources.PHOTOS) for n in range(20)
     }
     images = sources.photos()
-    crop = crops.random_crop(images[16 % len(images)][0], SIZE, np.random.default_rng((4, 16)))
+    crop = transforms.random_crop(images[16 % len(images)][0], SIZE, np.random.default_rng((4, 16)))
     x = np.asarray(crop)[None].astype(np.float32) / 127.5 - 1
     z = np.asarray(dcae_jax.load_autoencoder(config.init_from).encode(x))[0]
     got = records[16][0][0].astype(np.float32)
@@ -237,7 +244,7 @@ class _Killed(BaseException):
 @pytest.mark.parametrize("after", [False, True])
 def test_every_moment_of_a_crash_is_safe(whole, config, tmp_path, monkeypatch, alone, file, after):
     """Catches a shard that counts before its sums are written, and files left by a crash."""
-    write_json = report.write_json
+    write_json = files.write_json
 
     def crash(path, value):
         if path.endswith(file):
@@ -246,11 +253,11 @@ def test_every_moment_of_a_crash_is_safe(whole, config, tmp_path, monkeypatch, a
             raise _Killed
         write_json(path, value)
 
-    monkeypatch.setattr(report, "write_json", crash)
+    monkeypatch.setattr(files, "write_json", crash)
     with pytest.raises(_Killed):
         encode.run(config, str(tmp_path))
     (tmp_path / f"{latents.MANIFEST}.99.tmp").write_text("{")
-    monkeypatch.setattr(report, "write_json", write_json)
+    monkeypatch.setattr(files, "write_json", write_json)
     with pytest.raises(UserError):
         latents.latents(str(tmp_path))
     assert encode.run(config, str(tmp_path)) == encode.DONE
@@ -261,14 +268,14 @@ def test_sigterm_stops_after_a_whole_shard_with_status_75(
     whole, config, tmp_path, monkeypatch, alone
 ):
     """Catches a preempted job that goes on, calls itself done, or leaves half a shard."""
-    write_json = report.write_json
+    write_json = files.write_json
 
     def terminate(path, value):
         write_json(path, value)
         if path.endswith("00001-of-00005.json"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(report, "write_json", terminate)
+    monkeypatch.setattr(files, "write_json", terminate)
     assert encode.run(config, str(tmp_path)) == preemption.STATUS
     left = sorted(name for name in os.listdir(tmp_path) if not name.endswith(".json"))
     assert left == [latents.shard_name(s, 5) for s in range(2)]
@@ -283,7 +290,7 @@ def test_a_finished_job_is_left_alone_and_mended_where_a_shard_is_damaged(
     for name in os.listdir(whole):
         (tmp_path / name).write_bytes(pathlib.Path(whole, name).read_bytes())
     done = []
-    write_shard = encode.write_shard
+    write_shard = latent_shards.write_shard
     monkeypatch.setattr(
         encode,
         "write_shard",
@@ -338,14 +345,20 @@ def _plus(weights):
 
 def test_a_checksum_tells_weights_apart_and_the_encoders_only_encoders(exported, model):
     """Catches a decoder's training that invalidates latents, or an encoder's that does not."""
-    weights, _ = checkpoint.load_weights(model)
+    weights, _ = checkpoint_weights.load_weights(model)
     decoder = weights | _plus(weights)
-    assert checkpoint.checksum(weights) == checkpoint.checksum(dict(reversed(weights.items())))
-    assert checkpoint.checksum(weights) != checkpoint.checksum(decoder)
-    assert checkpoint.encoder_checksum(weights) == checkpoint.encoder_checksum(decoder)
+    assert checkpoint_weights.checksum(weights) == checkpoint_weights.checksum(
+        dict(reversed(weights.items()))
+    )
+    assert checkpoint_weights.checksum(weights) != checkpoint_weights.checksum(decoder)
+    assert checkpoint_weights.encoder_checksum(weights) == checkpoint_weights.encoder_checksum(
+        decoder
+    )
     name = next(n for n in weights if n.startswith("encoder.") and n.endswith("kernel"))
     encoder = weights | {name: weights[name] * 1.0001}
-    assert checkpoint.encoder_checksum(weights) != checkpoint.encoder_checksum(encoder)
+    assert checkpoint_weights.encoder_checksum(weights) != checkpoint_weights.encoder_checksum(
+        encoder
+    )
 
 
 def test_a_broken_image_is_left_out_named_and_counted(config, pictures, tmp_path, caplog, alone):

@@ -15,8 +15,11 @@ from support.moments import union
 from support.reconstruction import judge, model_weights
 
 import dcae_jax
-from dcae_jax import evaluate, main, metrics, report, sources, train
-from dcae_jax.config import UserError
+from dcae_jax import files, main
+from dcae_jax.data import sources
+from dcae_jax.errors import UserError
+from dcae_jax.evaluation import metrics, reconstruction
+from dcae_jax.jobs import evaluate, train
 from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
 
 SCORES = ("psnr", "ssim", "lpips")
@@ -74,11 +77,11 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     """Fails if a mean is taken of means, or moments of two parts do not add up to those of all."""
     judge_config.evaluate.inception_weights = small_inception
     config = evaluate.resolve(judge_config)
-    judges = evaluate.load_judges(config, one_device)
+    judges = reconstruction.load_judges(config, one_device)
     model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), one_device)
     source = sources.evaluation_source(config.data)
     parts = [
-        evaluate.measure(config, model.graph, model.weights, one_device, part, judges, 32)
+        reconstruction.measure(config, model.graph, model.weights, one_device, part, judges, 32)
         for part in (source, *(sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))))
     ]
     for name, total in parts[0].sums.items():
@@ -172,7 +175,7 @@ def test_the_job_leaves_its_files_and_says_what_is_locked(trained, tmp_path, cap
     caplog.set_level("INFO")
     workdir = tmp_path / "judged"
     for step in (7, 40, 90):
-        report.append_row(str(workdir), step, {"loss": 1.0})
+        files.append_row(str(workdir), step, {"loss": 1.0})
     for _ in range(2):
         assert evaluate.run(trained, str(workdir)) == 0
     lines = [r.getMessage() for r in caplog.records if "torch_io" in r.getMessage()]
@@ -188,7 +191,7 @@ def test_the_job_leaves_its_files_and_says_what_is_locked(trained, tmp_path, cap
     scores = judged["results"]["32"]
     assert judged["step"] == 40 and scores.keys() == {"psnr", "ssim", "images"}
     assert judged["config"]["data"]["path"] == trained.data.path
-    rows = report.read_rows(str(workdir))
+    rows = files.read_rows(str(workdir))
     assert [row["step"] for row in rows] == [7, 40, 90] and rows[0] == {"step": 7, "loss": 1.0}
     assert rows[1] == {"step": 40, "loss": 1.0} | {f"{k}_32": scores[k] for k in ("psnr", "ssim")}
     names = {path.name for path in (workdir / "images").iterdir()}
@@ -205,7 +208,7 @@ def test_few_images_are_marked_biased(trained, small_inception, tmp_path, caplog
     assert table.splitlines()[2].split()[0] == "32" and table.splitlines()[2].endswith("biased")
     judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
     assert judged["biased"] is True and judged["rfid"] > 0
-    assert report.read_rows(str(tmp_path / "judged"))[0]["biased_32"] is True
+    assert files.read_rows(str(tmp_path / "judged"))[0]["biased_32"] is True
 
 
 def test_rows_of_a_training_run_are_marked_too(small, alone, small_inception, tmp_path):
@@ -213,7 +216,7 @@ def test_rows_of_a_training_run_are_marked_too(small, alone, small_inception, tm
     small.evaluate.inception_weights = small_inception
     small.evaluate_first, small.steps = True, 1
     assert train.run(small, str(tmp_path / "run")) == 0
-    rows = report.read_rows(str(tmp_path / "run"))
+    rows = files.read_rows(str(tmp_path / "run"))
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["biased_32"] is True and row["rfid_32"] > 0 for row in rows)
 

@@ -23,10 +23,12 @@ from support.published_weights import (
 )
 
 import dcae_jax
-from dcae_jax import checkpoint, export_formats, hub, main, published
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import main
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
+from dcae_jax.pretrained import export_formats, hub, published
 
 ARCH = dataclasses.replace(
     dcae.VARIANTS["tiny"], widths=(8, 8, 16, 32, 32), latent_channels=8, scaling_factor=0.5
@@ -41,7 +43,7 @@ def source(tmp_path_factory):
     weights = random_weights(ARCH)
     weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
     meta = {"kind": "autoencoder", "model": published.model_settings(ARCH)}
-    checkpoint.save_export(str(folder), weights, meta)
+    checkpoint_weights.save_export(str(folder), weights, meta)
     return str(folder), weights
 
 
@@ -64,7 +66,7 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(run_export, source):
     path, weights = source
     _, _, there = run_export(path, "diffusers", out="there")
     status, _, back = run_export(there, "orbax", out="back")
-    read, saved = checkpoint.load_weights(back)
+    read, saved = checkpoint_weights.load_weights(back)
     assert status == 0
     same(weights, read)
     model = config_lib.default().model
@@ -87,7 +89,7 @@ def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
     assert config == {"model_name": "dc-ae-f32c32-mix-1.0"}
     tensors = load_file(os.path.join(out, "model.safetensors"))
     assert "encoder.stages.1.op_list.0.main.conv1.conv.weight" in tensors
-    same(weights, checkpoint.load_weights(out)[0])
+    same(weights, checkpoint_weights.load_weights(out)[0])
     more = "--config.model.variant=f32c32"
     file = os.path.join(tmp_path, "hub", hub.DIFFUSERS_FILE)
     status, said, _ = run_export(file, "authors", more, out="b")
@@ -134,7 +136,7 @@ def test_stablehlo_runs_without_this_package(run_export, source, tmp_path):
             np.testing.assert_allclose(theirs["latents"], z, atol=1e-4 * np.abs(z).max())
             np.testing.assert_allclose(theirs["images"], y, atol=1e-3 * np.abs(y).max())
     with pytest.raises(UserError, match="kind='stablehlo'"):
-        checkpoint.load_weights(out)
+        checkpoint_weights.load_weights(out)
 
 
 def test_the_example_is_short_and_needs_jax_and_safetensors_alone():
@@ -156,7 +158,7 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(run_export, tmp
     settings = {**published.model_settings(tiny), "residual": False}
     (tmp_path / "ours").mkdir()
     meta = {"kind": "autoencoder", "model": settings}
-    checkpoint.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
+    checkpoint_weights.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
     for form in ("diffusers", "authors"):
         status, said, out = run_export(tmp_path / "ours", form)
         assert status == main.MISTAKE and "cannot express residual=False" in said
@@ -209,7 +211,7 @@ def test_diffusers_opens_an_export_and_computes_the_same(run_export, name, tmp_p
     weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
     (tmp_path / "ours").mkdir()
     meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
-    checkpoint.save_export(str(tmp_path / "ours"), weights, meta)
+    checkpoint_weights.save_export(str(tmp_path / "ours"), weights, meta)
     status, said, out = run_export(tmp_path / "ours", "diffusers")
     assert status == 0, said
     kind = diffusers.AutoencoderKL if name == "kl" else diffusers.AutoencoderDC

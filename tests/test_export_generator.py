@@ -14,10 +14,15 @@ from support import small_models
 from support.published_weights import PUBLISHED, random_weights, same
 
 import dcae_jax
-from dcae_jax import checkpoint, main, published, sharding, state, train
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import main
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import train
 from dcae_jax.models import dcae
+from dcae_jax.pretrained import published
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
 
 NAME = "dc-ae-f32c32-in-1.0"
 WIDTH = 128  # of `tiny`, by which the authors' files tell the heads
@@ -29,12 +34,12 @@ def export_generator(folder, name, objective, inner, **changes):
     sizes = dict(depth=2, latent_size=2, latent_channels=8, num_classes=3, scaling_factor=0.3189)
     config.model.update({"name": name, "variant": "tiny", **sizes, **changes})
     config.objective = objective
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    weights = {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 5).items()}
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
+    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}
     meta = {"kind": "generator", "model": config_lib.to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}
-    shutil.copytree(inner, os.path.join(folder, checkpoint.AUTOENCODER))
-    checkpoint.save_export(folder, weights, meta)
+    shutil.copytree(inner, os.path.join(folder, checkpoint_weights.AUTOENCODER))
+    checkpoint_weights.save_export(folder, weights, meta)
     return weights
 
 
@@ -47,7 +52,7 @@ def named(tmp_path, monkeypatch):
     folder.mkdir()
     weights = random_weights(arch)
     meta = {"kind": "autoencoder", "model": published.model_settings(dcae.variant(NAME))}
-    checkpoint.save_export(str(folder), weights, meta)
+    checkpoint_weights.save_export(str(folder), weights, meta)
     return str(folder), weights
 
 
@@ -81,9 +86,9 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     assert {key.split(".")[0] for key in tensors} == {"diffusion_model", "autoencoder"}
     status, said, back = run_export(there, "orbax", out="back")
     assert status == 0, said
-    read, saved = checkpoint.load_weights(back, kind="generator")
+    read, saved = checkpoint_weights.load_weights(back, kind="generator")
     same(read, weights)
-    same(checkpoint.load_weights(saved["autoencoder"])[0], inner_weights)
+    same(checkpoint_weights.load_weights(saved["autoencoder"])[0], inner_weights)
     before, after = (dcae_jax.load_generator(folder) for folder in (ours, back))
     assert after.architecture == before.architecture and after.objective == objective
     assert after.scaling_factor == before.scaling_factor == 0.3189
@@ -98,9 +103,9 @@ def test_an_export_samples_the_pictures_of_its_workdir(
     monkeypatch,
 ):
     """Catches an export that needs the run, its latents or its autoencoder beside it."""
-    make_mesh = sharding.make_mesh
+    make_mesh = mesh_lib.make_mesh
     monkeypatch.setattr(
-        sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+        mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
     )
     inner = str(tmp_path / "inner")
     shutil.copytree(unnamed, inner)
@@ -145,7 +150,7 @@ def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
     assert status == 0 and "only the diffusion model is written" in said and "0.3189" in said
     tensors = load_file(os.path.join(out, "model.safetensors"))
     assert all(name.startswith("diffusion_model.") for name in tensors)
-    read, saved = checkpoint.load_weights(out, kind="generator")
+    read, saved = checkpoint_weights.load_weights(out, kind="generator")
     same(read, weights)
     assert saved["objective"] == "flow" and saved["autoencoder"] == ""
 

@@ -14,29 +14,26 @@ from PIL import Image
 from support import CONFIGS, small_judges, small_models
 
 import dcae_jax
-from dcae_jax import (
-    checkpoint,
-    diffusion,
-    judge_samples,
-    preflight,
-    report,
-    sample,
-    sharding,
-    state,
-    steps,
-    train,
-)
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.diffusion import objectives
+from dcae_jax.errors import UserError
+from dcae_jax.evaluation import samples
+from dcae_jax.jobs import sample, train
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import preflight
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
 
 
 @pytest.fixture(scope="module")
 def one():
     """Within the module, jobs of this process see one device."""
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = sharding.make_mesh
+        make_mesh = mesh_lib.make_mesh
         patch.setattr(
-            sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+            mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
         )
         yield
 
@@ -66,18 +63,18 @@ def trained(one, latents, tmp_path_factory):
 
 
 def _arrays(workdir, which="raw"):
-    return checkpoint.load_weights(workdir, which, kind="generator")[0]
+    return checkpoint_weights.load_weights(workdir, which, kind="generator")[0]
 
 
 def test_a_run_leaves_rows_samples_and_what_the_latents_fix(trained, latents, autoencoder):
     """Catches a config.json that does not say which latents, scale and autoencoder were learned."""
-    rows = report.read_rows(trained)
+    rows = files.read_rows(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"loss", "mse", "grad_norm", "learning_rate", "images_per_s"} <= rows[0].keys()
     with Image.open(os.path.join(trained, "images", "step0000004_samples.png")) as picture:
         assert picture.size == (2 * 130 - 2, 2 * 130 - 2)
-    saved = report.read_json(os.path.join(trained, "config.json"))
-    manifest = report.read_json(os.path.join(latents, "manifest.json"))
+    saved = files.read_json(os.path.join(trained, "config.json"))
+    manifest = files.read_json(os.path.join(latents, "manifest.json"))
     model = saved["config"]["model"]
     assert model["scaling_factor"] == manifest["scaling_factor_multiplies_latent"]
     assert (model["latent_size"], model["latent_channels"], model["num_classes"]) == (2, 8, 3)
@@ -102,7 +99,7 @@ def test_a_restarted_run_ends_bit_equal(file, one, latents, tmp_path):
         for name, value in before.items():
             np.testing.assert_array_equal(after[name], value)
     timed = re.compile(r".*_(s|per_s)$")
-    for left, right in zip(report.read_rows(workdir), report.read_rows(halves), strict=True):
+    for left, right in zip(files.read_rows(workdir), files.read_rows(halves), strict=True):
         assert {k: v for k, v in left.items() if not timed.match(k)} == {
             k: v for k, v in right.items() if not timed.match(k)
         }
@@ -121,21 +118,21 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
         jax.debug.callback(lambda x: seen.update(x0=np.asarray(x)), x0)
         return jnp.sum(model(x0, jnp.zeros(x0.shape[0]), cond)), {}
 
-    monkeypatch.setattr(diffusion, "loss", loss)
+    monkeypatch.setattr(objectives, "loss", loss)
     source = preflight.on_latents(config)[1]
     config = preflight.on_latents(config)[0]
-    spec = state.train_spec(config, one_device)
+    spec = state_lib.train_spec(config, one_device)
     values = np.stack([source[i][0][0] for i in range(len(source))])
     batch = {"latent": jnp.asarray(values), "label": jnp.zeros(len(values), jnp.int32)}
-    step = jax.jit(steps.make_step(config, spec))
-    jax.block_until_ready(step(state.init_state(config, one_device, spec), batch, {}))
+    step = jax.jit(step_lib.make_step(config, spec))
+    jax.block_until_ready(step(state_lib.init_state(config, one_device, spec), batch, {}))
     manifest = source.manifest
     want = values.astype(np.float32) * manifest["scaling_factor_multiplies_latent"]
     np.testing.assert_allclose(seen["x0"], want, rtol=1e-6)
     assert 0.8 < np.sqrt(np.mean(seen["x0"] ** 2)) < 1.2
-    kept = steps.drop_labels(jnp.arange(4000) % 3, jax.random.key(0), 0.1, 3)
+    kept = step_lib.drop_labels(jnp.arange(4000) % 3, jax.random.key(0), 0.1, 3)
     assert 300 < int((kept == 3).sum()) < 500
-    again = steps.drop_labels(jnp.arange(2000) % 3, jax.random.key(0), 0.1, 3)
+    again = step_lib.drop_labels(jnp.arange(2000) % 3, jax.random.key(0), 0.1, 3)
     np.testing.assert_array_equal(again, kept[:2000])
 
 
@@ -154,16 +151,16 @@ def test_microbatches_see_their_own_latents_and_labels(config, one_device):
         )
         return real(config, spec, state, batch, key)
 
-    real, steps.denoising_gradients = steps.denoising_gradients, spy
+    real, step_lib.denoising_gradients = step_lib.denoising_gradients, spy
     try:
         config.accumulate = 2
-        spec = state.train_spec(config, one_device)
-        new, metrics = jax.jit(steps.make_step(config, spec))(
-            state.init_state(config, one_device, spec), batch, {}
+        spec = state_lib.train_spec(config, one_device)
+        new, metrics = jax.jit(step_lib.make_step(config, spec))(
+            state_lib.init_state(config, one_device, spec), batch, {}
         )
         jax.block_until_ready(new.params)
     finally:
-        steps.denoising_gradients = real
+        step_lib.denoising_gradients = real
     assert int(metrics["finite"]) == 1
     np.testing.assert_array_equal(found[0], batch["latent"][::2])
     np.testing.assert_array_equal(found[1], batch["latent"][1::2])
@@ -196,7 +193,7 @@ def test_latents_that_do_not_fit_are_refused(config, latents, one, tmp_path, aut
         train.run(config, str(tmp_path / "run"))
     config.patch_size, config.mesh.spatial = 1, 2
     with pytest.raises(UserError, match="mesh.spatial=2"):
-        preflight.check(config, sharding.make_mesh(config_lib.default().mesh))
+        preflight.check(config, mesh_lib.make_mesh(config_lib.default().mesh))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -230,7 +227,7 @@ def test_a_pattern_that_names_one_block_says_so(config, one_device):
     config = preflight.on_latents(config)[0]
     config.trainable = (r"in_blocks\.0\..*",)
     with pytest.raises(UserError, match="names one of several blocks.*in_blocks"):
-        state.train_spec(config, one_device)
+        state_lib.train_spec(config, one_device)
 
 
 def test_fine_tuning_starts_from_the_averages_and_freezes_the_rest(trained, config, one, tmp_path):
@@ -263,7 +260,8 @@ def test_a_sample_is_that_of_its_number(trained, one):
 
 def test_samples_are_decoded_from_unscaled_latents(trained, one, monkeypatch):
     """Catches a scaling factor that is left out on the way back, or applied the wrong way."""
-    from dcae_jax import api, sampling
+    from dcae_jax.api import generator as api
+    from dcae_jax.diffusion import samplers as sampling
 
     model = dcae_jax.load_generator(trained)
     z = np.random.default_rng(0).standard_normal((3, 2, 2, 8)).astype(np.float32)
@@ -280,7 +278,7 @@ def test_samples_on_eight_devices_are_those_of_one(trained, one):
     """Catches noise or labels that follow the layout of the mesh."""
     labels = np.arange(11) % 3
     on_one = dcae_jax.load_generator(trained).sample(labels, guidance=1.5, steps=4)
-    eight = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2, 1, 1), sharding.AXES)
+    eight = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2, 1, 1), mesh_lib.AXES)
     on_eight = dcae_jax.load_generator(trained, mesh=eight).sample(labels, guidance=1.5, steps=4)
     assert np.mean(on_one != on_eight) <= 1e-3
     assert np.abs(on_one.astype(int) - on_eight.astype(int)).max() <= 1
@@ -324,7 +322,7 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
     assert images.dtype == np.uint8 and images.shape == (7, 32, 32, 3)
     model = dcae_jax.load_generator(trained)
     np.testing.assert_array_equal(model.sample(labels[:3], steps=2), images[:3])
-    assert len(judge_samples.image_source(os.path.join(whole, "samples.npz"), "key")) == 7
+    assert len(samples.image_source(os.path.join(whole, "samples.npz"), "key")) == 7
 
     real, calls = sample.pictures, []
 

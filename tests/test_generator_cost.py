@@ -8,7 +8,10 @@ from support import CONFIGS
 from transformer_costs import uvit_macs
 
 from dcae_jax import config as config_lib
-from dcae_jax import matching, preflight, state, steps
+from dcae_jax.diffusion import latent_spec
+from dcae_jax.setup import preflight
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step
 
 
 def planned(autoencoder, patch_size):
@@ -16,16 +19,14 @@ def planned(autoencoder, patch_size):
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), "s")
     config.autoencoder, config.patch_size, config.resolution = autoencoder, patch_size, 512
     config.unroll = True  # XLA counts a loop's body once
-    return matching.resolve_latent_spec(config, None)
+    return latent_spec.resolve_latent_spec(config, None)
 
 
 def step_flops(config, mesh):
-    spec = state.train_spec(config, mesh)
-    abstract = state.abstract_state(config, mesh, spec)
+    spec = state_lib.train_spec(config, mesh)
+    abstract = state_lib.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, config.model.latent_size, mesh)
-    return (
-        jax.jit(steps.make_step(config, spec)).lower(abstract, batch, {}).cost_analysis()["flops"]
-    )
+    return jax.jit(step.make_step(config, spec)).lower(abstract, batch, {}).cost_analysis()["flops"]
 
 
 def test_a_training_step_on_f64_latents_needs_a_fourteenth_of_that_on_f8(one_device):
@@ -33,7 +34,7 @@ def test_a_training_step_on_f64_latents_needs_a_fourteenth_of_that_on_f8(one_dev
     wide, narrow = planned("sd-vae-f8", 2), planned("f64c128", 1)
     sizes = [(c.model.latent_size, c.model.latent_channels) for c in (wide, narrow)]
     assert sizes == [(64, 4), (8, 128)]
-    macs = [uvit_macs(state.architecture(config)) for config in (wide, narrow)]
+    macs = [uvit_macs(state_lib.architecture(config)) for config in (wide, narrow)]
     assert round(macs[0] / macs[1], 1) == 19.9
     flops = [step_flops(config, one_device) for config in (wide, narrow)]
     assert flops[0] / flops[1] >= 14

@@ -7,12 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dcae_jax import config as config_lib
-from dcae_jax import hlo, sharding
+from dcae_jax.planner import hlo
+from dcae_jax.runtime import mesh as mesh_lib
 
 
 def _compiled(unroll):
     """Five rounds of an all-reduce of 4 KiB over eight devices, with a product in between."""
-    mesh = sharding.make_mesh(config_lib.default().mesh)
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh)
 
     def rounds(x, weights):
         def body(carry, w):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import dcae_jax
-from dcae_jax import api, checkpoint
 from dcae_jax import config as config_lib
+from dcae_jax.api import autoencoder
+from dcae_jax.checkpoints import weights as checkpoint_weights
 
 SCRIPT = """
 import resource, threading
@@ -75,7 +76,7 @@ def test_library_calls_leave_their_users_memory_alone(tmp_path):
     400 MB of arrays that are none of its own would stay resident for ever."""
     ae = dcae_jax.create_autoencoder("tiny")
     meta = {"kind": "autoencoder", "model": dict(ae.model)}
-    checkpoint.save_export(str(tmp_path), jax.tree.map(np.asarray, ae.weights), meta)
+    checkpoint_weights.save_export(str(tmp_path), jax.tree.map(np.asarray, ae.weights), meta)
     fallen = {}
     for who in ("user", "job"):
         command = [sys.executable, "-c", LIBRARY, who, str(tmp_path)]
@@ -101,7 +102,7 @@ def test_weights_are_not_their_sources_memory(kind):
     weights[name] = mine
     config = config_lib.default()
     config.model.update(ae.model)
-    loaded = api.build_autoencoder(config, weights, ae.mesh)
+    loaded = autoencoder.build_autoencoder(config, weights, ae.mesh)
     as_read = mine.astype(np.float32)
     mine += 1
     assert loaded.weights[name].dtype == np.float32

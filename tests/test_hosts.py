@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from support import CONFIGS, NARROW, flags, small_judges
 
-from dcae_jax import checkpoint, hosts, report, train
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import train
+from dcae_jax.runtime import distributed
 
 # --- who is there ---------------------------------------------------------------------------------
 
@@ -54,7 +57,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
 )
 def test_a_single_process_waits_for_nobody(environ):
     """Catches a laptop, or a shell in a cluster's allocation, that waits for others for ever."""
-    assert hosts.find({}, environ) is None
+    assert distributed.find({}, environ) is None
 
 
 def test_clusters_are_recognised():
@@ -62,15 +65,17 @@ def test_clusters_are_recognised():
     take one of its GPUs."""
     together = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
     found = {"cluster_detection_method": "slurm", "local_device_ids": [1]}
-    assert hosts.find({}, together) == found
+    assert distributed.find({}, together) == found
     apart = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}
-    assert hosts.find({}, apart) == found | {"local_device_ids": None}
-    assert hosts.detect(OPEN_MPI) == "ompi"
-    assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a,b"}) == "gketpu"
-    assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}) is None
-    assert hosts.detect({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == "gketpu"
-    assert hosts.detect(POD) == "k8s"
-    assert hosts.detect(POD | {"TPU_WORKER_HOSTNAMES": "alone"}) is None
+    assert distributed.find({}, apart) == found | {"local_device_ids": None}
+    assert distributed.detect(OPEN_MPI) == "ompi"
+    assert distributed.detect({"TPU_WORKER_HOSTNAMES": "a,b"}) == "gketpu"
+    assert distributed.detect({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}) is None
+    assert (
+        distributed.detect({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == "gketpu"
+    )
+    assert distributed.detect(POD) == "k8s"
+    assert distributed.detect(POD | {"TPU_WORKER_HOSTNAMES": "alone"}) is None
 
 
 def test_clusters_are_those_that_jax_knows():
@@ -85,15 +90,15 @@ def test_clusters_are_those_that_jax_knows():
 
 def test_pods_of_an_indexed_job_find_each_other(monkeypatch):
     """Catches pods of which each trains by itself in the one workdir."""
-    assert hosts.find({}, POD) == {"cluster_detection_method": None, "local_device_ids": None}
+    assert distributed.find({}, POD) == {"cluster_detection_method": None, "local_device_ids": None}
     told = POD | {"JAX_COORDINATOR_ADDRESS": "job-0.net:55527", "JAX_NUM_PROCESSES": "4"}
-    assert hosts.find({}, told) == _explicit("job-0.net:55527", 4, 1)
-    assert hosts.find({}, told | {"JAX_NUM_PROCESSES": "1"}) is None
+    assert distributed.find({}, told) == _explicit("job-0.net:55527", 4, 1)
+    assert distributed.find({}, told | {"JAX_NUM_PROCESSES": "1"}) is None
     for name, value in POD.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", _refuse)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", _refuse)
     with pytest.raises(UserError, match="Kubernetes, but no such.*pip install kubernetes, or set "):
-        hosts.initialize({}, preemptible=False)
+        distributed.initialize({}, preemptible=False)
 
 
 def _refuse(**arguments):
@@ -114,13 +119,15 @@ def _explicit(address, count, process, device=None):
 def test_flags_name_the_cluster_or_are_refused():
     """Catches a mistyped number that ends in a traceback, or starts a run of one."""
     line = ["main", "--workdir=x", "--coordinator=h:1", "--num_processes=3", "--process_id=2"]
-    given, rest = hosts.take_flags(line)
+    given, rest = distributed.take_flags(line)
     assert rest == ["main", "--workdir=x"]
-    assert hosts.find(given, {}) == _explicit("h:1", 3, 2)
-    assert hosts.find({"coordinator": "h:1"}, OPEN_MPI) == _explicit("h:1", 2, 1, [1])
+    assert distributed.find(given, {}) == _explicit("h:1", 3, 2)
+    assert distributed.find({"coordinator": "h:1"}, OPEN_MPI) == _explicit("h:1", 2, 1, [1])
     elsewhere = {"JAX_COORDINATOR_ADDRESS": "elsewhere:1"}
-    assert hosts.find({"coordinator": "h:1"}, OPEN_MPI | elsewhere) == _explicit("h:1", 2, 1, [1])
-    assert hosts.find(given | {"num_processes": "1", "process_id": "0"}, {}) is None
+    assert distributed.find({"coordinator": "h:1"}, OPEN_MPI | elsewhere) == _explicit(
+        "h:1", 2, 1, [1]
+    )
+    assert distributed.find(given | {"num_processes": "1", "process_id": "0"}, {}) is None
     for change, said in (
         ({"process_id": "3"}, "below --num_processes=3"),
         ({"process_id": "one"}, "whole number"),
@@ -128,13 +135,13 @@ def test_flags_name_the_cluster_or_are_refused():
         ({"process_id": ""}, "needs --process_id too"),
     ):
         with pytest.raises(UserError, match=said):
-            hosts.find(given | change, {})
+            distributed.find(given | change, {})
 
 
 def test_a_reader_of_batches_joins_nothing(monkeypatch):
     """Catches worker processes of the data that count as processes of the run."""
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: "the run")
-    hosts.initialize({"coordinator": "h"}, preemptible=True)  # flags that would be refused
+    distributed.initialize({"coordinator": "h"}, preemptible=True)  # flags that would be refused
 
 
 def _free_port():
@@ -186,7 +193,7 @@ def test_a_process_that_does_not_come_is_reported_by_all_that_do():
 
 def test_a_process_that_is_not_there_is_reported_within_a_minute():
     """Catches a report that comes when the scheduler has long given up."""
-    assert hosts.REPORT_S <= 60 and hosts.AGREE_S <= 60
+    assert distributed.REPORT_S <= 60 and distributed.AGREE_S <= 60
 
 
 def test_a_port_that_is_taken_is_told():
@@ -298,7 +305,7 @@ hosts.assert_same_config({})
 def test_a_process_that_says_nothing_is_reported():
     """Catches a run that waits for ever for an answer."""
     began = time.monotonic()
-    assert small_judges.two_processes(SILENT, {}, JOINED)[1] == hosts.FAILED
+    assert small_judges.two_processes(SILENT, {}, JOINED)[1] == distributed.FAILED
     assert time.monotonic() - began < 100
 
 
@@ -349,16 +356,16 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
     size = small.resolution
     whole, parts = str(tmp_path / "whole"), tmp_path / "parts"
     assert train.run(small, whole) == train.DONE
-    wanted = report.read_rows(whole)
+    wanted = files.read_rows(whole)
     small.steps = 2
     _train(small, parts, mesh)
-    two = report.read_rows(str(parts))
+    two = files.read_rows(str(parts))
     _assert_same_rows(two, wanted[:2])
     assert f"psnr_{size}" in two[1]
     assert (parts / "images" / f"step0000002_{size}.png").exists()
     small.steps = 4
     assert train.run(small, str(parts)) == train.DONE
-    _assert_same_rows(report.read_rows(str(parts)), wanted)
+    _assert_same_rows(files.read_rows(str(parts)), wanted)
 
 
 @pytest.mark.slow
@@ -390,7 +397,7 @@ def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
     ]
     try:
         end = time.monotonic() + 300
-        while not report.read_rows(str(tmp_path / "run")) and time.monotonic() < end:
+        while not files.read_rows(str(tmp_path / "run")) and time.monotonic() < end:
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=200)[1] for process in processes]
@@ -398,7 +405,7 @@ def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [75, 75], said[0][-2000:]
-    (step,) = checkpoint.saved_steps(str(tmp_path / "run"))
+    (step,) = checkpoints.saved_steps(str(tmp_path / "run"))
     for i, text in enumerate(said):
         assert f"process {i} of 2 on" in text and "2 of 4 devices" in text
         assert f"saved at step {step} after a signal" in text

@@ -12,8 +12,9 @@ import pytest
 from goldens import judges
 from safetensors.numpy import save_file
 
-from dcae_jax import crops, torch_io
+from dcae_jax.data import transforms
 from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
+from dcae_jax.pretrained import torch_io
 
 KINDS = inception.PREPROCESSINGS
 
@@ -125,7 +126,7 @@ def test_preprocessings_by_hand():
 def test_features_feed_the_metrics():
     """Fails if pictures in [-1, 1] lose their way through levels, features and moments."""
     x = judges.pictures(2, 96) / np.float32(127.5) - 1
-    pool3, _ = judge(weights(), crops.to_levels(x), "pytorch-fid")
+    pool3, _ = judge(weights(), transforms.to_levels(x), "pytorch-fid")
     again, _ = judge(weights(), judges.pictures(2, 96), "pytorch-fid")
     assert_close(pool3, again, 1e-5)
 

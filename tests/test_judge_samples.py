@@ -12,8 +12,11 @@ from PIL import Image
 from support import small_judges
 
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate, judge_samples, metrics, report, sample
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.errors import UserError
+from dcae_jax.evaluation import metrics
+from dcae_jax.evaluation import samples as samples_lib
+from dcae_jax.jobs import evaluate, sample
 from dcae_jax.models import inception
 
 
@@ -72,7 +75,7 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
         assert ("kid" in scores) == bool(others)
         for name, value in (expected | others).items():
             assert scores[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert report.read_rows(str(tmp_path / "out"))[0]["step"] == 0
+    assert files.read_rows(str(tmp_path / "out"))[0]["step"] == 0
 
 
 def test_reference_statistics_are_kept_until_something_changes(sample_config, tmp_path, caplog):
@@ -151,7 +154,7 @@ def test_images_of_an_npz_stay_on_disk_where_they_can(form, tmp_path):
     else:
         order = np.asfortranarray if form == "fortran" else np.ascontiguousarray
         np.savez(path, arr_1=np.arange(10), arr_0=order(images))
-    source = judge_samples.image_source(path, "evaluate.samples")
+    source = samples_lib.image_source(path, "evaluate.samples")
     assert isinstance(source.images, np.memmap) == (form in ("stored", "job"))
     np.testing.assert_array_equal(np.stack([source[i][0] for i in range(10)]), images)
 

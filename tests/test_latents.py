@@ -12,8 +12,8 @@ import pytest
 from array_record.python import array_record_module
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, latents, sources
-from dcae_jax.config import UserError
+from dcae_jax.data import latents, pipeline, sources
+from dcae_jax.errors import UserError
 
 SHAPE = (2, 3, 3, 4)  # flips, h, w, c
 
@@ -64,7 +64,7 @@ def _config(path, **changes):
 
 def _take(config, count, start=0, process=0, processes=1):
     source = sources.training_source(config.data)
-    batches = data.training_batches(config, source, start, process, processes)
+    batches = pipeline.training_batches(config, source, start, process, processes)
     return list(itertools.islice(batches, count))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcae_jax import config as config_lib
-from dcae_jax import losses
+from dcae_jax.training import losses
 
 
 def test_hinge_by_its_formula():

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support.moments import union
 from threadpoolctl import threadpool_limits
 
-from dcae_jax import metrics
+from dcae_jax.evaluation import metrics
 
 synthetic = functools.cache(judges.synthetic)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dcae_jax import config as config_lib
-from dcae_jax import optim
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
+from dcae_jax.training import optim
 
 
 def _config(**changes):

@@ -10,14 +10,15 @@ from flax import nnx
 from goldens import make_gan
 
 from dcae_jax import config as config_lib
-from dcae_jax import state
-from dcae_jax.models import layers, patchgan
+from dcae_jax.models import patchgan
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.training import state as state_lib
 
 
 def _spec(mesh, channels, depth):
     config = config_lib.default()
     config.loss.gan_channels, config.loss.gan_layers, config.dtype = channels, depth, "float32"
-    return state.discriminator_spec(config, mesh)
+    return state_lib.discriminator_spec(config, mesh)
 
 
 @pytest.mark.parametrize("channels, depth", make_gan.DEPTHS)
@@ -27,7 +28,7 @@ def test_logits_equal_those_of_pytorch(channels, depth, one_device):
     weights = phase3_golden.discriminator_weights(1, channels, depth)
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in spec.params.items()}
     x = make_gan.images(1, 64).astype(np.float32) / 127.5 - 1
-    found = jax.jit(lambda w, x: layers.merge(spec.graphdef, w)(x))(weights, x)
+    found = jax.jit(lambda w, x: weights_lib.merge(spec.graphdef, w)(x))(weights, x)
     want = phase3_golden.golden()["logits"][f"{channels}x{depth}"]
     assert found.shape == want.shape and found.dtype == jnp.float32
     np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
@@ -39,7 +40,7 @@ def test_patchgan_has_the_published_size_and_patches(one_device):
     sizes = 64 * 48 + 64 + 16 * (64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512)
     assert sum(leaf.size for leaf in spec.params.values()) == sizes + 16 * 512 + 1
     logits = jax.eval_shape(
-        lambda w, x: layers.merge(spec.graphdef, w)(x),
+        lambda w, x: weights_lib.merge(spec.graphdef, w)(x),
         spec.params,
         jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32),
     )
@@ -51,8 +52,8 @@ def test_a_discriminator_starts_as_published(one_device):
     """Catches weights that start at another scale than normal(0, 0.02), and norms not trivial."""
     config = phase3_golden.config()
     config.loss.gan_channels = 32
-    spec = state.train_spec(config, one_device)
-    start = state.init_state(config, one_device, spec).discriminator
+    spec = state_lib.train_spec(config, one_device)
+    start = state_lib.init_state(config, one_device, spec).discriminator
     for name, value in start.params.items():
         value = np.asarray(value)
         if name.endswith("kernel"):
@@ -70,10 +71,10 @@ def test_the_discriminator_is_seeded_by_the_run_and_unlike_the_model(one_device)
     for seed in (0, 1):
         config = phase3_golden.config()
         config.seed = seed
-        spec = state.train_spec(config, one_device)
+        spec = state_lib.train_spec(config, one_device)
         found[seed] = np.asarray(
-            state.init_state(config, one_device, spec).discriminator.params["convs.0.kernel"]
+            state_lib.init_state(config, one_device, spec).discriminator.params["convs.0.kernel"]
         )
     assert not np.array_equal(found[0], found[1])
-    as_model = state.create_discriminator(config, one_device, nnx.Rngs(1))
-    assert not np.array_equal(found[1], layers.split(as_model)[1]["convs.0.kernel"])
+    as_model = state_lib.create_discriminator(config, one_device, nnx.Rngs(1))
+    assert not np.array_equal(found[1], weights_lib.split(as_model)[1]["convs.0.kernel"])

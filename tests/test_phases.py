@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 from support import CONFIGS
 
-from dcae_jax import checkpoint, data, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.data import pipeline
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import metric_writer, train
 from dcae_jax.models import dcae, sdvae
 from dcae_jax.models.weights import merge
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import preflight
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
 
 
 def _phase(number, small, variant="tiny"):
@@ -44,14 +52,14 @@ def _f64(config):
 
 def _steps(config, mesh, count):
     """States before and after `count` steps on random pictures."""
-    spec = state.train_spec(config, mesh)
-    step = jax.jit(steps.make_step(config, spec))
-    before = after = state.init_state(config, mesh, spec)
+    spec = state_lib.train_spec(config, mesh)
+    step = jax.jit(step_lib.make_step(config, spec))
+    before = after = state_lib.init_state(config, mesh, spec)
     shape = (config.batch_size, config.resolution, config.resolution, 3)
     for seed in range(count):
         pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
         batch = {"image": pixels, "label": np.zeros(config.batch_size, np.int32)}
-        after, metrics = step(after, sharding.put_batch(batch, mesh), {})
+        after, metrics = step(after, mesh_lib.put_batch(batch, mesh), {})
     return spec, before, after, {k: float(v) for k, v in metrics.items()}
 
 
@@ -71,7 +79,7 @@ def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
         assert moved == {name for name in old if name in spec.trained}
     assert after.ema.keys() == spec.trained
     # What evaluation and export read, outside of the trained part, is init_from to the bit.
-    averaged = state.averaged(after)
+    averaged = state_lib.averaged(after)
     for name, old in {**before.params, **before.stats}.items():
         if name not in spec.trained:
             np.testing.assert_array_equal(averaged[name], old)
@@ -87,7 +95,7 @@ def test_the_default_patterns_fit_every_variant(variant, one_device):
     """Catches 'last stage' patterns that name an empty stage, or another model's."""
     for number, shares in ((2, (0.02, 0.75)), (3, (1e-6, 0.1))):
         config = config_lib.load_file(os.path.join(CONFIGS, f"phase{number}.py"), variant)
-        spec = state.train_spec(config, one_device)
+        spec = state_lib.train_spec(config, one_device)
         trained = [name for name in spec.params if name in spec.trained]
         sizes = [sum(spec.params[n].size for n in names) for names in (trained, spec.params)]
         low, high = shares
@@ -99,9 +107,9 @@ def test_the_default_patterns_fit_every_variant(variant, one_device):
 
 def _cost(config, mesh):
     """(FLOPs, bytes of temporaries) of the compiled step."""
-    spec = state.train_spec(config, mesh)
-    step = jax.jit(steps.make_step(config, spec), donate_argnums=0)
-    abstract = state.abstract_state(config, mesh, spec)
+    spec = state_lib.train_spec(config, mesh)
+    step = jax.jit(step_lib.make_step(config, spec), donate_argnums=0)
+    abstract = state_lib.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, config.resolution, mesh)
     compiled = step.lower(abstract, batch, {}).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
@@ -135,13 +143,13 @@ def test_phases_2_and_3_compute_and_keep_less_than_a_full_step(one_device, depth
 
 def _checkpoint(config, mesh, workdir, step):
     """Everything that the checkpoint of `step` holds: {path: array or number}."""
-    spec = state.train_spec(config, mesh)
-    abstract = state.abstract_state(config, mesh, spec)
+    spec = state_lib.train_spec(config, mesh)
+    abstract = state_lib.abstract_state(config, mesh, spec)
     batch = preflight.abstract_batch(config, 32, mesh)
-    _, metrics = jax.eval_shape(steps.make_step(config, spec), abstract, batch, {})
-    shapes = jax.eval_shape(lambda: train.empty_totals(metrics))
-    manager = checkpoint.open_manager(workdir, config.keep)
-    everything = checkpoint.restore(manager, step, abstract, shapes)
+    _, metrics = jax.eval_shape(step_lib.make_step(config, spec), abstract, batch, {})
+    shapes = jax.eval_shape(lambda: metric_writer.empty_totals(metrics))
+    manager = checkpoints.open_manager(workdir, config.keep)
+    everything = checkpoints.restore(manager, step, abstract, shapes)
     manager.close()
     return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(everything)}
 
@@ -157,7 +165,7 @@ def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
     config.steps, config.save_every = 6, 3
     # Both end after the step at which the run is taken up again.
     config.loss.gan_warmup_steps, config.optimizer.warmup_steps = 4, 5
-    draws = [data.resolution_at(config.seed, (32, 48), step) for step in range(6)]
+    draws = [pipeline.resolution_at(config.seed, (32, 48), step) for step in range(6)]
     assert {*draws[3:]} == {32, 48} and draws[3:] != draws[:3]
     whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
     train.run(config, whole)
@@ -169,14 +177,14 @@ def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     rows = [
-        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in report.read_rows(path)]
+        [{k: v for k, v in row.items() if not k.endswith("_s")} for row in files.read_rows(path)]
         for path in (whole, resumed)
     ]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(7))
     assert {"logits_real", "logits_fake", "gan_accuracy", "gan_weight"} <= rows[0][-1].keys()
     weights = [row["gan_weight"] for row in rows[0][1:]]
     assert weights[:4] == [0] * 4 and min(weights[4:]) > 0  # warmed up first
-    source, now = (checkpoint.load_weights(path)[0] for path in (first, resumed))
+    source, now = (checkpoint_weights.load_weights(path)[0] for path in (first, resumed))
     for name in source:
         if name.startswith("encoder."):
             np.testing.assert_array_equal(now[name], source[name])
@@ -195,10 +203,10 @@ def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
 
 def test_resolutions_are_drawn_from_seed_and_step():
     """Catches a draw that hosts disagree on, or that ignores how often a size is listed."""
-    draws = [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
-    assert draws == [data.resolution_at(3, (64, 128, 128), step) for step in range(600)]
+    draws = [pipeline.resolution_at(3, (64, 128, 128), step) for step in range(600)]
+    assert draws == [pipeline.resolution_at(3, (64, 128, 128), step) for step in range(600)]
     assert 0.25 < draws.count(64) / 600 < 0.42 and set(draws) == {64, 128}
-    assert draws != [data.resolution_at(4, (64, 128, 128), step) for step in range(600)]
+    assert draws != [pipeline.resolution_at(4, (64, 128, 128), step) for step in range(600)]
 
 
 def test_the_discriminator_learns_to_tell_blurred_from_sharp(small, one_device):

@@ -13,10 +13,17 @@ import numpy as np
 import pytest
 from support import CONFIGS
 
-from dcae_jax import api, checkpoint, chips, main, plan, program, sample, sharding, state, train
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax import main
+from dcae_jax.api import generator
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import plan, sample, train
 from dcae_jax.models import layers
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.planner import chips, compile, plan
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
 
 # The fixture `small` as overrides of phase1.py:tiny, one image a device.
 SMALL = (
@@ -61,7 +68,7 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(train, "_loop", lambda *a: seen.update(a[4]) or 0)
-    assert train.run(program.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
+    assert train.run(compile.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
     memory = seen[32].memory_analysis()
     assert row["arguments_bytes"] == memory.argument_size_in_bytes
     assert row["output_bytes"] == memory.output_size_in_bytes
@@ -137,35 +144,35 @@ def test_a_mistake_in_the_planned_job_comes_back_from_its_process():
     settings.config = PHASE1
     settings.overrides = (*SMALL, "mesh.fsdp=3")
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        program.compiled(settings, "cpu", 32, 8)
+        compile.compiled(settings, "cpu", 32, 8)
 
 
 def test_flops_count_every_microbatch(small, one_device):
     """Catches FLOPs of one round of a loop told as those of all."""
     small.batch_size = 4
-    whole = program.flops(small, one_device, 32)
+    whole = compile.flops(small, one_device, 32)
     small.accumulate = 2
-    assert program.flops(small, one_device, 32) == pytest.approx(whole, rel=0.02)
+    assert compile.flops(small, one_device, 32) == pytest.approx(whole, rel=0.02)
 
 
 def test_flops_of_a_transformer_grow_with_its_depth(one_device):
     """Catches a scanned transformer counted as one block deep."""
     counts = []
     for depth in (4, 8):
-        config = program.overridden(
+        config = compile.overridden(
             os.path.join(CONFIGS, "uvit.py:tiny"),
             ("autoencoder=f32c32", "resolution=256", f"model.depth={depth}", "batch_size=8"),
         )
-        counts.append(program.flops(config, one_device, 8))
+        counts.append(compile.flops(config, one_device, 8))
     assert counts[1] > 1.5 * counts[0]
 
 
 def test_flops_are_of_the_form_that_the_platform_runs(small, one_device, monkeypatch):
     """Catches a TPU's FLOPs counted on this host's own form of a small map's convolution."""
-    monkeypatch.setattr(sharding, "platform", lambda mesh: "tpu")
-    counted = program.flops(small, one_device, 32)
+    monkeypatch.setattr(mesh_lib, "platform", lambda mesh: "tpu")
+    counted = compile.flops(small, one_device, 32)
     monkeypatch.setattr(layers, "SMALL_MAP", 0)
-    assert counted == program.flops(small, one_device, 32)
+    assert counted == compile.flops(small, one_device, 32)
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -180,8 +187,8 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
     (row,) = json.loads((tmp_path / "plan" / plan.PLAN).read_text())
     assert row.keys() >= PROMISED
 
-    job = program.overridden(SAMPLE, SAMPLING, UVIT)
-    model = api.abstract_generator(job, sharding.make_mesh(job.mesh))
+    job = compile.overridden(SAMPLE, SAMPLING, UVIT)
+    model = generator.abstract_generator(job, mesh_lib.make_mesh(job.mesh))
     saved = {"model": job.model.to_dict(), "objective": job.objective, "patch_size": 1}
     files = {
         "run": (model.weights, saved | {"autoencoder": "autoencoder"}),
@@ -192,8 +199,8 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
         shapes, settings = files[path]
         return {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}, settings
 
-    monkeypatch.setattr(checkpoint, "load_weights", load_weights)
-    made, seen = api._sample_fn, []
+    monkeypatch.setattr(checkpoint_weights, "load_weights", load_weights)
+    made, seen = generator._sample_fn, []
 
     def sample_fn(*key):
         run = made(*key)
@@ -204,7 +211,7 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
 
         return call
 
-    monkeypatch.setattr(api, "_sample_fn", sample_fn)
+    monkeypatch.setattr(generator, "_sample_fn", sample_fn)
     config = config_lib.load_file(SAMPLE)
     config.init_from, config.sample = "run", job.sample
     assert sample.run(config, str(tmp_path / "samples")) == 0
@@ -222,20 +229,20 @@ def test_flops_count_every_evaluation_of_the_network(one_device):
     """Catches a sampler's loop, or the loop over blocks inside it, counted as one round."""
 
     def flops(file, *overrides):
-        job = program.overridden(SAMPLE, (*SAMPLING, *overrides), os.path.join(CONFIGS, file))
-        return program.flops(job, one_device, 64)
+        job = compile.overridden(SAMPLE, (*SAMPLING, *overrides), os.path.join(CONFIGS, file))
+        return compile.flops(job, one_device, 64)
 
     def an_evaluation(file, *overrides):
         few, more, most = (flops(file, *overrides, f"sample.steps={steps}") for steps in (4, 8, 16))
         assert most - more == pytest.approx(2 * (more - few))
         return (more - few) / 4
 
-    job = program.overridden(SAMPLE, SAMPLING, UVIT)
+    job = compile.overridden(SAMPLE, SAMPLING, UVIT)
     job.unroll = True
-    model = state.abstract_model(job, one_device)
-    graph, weights, _ = layers.split(model)
+    model = state_lib.abstract_model(job, one_device)
+    graph, weights, _ = weights_lib.split(model)
     x, label = jnp.zeros((8, 4, 4, 32)), jnp.zeros(8, jnp.int32)
-    network = jax.jit(lambda w: layers.merge(graph, w)(x, jnp.zeros(8), label))
+    network = jax.jit(lambda w: weights_lib.merge(graph, w)(x, jnp.zeros(8), label))
     alone = network.lower(weights).cost_analysis()["flops"]
     assert an_evaluation("uvit.py:tiny", "sample.guidance=1.0") == pytest.approx(alone, rel=0.02)
     for file, sampler in (("uvit.py", "ddim"), ("dit.py", "ddpm"), ("usit.py", "heun")):
@@ -249,15 +256,15 @@ def test_samples_that_do_not_divide_are_refused():
     settings = config_lib.default().plan
     settings.config, settings.generator, settings.overrides = SAMPLE, UVIT, SAMPLING
     with pytest.raises(UserError, match="sample.batch_size=12.*try 8 or 16"):
-        program.compiled(settings, "cpu", 64, 12)
+        compile.compiled(settings, "cpu", 64, 12)
 
 
 def test_without_averages_the_state_has_none(small, one_device):
     """Catches ema_decay=0 that keeps a copy of the weights all the same."""
     small.ema_decay = 0.0
-    spec = state.train_spec(small, one_device)
-    made = state.init_state(small, one_device, spec)
-    assert made.ema == {} and state.averaged(made).keys() == {*spec.params, *spec.stats}
+    spec = state_lib.train_spec(small, one_device)
+    made = state_lib.init_state(small, one_device, spec)
+    assert made.ema == {} and state_lib.averaged(made).keys() == {*spec.params, *spec.stats}
 
 
 # --- the largest batch ----------------------------------------------------------------------------
@@ -304,10 +311,10 @@ def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
         seen.append(batch)
         return _facts(topology=text, size=size, batch_size=batch, peak_bytes=batch * 1e9)
 
-    monkeypatch.setattr(program, "compiled", fake)
+    monkeypatch.setattr(compile, "compiled", fake)
     settings = config_lib.default().plan
     settings.update(given | {"find_batch": True})
-    (row,) = plan.plan(settings, program.target(settings), "v5e:2x2")
+    (row,) = plan.plan(settings, compile.target(settings), "v5e:2x2")
     assert row["batch_size"] == 16 and row["fits"]  # the last multiple of 4 below 16.6 GB
     assert row["steps"] == steps
     assert len(seen) == len(set(seen))
@@ -359,7 +366,7 @@ def test_a_drawn_resolution_is_priced_by_its_share():
     assert row["size"] == plan.MEAN and row["peak_bytes"] == 20e9 and not row["fits"]
     assert row["step_s_roofline"] == pytest.approx(0.25 + 0.75 * 4)
     assert row["chip_hours"] == pytest.approx(4 * row["step_s_roofline"])
-    job = program.overridden(os.path.join(CONFIGS, "phase2.py"), ())
+    job = compile.overridden(os.path.join(CONFIGS, "phase2.py"), ())
     assert plan.shares(job) == {256: 0.25, 512: 0.5, 1024: 0.25}
 
 
@@ -381,13 +388,13 @@ def test_a_drawn_resolution_is_priced_by_its_share():
 )
 def test_too_much_memory_is_a_finding(message, needed):
     """Catches 'does not fit' told as a crash, or without what it needs."""
-    assert program.needed_bytes(jax.errors.JaxRuntimeError(message), 7) == needed
+    assert compile.needed_bytes(jax.errors.JaxRuntimeError(message), 7) == needed
 
 
 def test_another_error_of_the_compiler_is_raised():
     """Catches every failure told as 'does not fit'."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        program.needed_bytes(jax.errors.JaxRuntimeError("Mosaic failed"), 0)
+        compile.needed_bytes(jax.errors.JaxRuntimeError("Mosaic failed"), 0)
 
 
 # --- for TPUs -------------------------------------------------------------------------------------
@@ -406,7 +413,7 @@ print(json.dumps([sharding.platform(mesh), step.lower(*arguments).as_text()]))
 def test_a_tpu_program_is_planned_on_this_host(tmp_path):
     """Catches the host's own choices, float32 and shifted multiply-adds, in a TPU's program."""
     pytest.importorskip("libtpu", exc_type=ImportError)
-    environment = os.environ | program.ENVIRONMENT
+    environment = os.environ | compile.ENVIRONMENT
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", _TPU, PHASE1, json.dumps(SMALL)],

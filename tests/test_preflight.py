@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dcae_jax import preflight, sharding
 from dcae_jax.models import lpips
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import preflight
 
 
 def test_the_share_of_lpips_is_vggs_share_of_the_step(small, one_device):
     """Catches a share that is a constant, of another image size or batch than the step's, or of
     the forward pass alone."""
-    place = sharding.replicated(one_device)
+    place = mesh_lib.replicated(one_device)
     weights = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
         for name, shape in lpips.shapes("vgg").items()

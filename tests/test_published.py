@@ -20,10 +20,13 @@ from safetensors.numpy import save_file
 from support.published_weights import KL, SMALL, hollow_file, random_weights, same, write_folder
 
 import dcae_jax
-from dcae_jax import checkpoint, hub, published, state
-from dcae_jax.config import UserError, default
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config import default
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.models.weights import abstract, split
+from dcae_jax.pretrained import hub, published
+from dcae_jax.training import state as state_lib
 
 # --- every kind of path ---------------------------------------------------------------------------
 
@@ -43,7 +46,7 @@ def test_a_folder_of_diffusers_gives_weights_and_model(name, tmp_path, one_devic
     (tmp_path / "pipeline").mkdir()
     os.rename(tmp_path / "hub", tmp_path / "pipeline" / "vae")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    same(weights, checkpoint.load_weights(str(tmp_path / "pipeline"))[0])
+    same(weights, checkpoint_weights.load_weights(str(tmp_path / "pipeline"))[0])
 
 
 def test_stable_diffusions_posterior_is_sampled_by_seed(tmp_path, one_device):
@@ -75,7 +78,7 @@ def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_name": name}))
     shapes = dcae_torch.shapes_in(dcae.variant(name), "authors")
     hollow_file(tmp_path / "model.safetensors", shapes)
-    weights, saved = checkpoint.load_weights(str(tmp_path))
+    weights, saved = checkpoint_weights.load_weights(str(tmp_path))
     assert saved["model"]["variant"] == name
     assert sum(value.size for value in weights.values()) > 600e6
 
@@ -105,7 +108,7 @@ def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
     else:
         shapes = dcae_torch.shapes_in(dcae.VARIANTS[variant], "authors")
         hollow_file(tmp_path / "x.safetensors", shapes)
-    _, saved = checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant=given)
+    _, saved = checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"), variant=given)
     config = default().model
     config.update(saved["model"])
     module = sdvae if variant == "sd-vae-f8" else dcae
@@ -117,7 +120,7 @@ def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
     """Catches the factor of the variant in place of the one in config.json."""
     arch = dataclasses.replace(SMALL["dc-ae-f32c32-sana-1.1"], scaling_factor=0.7)
     write_folder(tmp_path / "hub", arch, random_weights(arch))
-    _, saved = checkpoint.load_weights(str(tmp_path / "hub"))
+    _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     assert saved["model"]["scaling_factor"] == 0.7
     model = default().model
     model.update(saved["model"])
@@ -137,7 +140,7 @@ def test_half_precision_and_shards_are_read(tmp_path):
         save_file(half, tmp_path / "hub" / file)
     index = {"weight_map": {n: file for file, part in parts.items() for n in part}}
     (tmp_path / "hub" / f"{hub.DIFFUSERS_FILE}.index.json").write_text(json.dumps(index))
-    read, _ = checkpoint.load_weights(str(tmp_path / "hub"))
+    read, _ = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}
     same(want, read)
 
@@ -148,7 +151,7 @@ def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"looked up {name}"))
     with pytest.raises(UserError, match="'runs/phase9': there is no such file or folder"):
-        checkpoint.load_weights("runs/phase9")
+        checkpoint_weights.load_weights("runs/phase9")
 
 
 def test_training_starts_from_published_weights(small, one_device, tmp_path):
@@ -156,10 +159,10 @@ def test_training_starts_from_published_weights(small, one_device, tmp_path):
     arch = dcae.architecture(small.model)
     weights = random_weights(arch)
     write_folder(tmp_path / "hub", arch, weights)
-    read, saved = checkpoint.load_weights(str(tmp_path / "hub"), "ema")
+    read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"), "ema")
     assert saved["model"]["variant"] == "tiny"
-    spec = state.train_spec(small, one_device)
-    start = state.init_state(small, one_device, spec, read)
+    spec = state_lib.train_spec(small, one_device)
+    start = state_lib.init_state(small, one_device, spec, read)
     same(weights, {**start.params, **start.stats})
 
 
@@ -174,7 +177,7 @@ def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
     os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
     for content in (plain, {"state_dict": plain}):
         torch.save(content, tmp_path / "hub" / "weights.pt")
-        same(weights, checkpoint.load_weights(str(tmp_path / "hub"))[0])
+        same(weights, checkpoint_weights.load_weights(str(tmp_path / "hub"))[0])
 
     class Hostile:
         def __reduce__(self):
@@ -182,7 +185,7 @@ def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
 
     torch.save({"x": Hostile()}, tmp_path / "hub" / "weights.pt")
     with pytest.raises(UserError, match="weights.pt is not a readable PyTorch file"):
-        checkpoint.load_weights(str(tmp_path / "hub"))
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -321,9 +324,9 @@ def test_a_download_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         return str(tmp_path / "hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    same(weights, checkpoint.load_weights("somebody/something")[0])
+    same(weights, checkpoint_weights.load_weights("somebody/something")[0])
     assert asked == [True, False]
-    checkpoint.load_weights("somebody/something")
+    checkpoint_weights.load_weights("somebody/something")
     assert asked == [True, False, True]
 
 
@@ -366,7 +369,7 @@ def test_a_damaged_or_hostile_file_is_refused_before_it_is_read(header, words, t
         head = header if isinstance(header, bytes) else json.dumps(header).encode()
         path.write_bytes(len(head).to_bytes(8, "little") + head + body)
     with pytest.raises(UserError) as caught:
-        checkpoint.load_weights(str(path))
+        checkpoint_weights.load_weights(str(path))
     message = str(caught.value)
     assert words in message and "\n" not in message and len(message) < 300
 
@@ -378,21 +381,21 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     file = tmp_path / "hub" / hub.DIFFUSERS_FILE
     os.truncate(file, os.path.getsize(file) - 100)
     with pytest.raises(UserError, match="not fully covered.*; fetch it again"):
-        checkpoint.load_weights(str(tmp_path / "hub"))
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
     lost = tensors.pop("encoder.conv_out.weight")
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"1 missing \(encoder.conv_out.weight\).*incomplete"):
-        checkpoint.load_weights(str(tmp_path / "hub"))
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
     save_file({**tensors, "encoder.conv_out.weight": lost[:4]}, file)
     with pytest.raises(UserError, match="1 misshapen"):
-        checkpoint.load_weights(str(tmp_path / "hub"))
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
     shapes = dcae_torch.shapes_in(dcae.VARIANTS["f32c32-sana"], "diffusers")
     hollow_file(tmp_path / "x.safetensors", shapes)
     with pytest.raises(UserError, match="these are f32c32-sana weights; load them as"):
-        checkpoint.load_weights(str(tmp_path / "x.safetensors"), variant="f32c32")
+        checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"), variant="f32c32")
     hollow_file(tmp_path / "x.safetensors", {"features.weight": (3, 3)})
     with pytest.raises(UserError, match="no variant; name it with variant="):
-        checkpoint.load_weights(str(tmp_path / "x.safetensors"))
+        checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -411,7 +414,7 @@ def test_a_folder_that_holds_no_model_says_what_is_missing(files, words, tmp_pat
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as caught:
-        checkpoint.load_weights(str(tmp_path))
+        checkpoint_weights.load_weights(str(tmp_path))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -435,7 +438,7 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
         for path, leaf in {**params, **stats}.items()
     }
     write_folder(tmp_path / "hub", arch, weights, form)
-    read, saved = checkpoint.load_weights(str(tmp_path / "hub"))
+    read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     assert saved["model"]["variant"] in (name, "f32c32", "f32c32-sana")
     same(weights, read)
     shutil.rmtree(tmp_path / "hub")  # 1.3 GB, which pytest would keep
@@ -493,7 +496,7 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
     if kind == "orbax":
         (tmp_path / "hub").mkdir()
         meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
-        checkpoint.save_export(str(tmp_path / "hub"), weights, meta)
+        checkpoint_weights.save_export(str(tmp_path / "hub"), weights, meta)
     else:
         tensors = write_folder(tmp_path / "hub", arch, weights)
         if kind == "bfloat16":

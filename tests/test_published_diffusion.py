@@ -9,10 +9,11 @@ import pytest
 from goldens import make_diffusion
 from safetensors.numpy import save_file
 
-from dcae_jax import models, published
-from dcae_jax.config import UserError
+from dcae_jax import models
+from dcae_jax.errors import UserError
 from dcae_jax.models import dit, dit_torch, uvit, uvit_torch
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.pretrained import published
 
 SIZES = dict(latent_size=4, latent_channels=8, patch_size=2, num_classes=10)
 UVIT = uvit.Architecture(depth=2, width=128, heads=4, out_channels=8, **SIZES)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from dcae_jax import diffusion, dpm_solver, sampling
-from dcae_jax.config import UserError
+from dcae_jax.diffusion import dpm_solver, objectives, samplers
+from dcae_jax.errors import UserError
 
 # The data: one number, normally distributed.
 MEAN, DEVIATION = 0.7, 0.5
 START = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
-BETAS = {"epsilon": diffusion.scaled_linear_betas(), "learned_sigma": diffusion.linear_betas()}
+BETAS = {"epsilon": objectives.scaled_linear_betas(), "learned_sigma": objectives.linear_betas()}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def exact(x, log_alpha, log_alpha_end):
 def largest_error(objective, sampler, steps):
     model = functools.partial(chain_model, objective)
     run = functools.partial(
-        sampling.sample, model, objective=objective, sampler=sampler, steps=steps
+        samplers.sample, model, objective=objective, sampler=sampler, steps=steps
     )
     log_alpha = np.log(np.cumprod(1 - BETAS[objective])) / 2
     return np.abs(jax.jit(run)(START) - exact(START, log_alpha[-1], log_alpha[0])).max()
@@ -85,7 +85,7 @@ def test_errors_on_the_gaussian_are_those_of_the_authors_samplers(sampler, steps
     assert round(float(largest_error("epsilon", sampler, steps)), 4) == want
 
 
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS["learned_sigma"][1:])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS["learned_sigma"][1:])
 def test_samplers_of_the_other_chain_converge_too(sampler):
     """Catches DiT's network given UViT's times, and its variances taken for noise."""
     errors = [largest_error("learned_sigma", sampler, steps) for steps in (100, 400)]
@@ -154,7 +154,7 @@ def test_orders_of_convergence_of_dpm_solvers(solver, low, high):
     assert low <= order_of(errors) <= high, errors
 
 
-@pytest.mark.parametrize("solver, order", [(sampling.euler, 1), (sampling.heun, 2)])
+@pytest.mark.parametrize("solver, order", [(samplers.euler, 1), (samplers.heun, 2)])
 def test_orders_of_convergence_of_flow_solvers(solver, order):
     """Catches a second slope taken at the first one's time, and time that runs backwards."""
     run = jax.jit(lambda x, steps: solver(velocity, x, None, steps))
@@ -201,13 +201,13 @@ def test_dormand_prince_has_the_published_coefficients_and_keeps_its_tolerance()
 
     SciPy's embedded solution is Dormand and Prince's own, whose error is 3/2 of Shampine's.
     """
-    np.testing.assert_allclose(sampling._A[:6, :5], integrate.RK45.A, rtol=1e-14)
-    np.testing.assert_allclose(sampling._A[6, :6], integrate.RK45.B, rtol=1e-14)
-    np.testing.assert_allclose(sampling._C[:6], integrate.RK45.C, rtol=1e-14)
-    error = sampling._A[6] - sampling._ORDER_4
+    np.testing.assert_allclose(samplers._A[:6, :5], integrate.RK45.A, rtol=1e-14)
+    np.testing.assert_allclose(samplers._A[6, :6], integrate.RK45.B, rtol=1e-14)
+    np.testing.assert_allclose(samplers._C[:6], integrate.RK45.C, rtol=1e-14)
+    error = samplers._A[6] - samplers._ORDER_4
     np.testing.assert_allclose(error, -2 / 3 * integrate.RK45.E, rtol=1e-12, atol=1e-16)
     for rtol, most in ((1e-3, 2e-2), (1e-6, 2e-5), (1e-9, 2e-8)):
-        solve = jax.jit(functools.partial(sampling.dopri5, velocity, rtol=rtol, atol=rtol / 1e3))
+        solve = jax.jit(functools.partial(samplers.dopri5, velocity, rtol=rtol, atol=rtol / 1e3))
         off = np.abs(solve(START, None) - (MEAN + DEVIATION * START)).max()
         assert 1e-3 * most < off < most
 
@@ -221,8 +221,8 @@ def test_dormand_prince_arrives_whatever_the_company():
             shapes.append(x.shape)
             return weights[labels][:, None, None, None] * velocity(x, t)
 
-        guided = sampling.guided(model, 1, 1.0, objective="flow")
-        return sampling.sample(guided, x, labels, objective="flow", steps=1)
+        guided = samplers.guided(model, 1, 1.0, objective="flow")
+        return samplers.sample(guided, x, labels, objective="flow", steps=1)
 
     weights, labels = jnp.array([1.0, 0.0]), jnp.zeros(9, int).at[4].set(1)
     y = jax.jit(run)(START, weights, labels)
@@ -237,7 +237,7 @@ def test_dormand_prince_arrives_whatever_the_company():
 def test_dormand_prince_reports_a_sample_that_does_not_arrive():
     """Catches a half-way latent passed off as a sample."""
     stiff = lambda x, t, _: jnp.where(x > 0, -1e6 * (x - jnp.cos(1e3 * wide(t))), velocity(x, t))  # noqa: E731
-    y = sampling.sample(stiff, jnp.asarray(START[[0, -1]]), objective="flow", steps=1)
+    y = samplers.sample(stiff, jnp.asarray(START[[0, -1]]), objective="flow", steps=1)
     assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
 
 
@@ -245,7 +245,7 @@ def test_dormand_prince_reports_a_sample_that_does_not_arrive():
 def test_ancestral_samples_have_the_distribution_of_the_data(objective):
     """Catches noise shared by the steps, another variance, or times of the respaced chain."""
     steps, count = 50, 20000
-    numbers, betas = sampling.respaced(BETAS[objective], steps)
+    numbers, betas = samplers.respaced(BETAS[objective], steps)
     bar = np.cumprod(1 - betas)
     before = np.concatenate([[1.0], bar[:-1]])
     posterior = betas * (1 - before) / (1 - bar)
@@ -274,14 +274,14 @@ def test_ancestral_samples_have_the_distribution_of_the_data(objective):
 
     @jax.jit
     def run(indices):
-        noise = sampling.initial_noise(sampling.sample_keys(0, indices), (1, 1, 1))
-        return sampling.sample(
+        noise = samplers.initial_noise(samplers.sample_keys(0, indices), (1, 1, 1))
+        return samplers.sample(
             model,
             noise,
             objective=objective,
             sampler="ddpm",
             steps=steps,
-            keys=sampling.sample_keys(0, indices),
+            keys=samplers.sample_keys(0, indices),
         )
 
     x = np.asarray(run(jnp.arange(count)), np.float64)
@@ -301,16 +301,16 @@ def test_the_last_ancestral_step_adds_no_noise(objective):
         return jnp.concatenate([epsilon, epsilon * 0], axis=-1)
 
     x = jax.jit(
-        lambda x, keys: sampling.sample(
+        lambda x, keys: samplers.sample(
             model, x, objective=objective, sampler="ddpm", steps=10, keys=keys
         )
-    )(START, sampling.sample_keys(0, jnp.arange(9)))
+    )(START, samplers.sample_keys(0, jnp.arange(9)))
     np.testing.assert_allclose(x, np.full_like(START, MEAN), rtol=1e-9)
 
 
 def test_a_respaced_chain_is_as_noisy_at_its_steps():
     """Catches betas picked out of the long chain, and a chain that leaves out an end."""
-    numbers, betas = sampling.respaced(BETAS["learned_sigma"], 250)
+    numbers, betas = samplers.respaced(BETAS["learned_sigma"], 250)
     # As improved diffusion picks them: a fractional stride, rounded as it goes.
     want, at = [], 0.0
     for _ in range(250):
@@ -325,7 +325,7 @@ def test_noise_is_that_of_the_sample_and_not_of_the_batch():
     """Catches noise drawn for a batch: a resumed job would make other pictures."""
 
     def noise(seed, numbers):
-        return sampling.initial_noise(sampling.sample_keys(seed, numbers), (2, 2, 3))
+        return samplers.initial_noise(samplers.sample_keys(seed, numbers), (2, 2, 3))
 
     all_noise = noise(3, jnp.arange(8))
     assert all_noise.dtype == jnp.float32
@@ -333,7 +333,7 @@ def test_noise_is_that_of_the_sample_and_not_of_the_batch():
     np.testing.assert_array_equal(jax.jit(noise)(3, jnp.array([6])), all_noise[6:7])
     assert len(np.unique(all_noise)) == all_noise.size
     assert not np.array_equal(noise(4, jnp.arange(8)), all_noise)
-    keys = sampling.sample_keys(3, jnp.arange(8))
+    keys = samplers.sample_keys(3, jnp.arange(8))
     assert keys[5] == jax.random.fold_in(jax.random.key(3), 5)
 
 
@@ -353,7 +353,7 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
         return network(x, time, labels)
 
     def guided(scale, objective="learned_sigma", **interval):
-        guide = sampling.guided(counted, 9, scale, objective=objective, **interval)
+        guide = samplers.guided(counted, 9, scale, objective=objective, **interval)
         return guide(x, time, labels)
 
     cond, uncond = network(x, time, labels), network(x, time, jnp.full(3, 9))
@@ -382,7 +382,7 @@ def test_guidance_acts_inside_its_interval_of_noise_levels(objective, times):
     """Catches an interval in network time, and one that counts a flow's time as noise."""
     x, time, labels = jnp.asarray(START[:4]), jnp.array(times, float), jnp.array([2, 0, 5, 1])
     model = lambda *inputs: network(*inputs)[..., :1]  # noqa: E731
-    make = functools.partial(sampling.guided, model, 9, 3.0, objective=objective)
+    make = functools.partial(samplers.guided, model, 9, 3.0, objective=objective)
     always = make()(x, time, labels)
     sometimes = make(interval=(0.09, 0.51))(x, time, labels)
     cond = model(x, time, labels)
@@ -392,7 +392,7 @@ def test_guidance_acts_inside_its_interval_of_noise_levels(objective, times):
 
 
 @pytest.mark.parametrize(
-    "objective, sampler", [(o, s) for o, names in sampling.SAMPLERS.items() for s in names]
+    "objective, sampler", [(o, s) for o, names in samplers.SAMPLERS.items() for s in names]
 )
 def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, sampler):
     """Catches an unrolled loop (30 copies of a network to compile) and a bfloat16 network's x."""
@@ -404,9 +404,9 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
         return y.astype(jnp.bfloat16)
 
     def run(x, keys):
-        return sampling.sample(model, x, objective=objective, sampler=sampler, steps=30, keys=keys)
+        return samplers.sample(model, x, objective=objective, sampler=sampler, steps=30, keys=keys)
 
-    keys = sampling.sample_keys(0, jnp.arange(9))
+    keys = samplers.sample_keys(0, jnp.arange(9))
     y = jax.jit(run)(START.astype(np.float32), keys)
     assert y.dtype == jnp.float32 and np.isfinite(y).all()
     assert len(calls) <= (2 if sampler == "heun" else 1)
@@ -428,8 +428,8 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
 )
 def test_settings_that_cannot_be_sampled_are_named(settings, message):
     """Catches a sampler of another objective, which would run and give noise."""
-    keys = sampling.sample_keys(0, jnp.arange(9))
+    keys = samplers.sample_keys(0, jnp.arange(9))
     with pytest.raises(UserError, match=message):
-        sampling.sample(
+        samplers.sample(
             lambda x, t, _: x, jnp.asarray(START), keys=keys, **{"steps": 30, **settings}
         )

@@ -14,7 +14,8 @@ from goldens import make_dcae
 from support import parity
 from support.parity import close
 
-from dcae_jax.config import UserError, default
+from dcae_jax.config import default
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.models.weights import abstract, merge, num_parameters, split
 

@@ -15,9 +15,14 @@ import pytest
 from support import CONFIGS
 
 import dcae_jax
-from dcae_jax import checkpoint, preflight, sharding, state, steps
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.errors import UserError
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.setup import preflight
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
 
 STEPS = 5
 SPLIT = 64  # weights of so many numbers are split: those of the tests are all small
@@ -29,8 +34,8 @@ slow = pytest.mark.slow
 def _mesh(axes):
     sizes = config_lib.default().mesh
     sizes.update({"data": 1, **dict(axes)})
-    count = int(np.prod([sizes[axis] for axis in sharding.AXES]))
-    return sharding.make_mesh(sizes, jax.devices()[:count])
+    count = int(np.prod([sizes[axis] for axis in mesh_lib.AXES]))
+    return mesh_lib.make_mesh(sizes, jax.devices()[:count])
 
 
 def _config(kind):
@@ -70,10 +75,10 @@ def _program(kind, axes):
     """(config, mesh, plan, state as shapes, compiled step)."""
     config, mesh = _config(kind), _mesh(axes)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        spec = state.train_spec(config, mesh)
-        abstract = state.abstract_state(config, mesh, spec)
+        spec = state_lib.train_spec(config, mesh)
+        abstract = state_lib.abstract_state(config, mesh, spec)
         (size,) = preflight.batch_sizes(config)
-        step = steps.jit_step(config, spec, abstract)
+        step = step_lib.jit_step(config, spec, abstract)
         traced = step.trace(abstract, preflight.abstract_batch(config, size, mesh), {})
         return config, mesh, spec, abstract, traced.lower().compile()
 
@@ -81,7 +86,7 @@ def _program(kind, axes):
 def _start(kind, axes):
     config, mesh, spec, _, _ = _program(kind, axes)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        return state.init_state(config, mesh, spec)
+        return state_lib.init_state(config, mesh, spec)
 
 
 def _steps(kind, axes, now, first, last):
@@ -89,7 +94,7 @@ def _steps(kind, axes, now, first, last):
     config, mesh, _, _, step = _program(kind, axes)
     rows = []
     for seed in range(first, last):
-        now, metrics = step(now, sharding.put_batch(_batch(config, seed), mesh), {})
+        now, metrics = step(now, mesh_lib.put_batch(_batch(config, seed), mesh), {})
         rows.append({name: float(value) for name, value in metrics.items()})
     return now, rows
 
@@ -187,11 +192,11 @@ def test_the_backward_pass_keeps_activations_and_gathers_weights_again(kind):
     """Catches a remat policy that keeps whole weights of all layers, or computes all again."""
     config, mesh = _config(kind), _mesh(FSDP)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        plan = state.blueprint(config, mesh)
-        abstract = state.abstract_state(config, mesh, plan)
+        plan = state_lib.blueprint(config, mesh)
+        abstract = state_lib.abstract_state(config, mesh, plan)
         (size,) = preflight.batch_sizes(config)
         batch = preflight.abstract_batch(config, size, mesh)
-        program = steps.jit_step(config, plan, abstract).trace(abstract, batch, {}).jaxpr
+        program = step_lib.jit_step(config, plan, abstract).trace(abstract, batch, {}).jaxpr
     stacks = {leaf.shape for name, leaf in plan.params.items() if "*" in name and leaf.ndim > 2}
     forward = [scan for scan in _scans(program.jaxpr) if not scan.params["reverse"]]
     kept = {out.aval.shape for scan in forward for out in scan.outvars}
@@ -223,8 +228,8 @@ def test_moments_averages_and_discriminator_lie_as_the_weights_do():
     with mock.patch.object(sharding, "SMALL", SPLIT):
         for config, axes in cases:
             mesh = _mesh(axes)
-            spec = state.train_spec(config, mesh)
-            abstract = state.abstract_state(config, mesh, spec)
+            spec = state_lib.train_spec(config, mesh)
+            abstract = state_lib.abstract_state(config, mesh, spec)
             for part in filter(None, (abstract, abstract.discriminator)):
                 whole = 4 * sum(leaf.size for leaf in part.params.values())
                 assert sharding.chip_bytes(part.params) < 0.4 * whole
@@ -264,12 +269,12 @@ def test_a_mesh_that_does_not_suit_the_model_is_refused():
     mesh = _mesh((("tensor", 4),))
     config = _config("phase1")
     with pytest.raises(UserError, match="mesh.tensor=4 splits nothing"):
-        sharding.check_tensor(state.train_spec(config, mesh).params, config.sharding, mesh)
+        sharding.check_tensor(state_lib.train_spec(config, mesh).params, config.sharding, mesh)
     config = _config("uvit")
-    sharding.check_tensor(state.train_spec(config, mesh).params, config.sharding, mesh)
+    sharding.check_tensor(state_lib.train_spec(config, mesh).params, config.sharding, mesh)
     config.model.heads, config.model.width = 2, 32
     with pytest.raises(UserError, match="does not divide the 2 heads"):
-        state.train_spec(config, mesh)
+        state_lib.train_spec(config, mesh)
     config = _config("phase1")
     config.resolution = 80
     mesh = _mesh((("spatial", 3),))
@@ -294,7 +299,7 @@ class _Hosts:
 
     @property
     def shape(self):
-        return dict(zip(sharding.AXES, self.devices.shape, strict=True))
+        return dict(zip(mesh_lib.AXES, self.devices.shape, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -311,15 +316,15 @@ def test_processes_read_the_images_that_their_devices_have(shape, share, places,
     devices = np.array([_Device(i // 2) for i in range(8)], object).reshape(shape)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     mesh = _Hosts(devices)
-    assert sharding.process_batch_slice(mesh) == share
-    assert sharding._places(mesh)[1] == places
+    assert mesh_lib.process_batch_slice(mesh) == share
+    assert mesh_lib._places(mesh)[1] == places
 
 
 def test_shares_that_overlap_in_part_are_refused():
     """Catches batches of different sizes on different processes, which would hang."""
     devices = np.array([_Device(i // 2) for i in range(6)], object).reshape(2, 1, 3, 1)
     with pytest.raises(UserError, match="part of each other's images"):
-        sharding.process_batch_slice(_Hosts(devices))
+        mesh_lib.process_batch_slice(_Hosts(devices))
 
 
 @pytest.fixture(scope="module")
@@ -364,10 +369,10 @@ def test_eight_devices_save_and_fewer_go_on(there, tmp_path):
     """Catches a checkpoint that goes on from anything but where it stood: moments in the order of
     the devices, averages or counters left out."""
     now, _ = _steps("phase1", FSDP, _start("phase1", FSDP), 0, 2)
-    manager = checkpoint.open_manager(str(tmp_path), 1)
-    checkpoint.save(manager, now, {}, 2, 16)
+    manager = checkpoints.open_manager(str(tmp_path), 1)
+    checkpoints.save(manager, now, {}, 2, 16)
     manager.wait_until_finished()
-    back, _, index = checkpoint.restore(manager, 2, _program("phase1", there)[3], {})
+    back, _, index = checkpoints.restore(manager, 2, _program("phase1", there)[3], {})
     manager.close()
     assert index == 16 and int(back.step) == 2
     _, rows = _steps("phase1", there, back, 2, STEPS)

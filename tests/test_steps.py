@@ -11,8 +11,10 @@ import pytest
 from goldens import make_gan
 
 from dcae_jax import config as config_lib
-from dcae_jax import sharding, state, steps
-from dcae_jax.models import lpips as lpips_model
+from dcae_jax.models import lpips as lpips_lib
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
 
 
 def _batch(config, seed=0):
@@ -23,12 +25,12 @@ def _batch(config, seed=0):
 
 def _run(config, mesh, batches, lpips=None, change=lambda s: s):
     """(state before, state after, metrics of each step)."""
-    spec = state.train_spec(config, mesh)
-    step = jax.jit(steps.make_step(config, spec))
-    before = now = change(state.init_state(config, mesh, spec))
+    spec = state_lib.train_spec(config, mesh)
+    step = jax.jit(step_lib.make_step(config, spec))
+    before = now = change(state_lib.init_state(config, mesh, spec))
     metrics = []
     for batch in batches:
-        now, values = step(now, sharding.put_batch(batch, mesh), lpips or {})
+        now, values = step(now, mesh_lib.put_batch(batch, mesh), lpips or {})
         metrics.append({k: float(v) for k, v in values.items()})
     return before, now, metrics
 
@@ -101,7 +103,7 @@ def test_several_devices_do_what_one_does(small, one_device, axes):
     """Catches statistics, losses or norms taken over one device's share of the batch."""
     sizes = config_lib.default().mesh
     sizes.update(axes)
-    mesh = sharding.make_mesh(sizes, jax.devices()[:4])
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:4])
     batches = [_batch(small, seed) for seed in range(2)]
     _, one, one_metrics = _run(small, one_device, batches)
     _, many, many_metrics = _run(small, mesh, batches)
@@ -118,7 +120,7 @@ def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device)
     rng = np.random.default_rng(0)
     weights = {
         name: jnp.asarray(np.abs(rng.normal(size=shape)) * 0.05, jnp.float32)
-        for name, shape in lpips_model.shapes("vgg").items()
+        for name, shape in lpips_lib.shapes("vgg").items()
     }
     _, with_lpips, metrics = _run(small, one_device, [_batch(small)], weights)
     small.loss.lpips_weight = 0.0
@@ -131,10 +133,10 @@ def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device)
 
 def test_the_abstract_state_is_the_real_one(small, one_device):
     """Catches a planner, or a restore, that describes another state than training has."""
-    spec = state.train_spec(small, one_device)
-    abstract = state.abstract_state(small, one_device, spec)
-    real = state.init_state(small, one_device, spec)
-    out, _ = jax.eval_shape(steps.make_step(small, spec), real, _batch(small), {})
+    spec = state_lib.train_spec(small, one_device)
+    abstract = state_lib.abstract_state(small, one_device, spec)
+    real = state_lib.init_state(small, one_device, spec)
+    out, _ = jax.eval_shape(step_lib.make_step(small, spec), real, _batch(small), {})
 
     def same(a, b):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -148,9 +150,9 @@ def test_blocks_that_are_computed_again_give_the_same_step(small, one_device):
     batch = _batch(small)
     found = {}
     for small.remat in ("none", "blocks"):
-        spec = state.train_spec(small, one_device)
-        start = state.init_state(small, one_device, spec)
-        text = str(jax.make_jaxpr(steps.make_step(small, spec))(start, batch, {}))
+        spec = state_lib.train_spec(small, one_device)
+        start = state_lib.init_state(small, one_device, spec)
+        text = str(jax.make_jaxpr(step_lib.make_step(small, spec))(start, batch, {}))
         assert ("remat" in text) == (small.remat == "blocks")
         _, after, metrics = _run(small, one_device, [batch])
         found[small.remat] = after, metrics[0]

@@ -13,9 +13,14 @@ from flax import nnx
 from support import CONFIGS
 
 import dcae_jax
-from dcae_jax import api, config, models, sharding, tiling, train
+from dcae_jax import config as config_lib
+from dcae_jax import models
+from dcae_jax.api import autoencoder as autoencoder_lib
+from dcae_jax.api import tiling
+from dcae_jax.jobs import train
 from dcae_jax.models import dcae
 from dcae_jax.models.weights import split
+from dcae_jax.runtime import mesh as mesh_lib
 
 # Convolutions only, so that tiles can equal the whole: a way each of halving and doubling, with
 # and without a stage at full size. Three stages are as good as six.
@@ -45,11 +50,11 @@ CONVOLUTIONS = {
 
 def autoencoder(arch):
     """An Autoencoder of any architecture, with random weights."""
-    mesh = sharding.make_mesh(config.default().mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     model = dcae.DCAE(arch, depthwise="shifted", dtype=np.float32, rngs=nnx.Rngs(0))
     graph, params, stats = split(model)
-    settings = config.default().model.to_dict()
-    return api.Autoencoder(graph, {**params, **stats}, arch, settings, mesh)
+    settings = config_lib.default().model.to_dict()
+    return autoencoder_lib.Autoencoder(graph, {**params, **stats}, arch, settings, mesh)
 
 
 def fake(f):
@@ -116,7 +121,9 @@ def test_tiles_of_convolutions_equal_the_whole(name, monkeypatch):
     """Catches a border that its padding has touched and that still has weight."""
     arch = CONVOLUTIONS[name]
     ae = autoencoder(arch)
-    monkeypatch.setattr(api.Autoencoder, "reach", property(lambda self: dcae.reach(arch)))
+    monkeypatch.setattr(
+        autoencoder_lib.Autoencoder, "reach", property(lambda self: dcae.reach(arch))
+    )
     f, (into, out) = arch.compression, dcae.reach(arch)
     rng = np.random.default_rng(0)
     z = rng.normal(size=(1, 3, 5 * out + 4, arch.latent_channels)).astype(np.float32)
@@ -142,9 +149,9 @@ def test_reach_of_the_variants():
 
 def test_the_interface_takes_tiles_and_refuses_what_cannot_be():
     """Catches tiles in pixels, an overlap of the whole tile, and values that go unchecked."""
-    mesh = sharding.make_mesh(config.default().mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     ae = dcae_jax.create_autoencoder("tiny", mesh=mesh)
-    assert models.find(config.ConfigDict(ae.model)) is dcae and ae.reach == (None, None)
+    assert models.find(config_lib.ConfigDict(ae.model)) is dcae and ae.reach == (None, None)
     x = np.random.default_rng(0).uniform(-1, 1, (1, 80, 48, 3)).astype(np.float32)
     z = ae.encode(x, tile=3)
     assert z.shape == (1, 5, 3, 32) and ae.decode(z, tile=3, overlap=1).shape == x.shape
@@ -170,12 +177,12 @@ def test_tiles_of_attention_leave_no_step_at_their_borders(tmp_path):
     A picture has steps of its own where a border happens to be, and a trained model's latents
     make a grid, so what tiling adds to the whole picture is measured, and the step beside it.
     """
-    c = config.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
+    c = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
     c.update({"steps": 100, "save_every": 100, "evaluate_every": 0, "batch_size": 8})
     c.evaluate.count = 8
     c.evaluate.resolutions = (64,)
     train.run(c, str(tmp_path / "run"))
-    mesh = sharding.make_mesh(config.default().mesh, jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     ae = dcae_jax.load_autoencoder(str(tmp_path / "run"), mesh=mesh)
     x = skimage.data.astronaut()[None].astype(np.float32) / 127.5 - 1
     z = np.asarray(ae.encode(x))

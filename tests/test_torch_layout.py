@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dcae_jax import models
-from dcae_jax.config import UserError, default
+from dcae_jax.config import default
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dit, sdvae, torch_layout, uvit
 from dcae_jax.models.torch_layout import Layer
 

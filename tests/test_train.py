@@ -17,8 +17,12 @@ import pytest
 from support import CONFIGS, NARROW, flags
 from tensorboardX.proto import event_pb2
 
-from dcae_jax import checkpoint, divergence, preemption, report, train
-from dcae_jax.config import UserError
+from dcae_jax import files
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import metric_writer, nan_guard, train
+from dcae_jax.runtime import preemption
 
 TIMES = ("_s", "_per_s")
 
@@ -66,8 +70,8 @@ def _interrupt(workdir, after_row, number):
     process = _start(workdir)
     deadline = time.time() + 240
     while time.time() < deadline and process.poll() is None:
-        rows = report.read_rows(str(workdir))
-        if checkpoint.saved_steps(str(workdir)) and rows and rows[-1]["step"] >= after_row:
+        rows = files.read_rows(str(workdir))
+        if checkpoints.saved_steps(str(workdir)) and rows and rows[-1]["step"] >= after_row:
             break
         time.sleep(0.01)
     process.send_signal(number)
@@ -79,13 +83,13 @@ def _values(workdir):
     """Rows of metrics.jsonl without times."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES)}
-        for row in report.read_rows(str(workdir))
+        for row in files.read_rows(str(workdir))
     ]
 
 
 def _assert_same_run(a, b):
     for which in ("ema", "raw"):
-        left, right = (checkpoint.load_weights(str(d), which)[0] for d in (a, b))
+        left, right = (checkpoint_weights.load_weights(str(d), which)[0] for d in (a, b))
         assert left.keys() == right.keys()
         for name in left:
             np.testing.assert_array_equal(left[name], right[name])
@@ -106,12 +110,12 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_what_the_docs_promise(whole):
     """Catches a missing file, rows out of order or twice, checkpoints beyond `keep`."""
-    rows = report.read_rows(str(whole))
+    rows = files.read_rows(str(whole))
     assert [row["step"] for row in rows] == list(range(5, 41, 5))
     assert list(rows[0])[0] == "step"
     assert {"loss", "l1", "psnr", "grad_norm", "learning_rate", "step_s"} <= rows[0].keys()
     assert "psnr_32" in rows[3] and "psnr_32" not in rows[0] and "ssim_32" in rows[-1]
-    assert checkpoint.saved_steps(str(whole)) == [30, 40]
+    assert checkpoints.saved_steps(str(whole)) == [30, 40]
     saved = json.loads((whole / "config.json").read_text())
     assert saved["config"]["batch_size"] == 4 and saved["versions"]["jax"] == jax.__version__
     assert saved["weights"] == "random, seed 0"
@@ -132,7 +136,7 @@ def test_tensorboard_shows_the_rows(whole):
                 else:
                     scalars[event.step, value.tag] = value.simple_value
             data = data[16 + size :]
-    rows = report.read_rows(str(whole))
+    rows = files.read_rows(str(whole))
     wanted = {(row["step"], k): v for row in rows for k, v in row.items() if k != "step"}
     assert scalars == {key: pytest.approx(value, rel=1e-6) for key, value in wanted.items()}
     assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
@@ -144,7 +148,7 @@ def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
     workdir = tmp_path / "run"
     status = _interrupt(workdir, 10, number)
     assert status == (preemption.STATUS if number == signal.SIGTERM else -signal.SIGKILL)
-    steps = checkpoint.saved_steps(str(workdir))
+    steps = checkpoints.saved_steps(str(workdir))
     assert steps and steps[-1] < 40
     said = _finish(workdir)
     assert f"resuming {workdir} at step {steps[-1]}" in said
@@ -156,12 +160,12 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(small, alone, tmp_pat
     workdir = str(tmp_path / "run")
     caplog.set_level("INFO")
     assert train.run(small, workdir) == train.DONE
-    before = report.read_rows(workdir)
+    before = files.read_rows(workdir)
     assert train.run(small, workdir) == train.DONE
-    assert report.read_rows(workdir) == before and "is done: step 4 of 4" in caplog.text
+    assert files.read_rows(workdir) == before and "is done: step 4 of 4" in caplog.text
     small.steps = 6
     assert train.run(small, workdir) == train.DONE
-    assert [row["step"] for row in report.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in files.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_configuration_is_refused_unless_allowed(small, alone, tmp_path, caplog):
@@ -181,11 +185,11 @@ def test_another_configuration_is_refused_unless_allowed(small, alone, tmp_path,
 def test_rows_after_the_restored_step_are_written_once(tmp_path):
     """Catches a metrics.jsonl in which a killed run's last rows stand twice, or half."""
     for step in (2, 4, 6):
-        report.append_row(str(tmp_path), step, {"loss": float("nan")})
+        files.append_row(str(tmp_path), step, {"loss": float("nan")})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
-    report.drop_rows_after(str(tmp_path), 4)
-    rows = report.read_rows(str(tmp_path))
+    files.drop_rows_after(str(tmp_path), 4)
+    rows = files.read_rows(str(tmp_path))
     assert rows == [{"step": 2, "loss": None}, {"step": 4, "loss": None}]
 
 
@@ -196,8 +200,8 @@ def test_an_unfinished_checkpoint_is_not_used(small, alone, tmp_path):
     folder = workdir / "checkpoints"
     (folder / "9.orbax-checkpoint-tmp").mkdir()
     (folder / "9.orbax-checkpoint-tmp" / "weights").mkdir()
-    assert checkpoint.saved_steps(str(workdir)) == [2, 4]
-    assert checkpoint.load_weights(str(workdir))[1]["steps"] == 4
+    assert checkpoints.saved_steps(str(workdir)) == [2, 4]
+    assert checkpoint_weights.load_weights(str(workdir))[1]["steps"] == 4
 
 
 def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
@@ -207,25 +211,25 @@ def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
     small.steps, small.max_skipped, small.save_every = 40, 3, 100
     small.optimizer.learning_rate = 1e38  # the step after the first overflows
     small.allow_change = ("optimizer",)
-    with pytest.raises(divergence.Diverged, match="3 times in a row"):
+    with pytest.raises(nan_guard.Diverged, match="3 times in a row"):
         train.run(small, workdir)
-    assert checkpoint.saved_steps(workdir) == [2, 4]
+    assert checkpoints.saved_steps(workdir) == [2, 4]
 
 
 def test_skipped_steps_do_not_count_in_the_means():
     """Catches one NaN that blanks the whole row's loss."""
     shapes = {"loss": None, "finite": None, "skipped": None}
-    totals = train.empty_totals(shapes)
+    totals = metric_writer.empty_totals(shapes)
     for loss, finite, skipped in ((1.0, 1, 0), (jnp.nan, 0, 1), (3.0, 1, 1)):
         values = {"loss": loss, "finite": finite, "skipped": skipped}
-        totals = train.add_metrics(totals, {k: jnp.float32(v) for k, v in values.items()})
-    assert train.compute(totals) == {"loss": 2.0, "skipped": 1.0}
+        totals = metric_writer.add_metrics(totals, {k: jnp.float32(v) for k, v in values.items()})
+    assert metric_writer.compute(totals) == {"loss": 2.0, "skipped": 1.0}
 
 
 def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
     """Catches a paper config that does not run with the file it asks for, or a share above 1."""
-    from dcae_jax import torch_io
     from dcae_jax.models import lpips
+    from dcae_jax.pretrained import torch_io
 
     rng = np.random.default_rng(0)
     weights = {
@@ -240,14 +244,14 @@ def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
     assert train.run(small, str(tmp_path / "run")) == train.DONE
     share = next(r.args[0] for r in caplog.records if "LPIPS is" in r.getMessage())
     assert 20 < share < 100  # VGG16 beside a model of some hundred thousand weights
-    assert report.read_rows(str(tmp_path / "run"))[0]["lpips"] > 0
+    assert files.read_rows(str(tmp_path / "run"))[0]["lpips"] > 0
 
 
 def test_the_comparison_names_what_fell():
     """Catches a loss at low resolution that nobody is told of."""
     pairs = {"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25), "rfid_64": (3.0, 4.0)}
     pairs["ssim_64"] = (0.5, 0.5)  # no change, in neither list
-    assert train.changes(pairs) == (
+    assert metric_writer.changes(pairs) == (
         "worse: psnr_64 24 -> 23.5 (-0.5), rfid_64 3 -> 4 (+1); "
         "better: psnr_256 25 -> 25.25 (+0.25)"
     )
@@ -261,12 +265,12 @@ def test_sigterm_saves_where_it_stands(small, alone, tmp_path):
     timer.start()
     assert train.run(small, workdir) == preemption.STATUS
     timer.join()
-    (step,) = checkpoint.saved_steps(workdir)
+    (step,) = checkpoints.saved_steps(workdir)
     assert 3 <= step < 50
 
 
 def _terminate_at(workdir, step):
     """Sends this process SIGTERM once the row of `step` is written."""
-    while not any(row["step"] >= step for row in report.read_rows(workdir)):
+    while not any(row["step"] >= step for row in files.read_rows(workdir)):
         time.sleep(0.005)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -11,7 +11,7 @@ from flax import nnx
 from goldens import make_diffusion
 
 from dcae_jax import models
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import dit, transformer, uvit
 from dcae_jax.models import weights as weights_lib
 

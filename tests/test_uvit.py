@@ -11,8 +11,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 from transformer_costs import num_parameters, uvit_macs
 
-from dcae_jax.config import UserError
-from dcae_jax.models import uvit, weights
+from dcae_jax.errors import UserError
+from dcae_jax.models import uvit
+from dcae_jax.models import weights as weights_lib
 
 
 def settings(variant, **changes):
@@ -45,8 +46,8 @@ def test_parameters_and_cost_are_the_published_ones(variant, side, channels, mil
     # The table counts also one operation for each value of a softmax and of a LayerNorm.
     assert abs(uvit_macs(arch) / (giga * 1e9) - 1) < 1.2e-3
     create = functools.partial(uvit.create, arch, dtype="float32", unroll=True)
-    graph, params, _ = weights.split(weights.abstract(lambda rngs: create(rngs=rngs)))
-    program = jax.jit(lambda params, *inputs: weights.merge(graph, params)(*inputs)).lower(
+    graph, params, _ = weights_lib.split(weights_lib.abstract(lambda rngs: create(rngs=rngs)))
+    program = jax.jit(lambda params, *inputs: weights_lib.merge(graph, params)(*inputs)).lower(
         params,
         jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
@@ -92,7 +93,7 @@ def test_initial_values():
     """Catches PyTorch's defaults left in the Linears, or the label table shrunk to 0.02."""
     arch = architecture("tiny", latent_channels=32, num_classes=100)
     model = uvit.create(arch, dtype="float32", rngs=nnx.Rngs(0))
-    params = {name: np.asarray(value) for name, value in weights.split(model)[1].items()}
+    params = {name: np.asarray(value) for name, value in weights_lib.split(model)[1].items()}
     assert sum(value.size for value in params.values()) == num_parameters(uvit, arch)
     for name, value in params.items():
         if name == "label_emb.embedding":

@@ -11,7 +11,13 @@ import pkgutil
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
+from dcae_jax.models.protocol import (
+    AutoencoderModule,
+    AutoencoderNames,
+    BackboneModule,
+    BackboneNames,
+)
 
 if TYPE_CHECKING:
     from dcae_jax.models.protocol import (

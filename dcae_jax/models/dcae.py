@@ -15,7 +15,7 @@ from flax.nnx import Rngs
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import blocks, layers
 from dcae_jax.models.blocks import Activation, BlockKind, DownsampleForm, UpsampleForm
 from dcae_jax.models.layers import DepthwiseForm, NormKind

@@ -7,7 +7,7 @@ What diffusers can describe and this package cannot build is refused, field by f
 from collections.abc import Mapping
 from typing import Any
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import layers
 from dcae_jax.models.dcae import Variant
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_diffusers, torch_layout
 from dcae_jax.models.dcae import Variant
 

@@ -22,12 +22,12 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
-from dcae_jax.sharding import constrain_activations
+from dcae_jax.runtime.sharding import constrain_activations
 
 FREQUENCIES = 256  # features of the time
 EPS = 1e-6  # of every LayerNorm; none has parameters

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import dit, torch_layout, transformer
 from dcae_jax.models.dit import Architecture
 

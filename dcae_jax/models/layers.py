@@ -19,7 +19,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from dcae_jax.models.weights import Array, Weights, merge, split  # noqa: F401
+from dcae_jax.models.weights import Array
 
 NormKind = Literal["trms2d", "bn2d"]  # as the original calls them
 DepthwiseForm = Literal["grouped", "shifted"]

@@ -14,7 +14,7 @@ from flax.nnx import Rngs
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import blocks, layers
 from dcae_jax.models.weights import Array
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 
 Shapes = dict[str, tuple[int, ...]]

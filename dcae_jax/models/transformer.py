@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from dcae_jax import sharding
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models.weights import Array
-from dcae_jax.sharding import constrain_activations
+from dcae_jax.runtime import sharding
+from dcae_jax.runtime.sharding import constrain_activations
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
 MLP_RATIO = 4  # hidden channels of an MLP over its input's

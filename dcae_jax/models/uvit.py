@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
-from dcae_jax.sharding import constrain_activations
+from dcae_jax.runtime.sharding import constrain_activations
 
 EXTRAS = 2  # tokens before the patches: the label and the time
 EPS = 1e-5  # of every LayerNorm

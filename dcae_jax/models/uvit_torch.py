@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
 from dcae_jax.models import torch_layout, transformer, uvit
 from dcae_jax.models.uvit import Architecture
 

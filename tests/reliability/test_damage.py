@@ -9,9 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from dcae_jax import checkpoint, integrity, report, sharding, state, train
 from dcae_jax import config as config_lib
-from dcae_jax.config import MachineError, UserError
+from dcae_jax import files as files_lib
+from dcae_jax.checkpoints import __main__, integrity
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import MachineError, UserError
+from dcae_jax.jobs import train
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import state as state_lib
 
 DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
@@ -41,14 +48,14 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved") / "run"
     tree = {"a": jax.numpy.arange(5000.0), "b": jax.numpy.ones((3, 3))}
     zero = jax.numpy.zeros((), jax.numpy.int32)
-    made = state.TrainState(zero, tree, {}, {}, {"m": tree["a"] / 7}, None, zero, zero)
-    manager = checkpoint.open_manager(str(workdir), 3)
+    made = state_lib.TrainState(zero, tree, {}, {}, {"m": tree["a"] / 7}, None, zero, zero)
+    manager = checkpoints.open_manager(str(workdir), 3)
     for step in (2, 4, 6):
-        checkpoint.save(manager, made, {"loss": jax.numpy.float32(step)}, step, step)
+        checkpoints.save(manager, made, {"loss": jax.numpy.float32(step)}, step, step)
     manager.close()
     config = config_lib.to_json(config_lib.default())
-    report.write_json(str(workdir / checkpoint.CONFIG), {"config": config})
-    report.append_row(str(workdir), 2, {"loss": 1.0})
+    files_lib.write_json(str(workdir / checkpoints.CONFIG), {"config": config})
+    files_lib.append_row(str(workdir), 2, {"loss": 1.0})
     return workdir
 
 
@@ -77,22 +84,22 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(workdir, kind, caplog
     """Catches a run that dies of its newest checkpoint, or goes on from wrong numbers."""
     victim = _files(workdir / "checkpoints" / "6" / "weights")[0]
     _damage(victim, kind)
-    raw, _ = checkpoint.load_weights(str(workdir), "raw")
+    raw, _ = checkpoint_weights.load_weights(str(workdir), "raw")
     np.testing.assert_array_equal(raw["a"], np.arange(5000.0))
     assert f"checkpoint 6 of {workdir} is damaged" in caplog.text
-    assert checkpoint.resume_step(str(workdir)) == 4
+    assert checkpoints.resume_step(str(workdir)) == 4
     assert "checkpoint 6 is damaged" in caplog.text and victim.name in caplog.text
-    assert checkpoint.saved_steps(str(workdir)) == [2, 4]
+    assert checkpoints.saved_steps(str(workdir)) == [2, 4]
     assert (workdir / "damaged" / "6").is_dir()  # for a look, and out of the way of a new 6
     with pytest.raises(UserError, match="no finished checkpoint"):
-        checkpoint.load_weights(str(workdir / "checkpoints" / "6"))
+        checkpoint_weights.load_weights(str(workdir / "checkpoints" / "6"))
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(workdir):
     """Catches a silent change of the step that was named."""
     _damage(_files(workdir / "checkpoints" / "4" / "weights")[0], "one bit")
     with pytest.raises(UserError, match="checkpoints/4' is damaged: weights/.*checksum"):
-        checkpoint.load_weights(str(workdir / "checkpoints" / "4"))
+        checkpoint_weights.load_weights(str(workdir / "checkpoints" / "4"))
 
 
 def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
@@ -104,7 +111,7 @@ def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
         train.run(small, str(workdir))
     assert sorted(str(p) for p in workdir.rglob("*")) == before
     with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint.load_weights(str(workdir))
+        checkpoint_weights.load_weights(str(workdir))
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_end(small, alone, tmp_path, caplog):
@@ -114,43 +121,43 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_end(small, alone, t
     shutil.copytree(whole, hurt)
     _damage(_files(hurt / "checkpoints" / "4")[0], "one bit")
     assert train.run(small, str(hurt)) == train.DONE
-    assert "moved to" in caplog.text and checkpoint.saved_steps(str(hurt)) == [2, 4]
-    a, b = (checkpoint.load_weights(str(d))[0] for d in (whole, hurt))
+    assert "moved to" in caplog.text and checkpoints.saved_steps(str(hurt)) == [2, 4]
+    a, b = (checkpoint_weights.load_weights(str(d))[0] for d in (whole, hurt))
     for name, value in a.items():
         np.testing.assert_array_equal(value, b[name])
-    steps = [[row["step"] for row in report.read_rows(str(d))] for d in (whole, hurt)]
+    steps = [[row["step"] for row in files_lib.read_rows(str(d))] for d in (whole, hurt)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]
 
 
 def test_a_copy_is_whole_and_a_cut_one_is_not_taken_for_it(workdir, tmp_path, capsys):
     """Catches a copy that the copier never compared, and half a copy under a finished name."""
     there = tmp_path / "there"
-    assert checkpoint.main(["copy", str(workdir), str(there)]) == 0
+    assert __main__.main(["copy", str(workdir), str(there)]) == 0
     assert "2, 4, 6" in capsys.readouterr().out
     for step in (2, 4, 6):
         assert integrity.damage(str(there / "checkpoints" / str(step))) == ""
     one = tmp_path / "one"
-    assert checkpoint.main(["copy", str(workdir / "checkpoints" / "4"), str(one)]) == 0
-    assert checkpoint.saved_steps(str(one)) == [4]
-    assert checkpoint.load_weights(str(one), "raw")[0]["a"].shape == (5000,)
+    assert __main__.main(["copy", str(workdir / "checkpoints" / "4"), str(one)]) == 0
+    assert checkpoints.saved_steps(str(one)) == [4]
+    assert checkpoint_weights.load_weights(str(one), "raw")[0]["a"].shape == (5000,)
     # Copied by another tool, and cut off in the middle.
     shutil.copytree(workdir / "checkpoints" / "6", one / "checkpoints" / "6")
     for path in list((one / "checkpoints" / "6" / "optimizer").rglob("*"))[::2]:
         if path.is_file():
             path.unlink()
-    assert checkpoint.resume_step(str(one)) == 4
+    assert checkpoints.resume_step(str(one)) == 4
 
 
 def test_a_damaged_checkpoint_is_not_copied(workdir, tmp_path, capsys):
     """Catches damage that travels on with a fresh manifest."""
     _damage(_files(workdir / "checkpoints" / "6")[0], "one bit")
     there = tmp_path / "there"
-    assert checkpoint.main(["copy", str(workdir), str(there)]) == 0
-    assert checkpoint.saved_steps(str(there)) == [2, 4]
+    assert __main__.main(["copy", str(workdir), str(there)]) == 0
+    assert checkpoints.saved_steps(str(there)) == [2, 4]
     source = str(workdir / "checkpoints" / "6")
-    assert checkpoint.main(["copy", source, str(tmp_path / "none")]) == 2
+    assert __main__.main(["copy", source, str(tmp_path / "none")]) == 2
     assert not os.path.exists(tmp_path / "none" / "checkpoints" / "6")
-    assert checkpoint.main(["check", str(workdir)]) == 1
+    assert __main__.main(["check", str(workdir)]) == 1
     assert "6: " in capsys.readouterr().out
 
 
@@ -159,20 +166,20 @@ def test_a_damaged_export_is_refused(workdir, tmp_path):
     folder = tmp_path / "export"
     folder.mkdir()
     weights = {"w": np.arange(999.0, dtype=np.float32)}
-    checkpoint.save_export(str(folder), weights, {"kind": "autoencoder", "model": {}})
-    assert checkpoint.load_weights(str(folder))[0].keys() == {"w"}
+    checkpoint_weights.save_export(str(folder), weights, {"kind": "autoencoder", "model": {}})
+    assert checkpoint_weights.load_weights(str(folder))[0].keys() == {"w"}
     _damage(_files(folder / "params")[0], "one bit")
     with pytest.raises(UserError, match="damaged export"):
-        checkpoint.load_weights(str(folder))
+        checkpoint_weights.load_weights(str(folder))
 
 
 def test_an_old_checkpoint_without_a_manifest_is_read_with_a_warning(workdir, caplog):
     """Catches weights that nobody can read any more since they are older than manifests."""
     (workdir / "checkpoints" / "6" / integrity.FILE).unlink()
-    assert checkpoint.load_weights(str(workdir), "raw")[0]["a"].shape == (5000,)
+    assert checkpoint_weights.load_weights(str(workdir), "raw")[0]["a"].shape == (5000,)
     assert "unchecked" in caplog.text
     # A run that trains has the one before, which is known to be whole.
-    assert checkpoint.resume_step(str(workdir)) == 4
+    assert checkpoints.resume_step(str(workdir)) == 4
 
 
 def test_the_mesh_does_not_matter_to_the_manifest(small, tmp_path, monkeypatch):
@@ -180,9 +187,9 @@ def test_the_mesh_does_not_matter_to_the_manifest(small, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 64)
     sizes = config_lib.default().mesh
     sizes.fsdp = 4
-    mesh = sharding.make_mesh(sizes, jax.devices()[:4])
-    made = state.init_state(small, mesh, state.train_spec(small, mesh))
-    manager = checkpoint.open_manager(str(tmp_path), 2)
-    checkpoint.save(manager, made, {}, 1, 0)
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:4])
+    made = state_lib.init_state(small, mesh, state_lib.train_spec(small, mesh))
+    manager = checkpoints.open_manager(str(tmp_path), 2)
+    checkpoints.save(manager, made, {}, 1, 0)
     manager.close()
     assert integrity.damage(str(tmp_path / "checkpoints" / "1")) == ""

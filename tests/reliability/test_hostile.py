@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dcae_jax import checkpoint, hub, integrity, judge_samples, torch_io
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax.checkpoints import integrity
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.evaluation import samples
+from dcae_jax.pretrained import hub, torch_io
 
 
 def _refused(path, *words):
     """Asserts one line that has `words`, and less than 300 MB more than before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as caught:
-        checkpoint.load_weights(str(path))
+        checkpoint_weights.load_weights(str(path))
     said = str(caught.value)
     assert "\n" not in said and len(said) < 600, said
     assert all(word in said for word in words), said
@@ -93,12 +96,12 @@ def _model(**changes):
 )
 def test_a_configuration_that_cannot_be(tmp_path, saved, words):
     """Catches any import a file asks for, a model of any size, and tracebacks of the library's."""
-    from dcae_jax import api
+    from dcae_jax.api import autoencoder as api
 
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError) as caught:
-        values, config = checkpoint.load_weights(str(tmp_path))
+        values, config = checkpoint_weights.load_weights(str(tmp_path))
         del values
         api.create_autoencoder(config["model"]["variant"])
     said = str(caught.value)
@@ -176,7 +179,7 @@ def test_pipes_are_not_waited_for(tmp_path, name):
 def _export(folder):
     folder.mkdir()
     weights = {"w": np.arange(2000.0, dtype=np.float32)}
-    checkpoint.save_export(str(folder), weights, {"kind": "autoencoder", "model": {}})
+    checkpoint_weights.save_export(str(folder), weights, {"kind": "autoencoder", "model": {}})
     return folder / "params"
 
 
@@ -233,7 +236,7 @@ def test_no_pickle_is_run_whatever_it_is_called(tmp_path, name):
         array = np.array([Hostile(str(ran))], dtype=object)
         np.savez(path, mu=array, sigma=array)
         with pytest.raises(UserError, match="cannot be read"):
-            judge_samples._given_moments(str(path), {})
+            samples._given_moments(str(path), {})
     else:
         path.write_bytes(pickle.dumps({"a": Hostile(str(ran))}))
         _refused(path)

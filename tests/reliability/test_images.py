@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from dcae_jax import config as config_lib
-from dcae_jax import data, evaluate, sources
-from dcae_jax.config import UserError
+from dcae_jax.data import pipeline, sources
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import evaluate
 
 RNG = np.random.default_rng(0)
 
@@ -107,7 +108,7 @@ def test_odd_files_are_read(tmp_path, crop, caplog):
     _write(tmp_path, GOOD)
     config = _config(tmp_path, crop=crop)
     source = sources.training_source(config.data)
-    batches = data.training_batches(config, source, 0)
+    batches = pipeline.training_batches(config, source, 0)
     for _ in range(2 * len(source) // 4):
         assert next(batches)["image"].shape == (4, 64, 64, 3)
     assert not caplog.records, caplog.text
@@ -119,7 +120,8 @@ def test_broken_files_are_left_out_by_name_in_little_time_and_memory(tmp_path, c
     source = sources.folder(str(tmp_path))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     masks = [
-        batch["mask"] for batch in data.evaluation_batches(source, size=64, batch_size=8, threads=2)
+        batch["mask"]
+        for batch in pipeline.evaluation_batches(source, size=64, batch_size=8, threads=2)
     ]
     assert int(sum(mask.sum() for mask in masks)) == len(source) - len(BAD)
     for name in BAD:
@@ -156,7 +158,7 @@ def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
     source = sources.folder(str(root))
     assert source.files == ("cats/c.png", "dogs/a.png", "self.png")
     assert source.classes == ("cats", "dogs")
-    batches = list(data.evaluation_batches(source, size=32, batch_size=4))
+    batches = list(pipeline.evaluation_batches(source, size=32, batch_size=4))
     assert batches[0]["mask"].sum() == 2
 
 
@@ -248,7 +250,7 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
     source = sources.folder(str(tmp_path))
     assert len(source) == count
     slowest, read = 0.0, 0
-    for batch in data.evaluation_batches(source, size=32, batch_size=50, threads=2):
+    for batch in pipeline.evaluation_batches(source, size=32, batch_size=50, threads=2):
         began = time.monotonic()
         assert batch["image"].shape == (50, 32, 32, 3)
         read += int(batch["mask"].sum())
@@ -257,10 +259,10 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
     print(f"{read} of {count} mutated files were still readable")
     assert 0 < read < count
     # In training too they are replaced. That many are an error, which is tested elsewhere.
-    monkeypatch.setattr(data, "BAD_AFTER", 10**9)
-    monkeypatch.setattr(data, "TRIES", 200)
+    monkeypatch.setattr(pipeline, "BAD_AFTER", 10**9)
+    monkeypatch.setattr(pipeline, "TRIES", 200)
     config = _config(tmp_path)
-    batches = data.training_batches(config, source, 0)
+    batches = pipeline.training_batches(config, source, 0)
     # An epoch. Some files still decode, to black, and now and then a whole batch of them.
     lit = [next(batches)["image"].any() for _ in range(count // 4)]
     assert np.mean(lit) > 0.9

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from dcae_jax import api, train
 from dcae_jax import config as config_lib
-from dcae_jax.config import UserError
+from dcae_jax.api import autoencoder
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import train
 
 FLAT = config_lib._flatten(config_lib.default().to_dict())
 NUMBERS = [key for key, value in FLAT.items() if type(value) in (int, float)]
@@ -56,7 +57,7 @@ def test_each_tuple_has_a_kind(key):
 )
 def test_tiles_that_cannot_be_are_refused(change):
     """Catches an endless loop over tiles of no size."""
-    ae = api.create_autoencoder("tiny")
+    ae = autoencoder.create_autoencoder("tiny")
     with pytest.raises(ValueError):
         ae.encode(np.zeros((1, 64, 64, 3), np.float32), **change)
 
@@ -65,7 +66,7 @@ def test_tiles_that_cannot_be_are_refused(change):
 def test_input_of_another_kind_is_named(x):
     """Catches JAX's shape errors from inside the model."""
     with pytest.raises(ValueError, match="x "):
-        api.create_autoencoder("tiny").encode(x)
+        autoencoder.create_autoencoder("tiny").encode(x)
 
 
 def test_an_allowed_change_is_recorded(small, alone, tmp_path):

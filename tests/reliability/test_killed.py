@@ -7,7 +7,8 @@ import signal
 import pytest
 from support import killing
 
-from dcae_jax import checkpoint, preemption
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.runtime import preemption
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
     status, begun, said = forks(argv, signals, stderr=f"{workdir}.log")
     assert status == preemption.STATUS, said[-3000:]
     assert "the same command resumes" in said
-    (*_, saved) = checkpoint.saved_steps(str(workdir))
+    (*_, saved) = checkpoints.saved_steps(str(workdir))
     assert begun <= saved <= begun + 1
     status, _, said = forks(argv, stderr=f"{workdir}.log")
     assert status == 0 and f"at step {saved}" in said
@@ -60,4 +61,4 @@ def test_sigterm_before_the_first_step_is_resumable(forks, data, tmp_path):
     signals = [("table", 1, 0.0, signal.SIGTERM)]
     status, _, said = forks(argv, signals, stderr=f"{workdir}.log", more=more)
     assert status == preemption.STATUS and "the same command" in said, said[-2000:]
-    assert checkpoint.saved_steps(str(workdir)) == []
+    assert checkpoints.saved_steps(str(workdir)) == []

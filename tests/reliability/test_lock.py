@@ -13,8 +13,9 @@ import sys
 
 import pytest
 
-from dcae_jax import lock, train
-from dcae_jax.config import UserError
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import train
+from dcae_jax.runtime import lease
 
 ROOT = str(pathlib.Path(__file__).parent.parent.parent)
 HOLD = "import sys, time\nfrom dcae_jax import lock\nwith lock.hold(sys.argv[1]):\n"
@@ -50,12 +51,12 @@ def test_the_lock_survives_neither_its_owners_crash_nor_its_end(tmp_path):
     owner = _owner(workdir)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert (workdir / lock.FILE).exists()  # the file means nothing by itself
-    with lock.hold(str(workdir)):
-        with pytest.raises(UserError, match=f"process {os.getpid()}"), lock.hold(str(workdir)):
+    assert (workdir / lease.FILE).exists()  # the file means nothing by itself
+    with lease.hold(str(workdir)):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"), lease.hold(str(workdir)):
             pass
-    assert not (workdir / lock.FILE).exists()
-    with lock.hold(str(workdir)):
+    assert not (workdir / lease.FILE).exists()
+    with lease.hold(str(workdir)):
         pass
 
 
@@ -72,7 +73,7 @@ def test_a_child_that_outlives_the_owner_does_not_keep_the_lock(tmp_path):
     try:
         owner.kill()
         owner.wait()
-        with lock.hold(str(workdir)):
+        with lease.hold(str(workdir)):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -85,15 +86,15 @@ def test_what_a_killed_owner_had_half_written_is_removed(tmp_path):
     others = [tmp_path / "images" / "a.png", tmp_path / "notes.tmp", tmp_path / "a.77.tmp.txt"]
     for path in halves + others:
         path.write_bytes(b"x")
-    with lock.hold(str(tmp_path)):
+    with lease.hold(str(tmp_path)):
         assert not any(path.exists() for path in halves)
     assert all(path.exists() for path in others)
 
 
 def test_the_other_processes_of_one_run_need_no_lock(tmp_path):
     """Catches a distributed run that refuses its own second process."""
-    with lock.hold(str(tmp_path), 0), lock.hold(str(tmp_path), 1), lock.hold(str(tmp_path), 2):
-        with pytest.raises(UserError), lock.hold(str(tmp_path), 0):
+    with lease.hold(str(tmp_path), 0), lease.hold(str(tmp_path), 1), lease.hold(str(tmp_path), 2):
+        with pytest.raises(UserError), lease.hold(str(tmp_path), 0):
             pass
 
 
@@ -115,7 +116,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(fcntl, "flock", unable)
     half = tmp_path / "metrics.jsonl.77.tmp"
     half.write_bytes(b"x")
-    with lock.hold(str(tmp_path)):
+    with lease.hold(str(tmp_path)):
         assert "cannot be locked" in caplog.text
         assert half.exists()
 
@@ -127,20 +128,20 @@ def test_a_lock_that_is_a_link_is_refused(target, tmp_path):
     workdir, file = tmp_path / "run", tmp_path / target
     (tmp_path / "precious.txt").write_text("precious")
     workdir.mkdir()
-    (workdir / lock.FILE).symlink_to(file)
-    with pytest.raises(UserError, match="is a link.*remove it"), lock.hold(str(workdir)):
+    (workdir / lease.FILE).symlink_to(file)
+    with pytest.raises(UserError, match="is a link.*remove it"), lease.hold(str(workdir)):
         pass
     assert (tmp_path / "precious.txt").read_text() == "precious"
     assert not (tmp_path / "none.txt").exists()
-    assert (workdir / lock.FILE).is_symlink()
+    assert (workdir / lease.FILE).is_symlink()
 
 
 def test_a_lock_that_is_another_name_of_a_file_is_refused(tmp_path):
     """Catches a hard link of which the other name loses its contents."""
     (tmp_path / "run").mkdir()
     (tmp_path / "precious.txt").write_text("precious")
-    os.link(tmp_path / "precious.txt", tmp_path / "run" / lock.FILE)
-    with pytest.raises(UserError, match="is a link"), lock.hold(str(tmp_path / "run")):
+    os.link(tmp_path / "precious.txt", tmp_path / "run" / lease.FILE)
+    with pytest.raises(UserError, match="is a link"), lease.hold(str(tmp_path / "run")):
         pass
     assert (tmp_path / "precious.txt").read_text() == "precious"
 
@@ -157,21 +158,21 @@ def test_only_this_workdirs_own_halves_are_removed(tmp_path):
     (workdir / "parts").symlink_to(elsewhere)
     (workdir / "b.77.tmp").symlink_to(halves[-1])
     (workdir / "d.77.tmp").mkdir()
-    with lock.hold(str(workdir / "images")):
+    with lease.hold(str(workdir / "images")):
         halves[2].write_bytes(b"being written")
-        with lock.hold(str(workdir)):
+        with lease.hold(str(workdir)):
             assert all(half.exists() for half in halves)
-    with lock.hold(str(workdir)):  # nobody else has `images` now
+    with lease.hold(str(workdir)):  # nobody else has `images` now
         assert [half.exists() for half in halves] == [True, True, False, True]
     assert (workdir / "b.77.tmp").is_symlink() and (workdir / "d.77.tmp").is_dir()
 
 
 def test_a_second_job_leaves_the_owners_record(tmp_path):
     """Catches a lock file that the refused job empties, so that the third is told nobody's name."""
-    with lock.hold(str(tmp_path)):
+    with lease.hold(str(tmp_path)):
         for _ in range(2):
             with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-                with lock.hold(str(tmp_path)):
+                with lease.hold(str(tmp_path)):
                     pass
-        owner = json.loads((tmp_path / lock.FILE).read_text())
+        owner = json.loads((tmp_path / lease.FILE).read_text())
         assert owner.keys() == {"host", "pid", "since"}

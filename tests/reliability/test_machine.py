@@ -12,7 +12,11 @@ import subprocess
 import pytest
 from support import killing
 
-from dcae_jax import checkpoint, failures, integrity, main
+from dcae_jax import errors as errors_lib
+from dcae_jax import main
+from dcae_jax.checkpoints import integrity
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,9 @@ def _one_line(status, said, *words):
 
 def _intact(workdir):
     """The newest checkpoint, which is whole and can be loaded."""
-    (*_, step) = checkpoint.saved_steps(str(workdir))
+    (*_, step) = checkpoints.saved_steps(str(workdir))
     assert integrity.damage(str(workdir / "checkpoints" / str(step))) == ""
-    assert checkpoint.load_weights(str(workdir))[1]["batch_size"] == 4
+    assert checkpoint_weights.load_weights(str(workdir))[1]["batch_size"] == 4
     return step
 
 
@@ -132,14 +136,14 @@ def test_a_device_without_enough_memory(forks, data, started, tmp_path):
 )
 def test_the_systems_words_are_found_wherever_they_stand(error, words):
     """Catches an error of a C++ library that hides a full disk."""
-    assert words in failures.explain(error)
+    assert words in errors_lib.explain(error)
     try:
         raise RuntimeError("the save failed") from error
     except RuntimeError as outer:
-        assert words in failures.explain(outer)
+        assert words in errors_lib.explain(outer)
 
 
 def test_a_bug_keeps_its_traceback():
     """Catches a mistake of ours told as one of the machine's."""
     for bug in (ValueError("x"), FileNotFoundError(2, "gone", "/x"), KeyError("disk"), TypeError()):
-        assert failures.explain(bug) is None
+        assert errors_lib.explain(bug) is None

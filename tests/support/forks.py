@@ -121,6 +121,11 @@ if __name__ == "__main__":
     import resource
     import traceback
 
-    from dcae_jax import checkpoint, data, evaluate, integrity, main, sharding, train  # noqa: F401
+    from dcae_jax import main
+    from dcae_jax.checkpoints import integrity
+    from dcae_jax.checkpoints import manager as checkpoint
+    from dcae_jax.data import pipeline as data
+    from dcae_jax.evaluation import reconstruction as evaluate
+    from dcae_jax.runtime import mesh as sharding
 
     serve()

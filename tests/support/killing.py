@@ -13,7 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 
-from dcae_jax import checkpoint, report, train
+from dcae_jax import files as files_lib
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.jobs import train
 from support import CONFIGS, NARROW, ROOT, flags, small_models
 
 HERE = pathlib.Path(__file__).parent
@@ -130,7 +132,7 @@ def rows(workdir):
     """Rows of metrics.jsonl without times."""
     return [
         {k: v for k, v in row.items() if not k.endswith(TIMES)}
-        for row in report.read_rows(str(workdir))
+        for row in files_lib.read_rows(str(workdir))
     ]
 
 
@@ -165,8 +167,8 @@ def flatten(tree):
 
 def assert_same(a, b):
     """The two workdirs hold the same, apart from times and event files."""
-    steps = checkpoint.saved_steps(str(a))
-    assert steps and steps == checkpoint.saved_steps(str(b))
+    steps = checkpoints.saved_steps(str(a))
+    assert steps and steps == checkpoints.saved_steps(str(b))
     for step in steps:
         left, right = everything(a, step), everything(b, step)
         assert left.keys() == right.keys() and len(left) > 100

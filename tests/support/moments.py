@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from dcae_jax import metrics
+from dcae_jax.evaluation import metrics
 
 
 def union(a, b):

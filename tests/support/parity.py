@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 
-from dcae_jax.models import layers
+from dcae_jax.models import weights as weights_lib
 
 # Small programs compile for longer than they run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -20,7 +20,7 @@ def round_trip(graph, quick=True):
     """A compiled function: (weights, x [B, H, W, 3]) -> (latents, images made of them)."""
 
     def run(weights, x):
-        model = layers.merge(graph, weights)
+        model = weights_lib.merge(graph, weights)
         z = model.encode(x)
         return z, model.decode(z)
 

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dcae_jax import hub
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.pretrained import hub
 
 # The blocks of published models at a hundredth of their width.
 SMALL = {

@@ -5,19 +5,23 @@ import jax
 import numpy as np
 
 import dcae_jax
-from dcae_jax import evaluate, sharding, sources, state
+from dcae_jax.data import sources
+from dcae_jax.evaluation import reconstruction
+from dcae_jax.jobs import evaluate
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
 
 
 def judge(config, devices=1, source=None):
     """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
     model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config)
     source = source or sources.evaluation_source(config.data)
-    return evaluate.evaluate(config, model.graph, model.weights, mesh, source)[32]
+    return reconstruction.evaluate(config, model.graph, model.weights, mesh, source)[32]
 
 
 def model_weights(config):
     """Random weights by path, NumPy."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 5).items()}
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
+    return {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}

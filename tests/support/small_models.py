@@ -7,8 +7,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dcae_jax import checkpoint, encode, sharding, state
 from dcae_jax import config as config_lib
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.jobs import encode
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
 from support import CONFIGS
 
 CLASSES = 3
@@ -19,12 +22,12 @@ def export_autoencoder(folder, change=None, **settings):
     config = config_lib.default()
     config.model.update({"variant": "tiny", "widths": (8, 8, 16, 32, 32), **settings})
     config.model.latent_channels = 8
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    weights = {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 3).items()}
+    mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
+    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 3).items()}
     if change:
         change(weights)
     meta = {"kind": "autoencoder", "model": config_lib.to_json(config.model)}
-    checkpoint.save_export(folder, weights, meta)
+    checkpoint_weights.save_export(folder, weights, meta)
     return folder
 
 

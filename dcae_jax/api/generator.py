@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python interface: an autoencoder to encode and decode with, a generator to sample from."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dcae_jax.api import autoencoder as autoencoder_lib
+from dcae_jax.api.autoencoder import Autoencoder
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.data import transforms
+from dcae_jax.diffusion import latent_spec, objectives, samplers
+from dcae_jax.errors import UserError
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.weights import Array, Weights
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import state as state_lib
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """How samples are drawn, beside their labels. Raises UserError, naming the argument."""
+
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 is none
+    steps: int = 30  # evaluations of the model
+    seed: int = 0
+    sampler: str = ""  # one of sampling.SAMPLERS; '': the objective's default
+    interval: tuple[float, float] = (0.0, 1.0)  # noise levels (1: pure noise) at which to guide
+    first: int = 0  # image i is sample first + i of the seed, whatever the batch
+
+    def __post_init__(self):
+        if not (np.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance={self.guidance} must be a number of at least 0; 1 is none")
+        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise UserError(f"interval={self.interval} must be 0 <= low <= high <= 1")
+        if not (0 <= self.seed and 0 <= self.first):
+            raise UserError(f"seed={self.seed} and first={self.first} must be at least 0")
+        if self.steps < 1:
+            raise UserError(f"steps={self.steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A diffusion model with the autoencoder whose latents it makes, on the devices of a mesh."""
+
+    graph: nnx.GraphDef
+    weights: Weights  # parameters by path, float32
+    architecture: Any  # an Architecture of the model's file
+    model: dict[str, Any]  # config.model; its scaling_factor multiplies latents
+    objective: str  # epsilon, learned_sigma or flow
+    autoencoder: Autoencoder
+    mesh: Mesh
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 .. num_classes - 1; num_classes itself asks for no class."""
+        return self.architecture.num_classes
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side of a sample."""
+        return self.architecture.latent_size * self.autoencoder.compression
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before the model sees them."""
+        return self.model["scaling_factor"]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in self.weights.values())
+
+    def sample(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        guidance: float = 1.0,
+        steps: int = 30,
+        seed: int = 0,
+        *,
+        sampler: str = "",
+        interval: tuple[float, float] = (0.0, 1.0),
+        first: int = 0,
+    ) -> np.ndarray:
+        """Images [B, H, W, 3] uint8 of the classes `labels` [B].
+
+        guidance: scale of classifier-free guidance, 1 being none, within `interval` of the noise
+        level (1: pure noise). steps: evaluations of the model. sampler: one of
+        `sampling.SAMPLERS`, '' being the objective's default. Image i is sample first + i of the
+        seed, whatever the batch. An image that is not finite is black, and a warning names it.
+        Raises ValueError, naming the argument.
+        """
+        settings = SampleSettings(guidance, steps, seed, sampler, interval, first)
+        images, finite = self._run(labels, settings, decode=True)
+        bad = np.flatnonzero(~finite)
+        if bad.size:
+            logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
+        return images
+
+    def sample_latents(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        settings: SampleSettings = SampleSettings(),
+    ) -> np.ndarray:
+        """What `sample` decodes: latents [B, h, w, c] float32, unscaled."""
+        return self._run(labels, settings, decode=False)[0]
+
+    def program(self, count: int, settings: SampleSettings) -> tuple[Callable, tuple]:
+        """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
+
+        The weights are in the arguments as they are in the generator.
+        """
+
+        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            whole = mesh_lib.replicated(self.mesh)
+            place = mesh_lib.batch_sharding(self.mesh, len(sizes)) if sizes else whole
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        return self._compiled(settings, decode=True), (
+            self.weights,
+            self.autoencoder.weights,
+            shape(count, dtype=jnp.int32),
+            shape(count, 2, dtype=jnp.uint32),
+            shape(dtype=jnp.float32),
+        )
+
+    def _run(
+        self, labels: Sequence[int] | np.ndarray, settings: SampleSettings, *, decode: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(images or latents [B, ...], whether all of each is finite [B])."""
+        labels = self._checked(labels)
+        run = self._compiled(settings, decode=decode)
+        # Padded to a multiple of the shards: a sample's index determines it, not its row.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
+        keys = samplers.sample_keys(settings.seed, jnp.asarray(settings.first + rows))
+        out, finite = run(
+            self.weights,
+            self.autoencoder.weights,
+            sharding.put(labels[rows].astype(np.int32), mesh_lib.batch_sharding(self.mesh, 1)),
+            sharding.put(jax.random.key_data(keys), mesh_lib.batch_sharding(self.mesh, 2)),
+            sharding.put(np.float32(settings.guidance), mesh_lib.replicated(self.mesh)),
+        )
+        return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
+
+    def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Labels [B], integers of classes that the model has. Raises UserError."""
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
+        if labels.min() < 0 or labels.max() > self.num_classes:
+            wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
+            raise UserError(
+                f"labels={wrong} is no class; there are 0 to {self.num_classes - 1}, and "
+                f"{self.num_classes} for none"
+            )
+        return labels
+
+    def _compiled(self, settings: SampleSettings, *, decode: bool) -> Callable:
+        sampler = samplers.check(self.objective, settings.sampler, settings.steps)
+        arch = self.architecture
+        static = _Static(
+            objective=self.objective,
+            sampler=sampler,
+            steps=int(settings.steps),
+            guided=settings.guidance != 1,
+            interval=(settings.interval[0], settings.interval[1]),
+            shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
+            none=arch.num_classes,
+            scaling_factor=self.scaling_factor,
+            decode=decode,
+        )
+        return _sample_fn(self.graph, self.autoencoder.graph, self.mesh, static)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a compiled sampler is specialised to: one program for each value."""
+
+    objective: str
+    sampler: str
+    steps: int
+    guided: bool
+    interval: tuple[float, float]
+    shape: tuple[int, int, int]  # of the latents
+    none: int  # the label that stands for no class
+    scaling_factor: float
+    decode: bool  # else the latents are returned
+
+
+@functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
+def _sample_fn(graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static) -> Callable:
+    """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (out, finite).
+
+    out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. Both are
+    replicated, so that every process has them whole.
+    """
+    s = static
+
+    def run(*arguments: Any) -> tuple[Array, Array]:
+        with sharding.on_mesh(mesh):
+            return generate(*arguments)
+
+    def generate(
+        weights: Weights, decoder_weights: Weights, labels: Array, keys: Array, guidance: Array
+    ) -> tuple[Array, Array]:
+        keys = jax.random.wrap_key_data(keys)
+        noise = samplers.initial_noise(keys, s.shape)  # [B, h, w, c]
+        scale = guidance if s.guided else 1
+        model = samplers.guided(
+            weights_lib.merge(graph, weights),
+            s.none,
+            scale,
+            objective=s.objective,
+            interval=s.interval,
+        )
+        z = samplers.sample(
+            model, noise, labels, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
+        )
+        z = objectives.unscaled(z, s.scaling_factor)  # [B, h, w, c]
+        if not s.decode:
+            return z, jnp.isfinite(z).all((1, 2, 3))
+        images = weights_lib.merge(decoder, decoder_weights).decode(z)  # [B, H, W, 3]
+        levels = transforms.to_levels(images)
+        finite = jnp.isfinite(levels).all((1, 2, 3))  # [B]
+        levels = jnp.where(finite[:, None, None, None], levels, 0)
+        return levels.astype(jnp.uint8), finite
+
+    # The encoder's weights are on the devices too: keep_unused, so that a plan counts their memory.
+    return jax.jit(run, out_shardings=mesh_lib.replicated(mesh), keep_unused=True)
+
+
+def load_generator(
+    path: str,
+    *,
+    autoencoder: str = "",
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    weights: str = "ema",
+    variant: str = "",
+    resolution: int = 0,
+) -> Generator:
+    """The diffusion model in `path` with its autoencoder: ours, or published UViT, USiT or DiT.
+
+    path: a workdir or one of its checkpoints/<step>, an export, or published weights. autoencoder:
+    its autoencoder, for `load_autoencoder`; '' takes the one that the model was trained on, or
+    that its published name says. resolution: pixels a side, where published weights do not tell
+    (a DiT without its table of positions). The rest as in `load_autoencoder`. Raises UserError, a
+    ValueError; so too if the autoencoder is not the one whose latents the model learned.
+    """
+    values, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
+    where = autoencoder or saved["autoencoder"]
+    if not where:
+        raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
+    config = autoencoder_lib._config(dtype)
+    mesh = mesh or mesh_lib.make_mesh(config.mesh)
+    inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh)
+    if manifest := saved.get("latents"):
+        latent_spec.check_autoencoder(
+            manifest, where, checkpoint_weights.encoder_checksum(inner.weights)
+        )
+    config.model.update(saved["model"])
+    config.objective, config.patch_size = saved["objective"], saved["patch_size"]
+    if not config.model.latent_size:
+        if not resolution:
+            raise UserError(f"{path!r} does not say for which size it is; give resolution=")
+        config.model.latent_size = resolution // inner.compression
+    config.model.scaling_factor = config.model.scaling_factor or inner.scaling_factor or 0.0
+    if not config.model.scaling_factor:
+        raise UserError(
+            f"{path!r} and its autoencoder {where!r} name no scaling factor; give the published "
+            "name of the autoencoder, which has one"
+        )
+    return build_generator(config, values, inner, mesh)
+
+
+def abstract_generator(config: Any, mesh: Mesh) -> Generator:
+    """What `load_generator` makes, with shapes for weights.
+
+    config: of the run that trains it, resolved (`matching.resolve_latent_spec`); its autoencoder is
+    a VARIANT, its dtype that of the sampling.
+    """
+    inner, outer = autoencoder_lib._config(config.dtype), autoencoder_lib._config(config.dtype)
+    inner.model.variant, inner.model.depthwise = config.autoencoder, config.model.depthwise
+    outer.model = config.model
+    outer.objective, outer.patch_size = config.objective, config.patch_size
+    return build_generator(outer, None, autoencoder_lib.build_autoencoder(inner, None, mesh), mesh)
+
+
+def build_generator(
+    config: Any, weights: Weights | None, autoencoder: Autoencoder, mesh: Mesh
+) -> Generator:
+    """The diffusion model of config.model with `weights`, checked and placed on the mesh.
+
+    Empties `weights` if they are host arrays, and takes None, as `build_autoencoder` does. Raises
+    UserError where the model's latents are not those of the autoencoder.
+    """
+    arch = state_lib.architecture(config)
+    if arch.latent_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
+            f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
+        )
+    graph, params, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
+    placed = autoencoder_lib._placed(weights, params, mesh)
+    return Generator(
+        graph, placed, arch, config.model.to_dict(), config.objective, autoencoder, mesh
+    )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TODO-DOC"""
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import sys
+
+from dcae_jax import files
+from dcae_jax.checkpoints import integrity
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.errors import UserError
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def copy(source: str, workdir: str) -> list[int]:
+    """Copies a workdir's whole checkpoints, or one WORKDIR/checkpoints/<step>, and its config.json
+    and metrics.jsonl, to `workdir`. Returns the steps copied. Raises UserError.
+    """
+    source, workdir = (os.path.abspath(os.path.expanduser(path)) for path in (source, workdir))
+    match = re.fullmatch(rf"(.*)/{checkpoints.FOLDER}/(\d+)", source)
+    origin = match[1] if match else source
+    steps = [int(match[2])] if match else checkpoints.saved_steps(source)
+    if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
+        raise UserError(f"{source!r} holds no finished checkpoint; name a workdir, or one of them")
+    if workdir == origin or (set(steps) & set(checkpoints.saved_steps(workdir))):
+        raise UserError(f"{workdir!r} has such a checkpoint already; name another workdir")
+    copied = []
+    for step in steps:
+        here, there = (
+            os.path.join(place, checkpoints.FOLDER, str(step)) for place in (origin, workdir)
+        )
+        try:
+            integrity.copy(here, there)
+            copied.append(step)
+        except ValueError as error:
+            logging.warning("not copied, it is damaged: %s (%s)", here, error)
+        except OSError:
+            if os.path.isdir(here):
+                raise
+            logging.warning("not copied, its run has removed it meanwhile: %s", here)
+    if not copied:
+        raise UserError(f"no checkpoint of {source!r} is whole; nothing was copied")
+    for name in (checkpoints.CONFIG, files.METRICS):
+        if os.path.exists(os.path.join(origin, name)):
+            shutil.copyfile(os.path.join(origin, name), os.path.join(workdir, name))
+    return copied
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; -> exit status: 0 done, 1 something is damaged, 2 a mistake, in one line."""
+    parser = argparse.ArgumentParser(
+        "python -m dcae_jax.checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check").add_argument("workdir")
+    copying = commands.add_parser("copy")
+    copying.add_argument("source")
+    copying.add_argument("workdir")
+    flags = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if flags.command == "copy":
+        try:
+            steps = copy(flags.source, flags.workdir)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
+            return 1
+        sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
+        return 0
+    worst, workdir = 0, os.path.expanduser(flags.workdir)
+    steps = checkpoints.saved_steps(workdir)
+    if not steps:
+        sys.stderr.write(f"error: {workdir!r} holds no finished checkpoint; name a workdir\n")
+        return 2
+    for step in steps:
+        wrong = integrity.damage(os.path.join(workdir, checkpoints.FOLDER, str(step)))
+        worst = max(worst, bool(wrong))
+        sys.stdout.write(f"{step}: {wrong or 'whole'}\n")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: schema.py has every key; files in configs/ override a few of them."""
+
+from dcae_jax.config.checks import check, check_resolution
+from dcae_jax.config.identity import flatten, identity_changes, to_json
+from dcae_jax.config.loading import explain, load_file, parse_file, suggest
+from dcae_jax.config.schema import Config, default, replace, training_resolutions
+from dcae_jax.config.validation import model_section, validate
+
+__all__ = [
+    "Config",
+    "check",
+    "check_resolution",
+    "default",
+    "explain",
+    "flatten",
+    "identity_changes",
+    "load_file",
+    "model_section",
+    "parse_file",
+    "replace",
+    "suggest",
+    "to_json",
+    "training_resolutions",
+    "validate",
+]

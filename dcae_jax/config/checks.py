@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules across keys that need values alone: neither a model nor data nor devices."""
+
+from dcae_jax.config.schema import Config
+from dcae_jax.errors import UserError, nearest_multiples
+
+
+def check(config: Config) -> None:
+    """Raises UserError where keys contradict each other."""
+    low, high = config.sample.guidance_interval
+    if not low <= high:
+        interval = config.sample.guidance_interval
+        raise UserError(f"sample.guidance_interval={interval} must be 0 <= low <= high <= 1")
+    for key in ("protocol", "samples", "reference"):
+        value = getattr(config.evaluate, key)
+        if config.job != "evaluate" and value:
+            raise UserError(
+                f"evaluate.{key}={value!r} is of the job evaluate; leave it empty "
+                f"in the job {config.job}, and use configs/evaluate.py"
+            )
+    if config.job == "train" and config.data.source == "latents" and not config.objective:
+        raise UserError(
+            "data.source='latents' is for diffusion models; set objective, as configs/uvit.py and "
+            "dit.py do, or give images"
+        )
+    low, high = config.data.crop_area
+    if not 0 < low <= high <= 1:
+        raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
+            f"try {nearest_multiples(config.batch_size, config.accumulate)}"
+        )
+    if not -1 <= config.plan.effort <= 1:
+        raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
+    if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
+        raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def check_resolution(size: int, compression: int, key: str) -> None:
+    """Raises UserError, naming the nearest sizes, unless the model can halve `size` evenly."""
+    if size < compression or size % compression:
+        raise UserError(
+            f"{key}={size} is no multiple of the model's f={compression}; "
+            f"try {nearest_multiples(size, compression)}"
+        )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files: loading them, and errors of the flags library in one line."""
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dcae_jax.config import identity, schema
+from dcae_jax.errors import UserError
+
+PHASES = ("phase1", "phase2", "phase3")  # of the job `phases`, in order; folders, too
+
+# What parsing raises for a user's mistakes.
+MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+def load_file(path: str, variant: str | None = None) -> ConfigDict:
+    """The ConfigDict that the file `path` makes, for a job that runs other jobs."""
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None or not os.path.exists(path):
+        raise UserError(f"no config file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def parse_file(file: str, overrides: Sequence[str]) -> ConfigDict:
+    """The ConfigDict of `--config=file --config.KEY=VALUE ...`. Raises UserError."""
+    values = flags.FlagValues()
+    argv = [
+        "config",
+        f"--config={file}",
+        *(f"--config.{override}" for override in overrides),
+    ]
+    flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
+    try:
+        values(argv)
+        return flag.value
+    except UserError:
+        raise
+    except MISTAKES as error:
+        raise UserError(explain(error, argv)) from error
+
+
+def explain(error: BaseException, argv: Sequence[str]) -> str:
+    """The reason of an error of the flags library, on one line.
+
+    A config file's own mistake is wrapped in the library's; the innermost says what is wrong. A
+    key of `argv` that does not exist is answered with the nearest ones.
+    """
+    if unknown := unknown_key(error, argv):
+        return unknown
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
+
+
+def unknown_key(error: BaseException, argv: Sequence[str]) -> str:
+    """What to write instead of a key that does not exist; '' if that is not the error."""
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
+    if not isinstance(inner, KeyError):
+        return ""
+    last = str(inner.args[0]).split("'")[1]  # all that the library tells
+    keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+    key = next((key for key in keys if last in key.split(".")), last)
+    if key in schema.known_keys(schema.Config):
+        within = ", ".join(f"{phase}.{key}" for phase in PHASES)
+        return f"there is no key {key} in a chain of phases; each has its own: {within}"
+    return f"there is no key {key}; {suggest(key)}"
+
+
+def suggest(key: str) -> str:
+    """A sentence with the keys nearest to an unknown `key`."""
+    known = identity.flatten(schema.default().to_dict())
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return "see dcae_jax/config/schema.py for the keys"

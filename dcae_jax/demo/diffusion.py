@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second half of `make demo`: latents of the photographs, a tiny UViT on them, its samples.
+
+The label is the photograph, the objective SiT's (configs/usit.py:tiny). Whether samples fall into
+the class that was asked for is judged by the nearest neighbour in the autoencoder's latents, beside
+crops that training did not see.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.api import generator
+from dcae_jax.data import latents, pipeline, sources, transforms
+from dcae_jax.jobs import encode, train
+
+RUN = "usit"  # folder of the diffusion model's run
+JUDGED = 200  # crops a class: as neighbours, and held out
+SAMPLED = 50  # a class
+SHOWN = (3, 9)  # of each class on the page: crops, and samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What the page shows of the diffusion model."""
+
+    classes: tuple[str, ...]
+    known: int  # crops a class that training saw
+    grid: np.ndarray  # [*, *, 3] uint8: a row a class, crops and then samples
+    held_out: float  # share of held-out crops whose nearest training crop is of their class
+    sampled: float  # likewise of samples
+
+
+def make(workdir: str, configs: str) -> int:
+    """Encodes crops into WORKDIR/latents and trains on them in WORKDIR/usit. -> exit status.
+
+    configs: the folder of the configuration files. What an earlier call finished is left alone.
+    """
+    config = config_lib.load_file(os.path.join(configs, "encode.py"), "tiny")
+    config.init_from = os.path.join(workdir, train.PHASES[-1])
+    status = encode.run(config, os.path.join(workdir, "latents"))
+    if status != encode.DONE:
+        return status
+    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
+    config.data.path = os.path.join(workdir, "latents")
+    return train.run(config, os.path.join(workdir, RUN))
+
+
+def judge(workdir: str, configs: str) -> Samples:
+    """Samples from WORKDIR/usit, beside crops."""
+    model = generator.load_generator(os.path.join(workdir, RUN))
+    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
+    known = latents.latents(os.path.join(workdir, "latents"))
+    classes = tuple(known.manifest["class_names"])
+    count = len(classes)
+    # Crop n is of photograph n % count, here as in the job `encode`.
+    near = np.stack([known[n][0][0].astype(np.float32) for n in range(JUDGED * count)])
+    unseen, labels = held_out(model, len(known), JUDGED * count)
+    wanted = np.arange(SAMPLED * count) % count
+    c = config.sample
+    settings = generator.SampleSettings(c.guidance, c.steps, config.seed, c.sampler)
+    drawn = model.sample_latents(wanted, settings)
+    hit = nearest(near, np.arange(len(near)) % count, unseen) == labels
+    sampled_hit = nearest(near, np.arange(len(near)) % count, drawn) == wanted
+    first, then = SHOWN
+    shown = np.split(near[: first * count], first) + np.split(drawn[: then * count], then)
+    columns = [transforms.to_uint8(np.asarray(model.autoencoder.decode(z))) for z in shown]
+    columns.insert(first, np.full_like(columns[0], 255))  # a gap between crops and samples
+    grid = files.image_grid(columns, tile=64)
+    return Samples(classes, len(known) // count, grid, float(hit.mean()), float(sampled_hit.mean()))
+
+
+def held_out(model: generator.Generator, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, labels) of `count` crops from number `first`, which training did not see."""
+    numbers = np.arange(first, first + count)
+    batches = pipeline.fixed_crops(
+        sources.photos(), numbers, size=model.resolution, batch_size=model.num_classes, crops=2
+    )
+    z = [np.asarray(model.autoencoder.encode(transforms.to_float(b["image"]))) for b in batches]
+    return np.concatenate(z), numbers % model.num_classes
+
+
+def nearest(known: np.ndarray, labels: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """The labels of the nearest of `known` to each of z [N, h, w, c].
+
+    Compared by the mean over positions and the deviation of each channel.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def describe(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values.mean((1, 2)), values.std((1, 2))], axis=-1)
+
+    return KNeighborsClassifier(1).fit(describe(known), labels).predict(describe(z))

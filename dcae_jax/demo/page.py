@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make demo`: autoencoder and diffusion on the embedded photographs, and one page to show them.
+
+    python -m dcae_jax.demo --workdir=demo-run
+
+The page, WORKDIR/index.html, needs nothing beside it: curves, a table and pictures.
+"""
+
+import base64
+import html
+import importlib.util
+import io
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from dcae_jax import config as config_lib
+from dcae_jax import files, main
+from dcae_jax.api import autoencoder
+from dcae_jax.data import pipeline, sources, transforms
+from dcae_jax.demo import diffusion
+from dcae_jax.errors import UserError
+from dcae_jax.evaluation import metrics, reconstruction
+from dcae_jax.jobs import train
+from dcae_jax.runtime import mesh as mesh_lib
+
+PHASES = train.PHASES
+PCA_PATCHES = 20_000
+
+
+def run(workdir: str) -> int:
+    """Trains, judges and writes the page; what an earlier call finished is not done again."""
+    began = time.perf_counter()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
+    configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
+    config = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
+    status = train.run_phases(config, workdir) or diffusion.make(workdir, configs)
+    if status != train.DONE:
+        return status
+    rows, pictures = judge(config.phase1, workdir)
+    samples = diffusion.judge(workdir, configs)
+    head = ["on held-out crops", *rows[0][1]]
+    text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
+    page = write_page(workdir, rows, pictures, samples, time.perf_counter() - began)
+    logging.info(
+        "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
+        "(%.2f times as often)\n\nthe page with curves and pictures: %s",
+        text,
+        samples.held_out,
+        samples.sampled,
+        samples.sampled / samples.held_out,
+        page,
+    )
+    return 0
+
+
+def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
+    """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
+    mesh = mesh_lib.make_mesh(config.mesh)
+    source = sources.held_out_source(config.data)
+    models = [
+        autoencoder.load_autoencoder(os.path.join(workdir, phase), mesh=mesh) for phase in PHASES
+    ]
+    f, channels = models[0].compression, models[0].latent_channels
+    name = f"PCA at the same size (f{f}, {channels} channels)"
+    rows = [(name, pca_scores(config, source, f, channels))]
+    shown: dict[int, list[np.ndarray]] = {}
+    for phase, model in zip(PHASES, models, strict=True):
+        results = reconstruction.evaluate(config, model.graph, model.weights, mesh, source)
+        rows.append((phase.replace("phase", "after phase "), reconstruction.flat_scores(results)))
+        for size, result in results.items():
+            shown.setdefault(size, [result.images]).append(result.outputs)
+    return rows, {size: files.image_grid(columns(c), tile=256) for size, c in shown.items()}
+
+
+def columns(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """[photographs, and what each phase makes of them] with four times what the last changed."""
+    return [*pictures, files.difference(*pictures[-2:])]
+
+
+def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, float]:
+    """What a linear autoencoder of the same latent size reaches: PCA on patches of f x f pixels.
+
+    Fitted in closed form on patches of the training photographs.
+    """
+    from sklearn.decomposition import PCA
+
+    images = sources.training_source(config.data)
+    rng = np.random.default_rng(config.seed)
+    patches = [
+        np.asarray(transforms.random_crop(images[i % len(images)][0], f, rng)).reshape(-1)
+        for i in range(PCA_PATCHES)
+    ]
+    pca = PCA(channels, random_state=0).fit(np.stack(patches).astype(np.float32))
+    scores = {}
+    for size in config.evaluate.resolutions:
+        n, sums = size // f, []
+        for batch in _held_out_batches(config, source, size):
+            x = batch["image"].astype(np.float32)
+            cut = x.reshape(-1, n, f, n, f, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, f * f * 3)
+            back = pca.inverse_transform(pca.transform(cut)).reshape(-1, n, n, f, f, 3)
+            y = back.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+            y = np.clip(np.round(y), 0, 255).astype(np.float32)
+            keep = batch["mask"] > 0
+            sums.append(np.stack([metrics.psnr(y, x), metrics.ssim(y, x)])[:, keep])
+        means = np.concatenate(sums, axis=1).mean(1)
+        scores |= {f"psnr_{size}": float(means[0]), f"ssim_{size}": float(means[1])}
+    return scores
+
+
+def _held_out_batches(config: Any, source: Any, size: int):
+    settings = config.evaluate
+    return pipeline.evaluation_batches(
+        source,
+        size=size,
+        batch_size=settings.batch_size,
+        count=settings.count,
+        crops=settings.crops,
+    )
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def write_page(
+    workdir: str,
+    rows: list,
+    pictures: dict[int, np.ndarray],
+    samples: diffusion.Samples,
+    seconds: float,
+) -> str:
+    """Writes WORKDIR/index.html; returns its path."""
+    head = ["", *(key.replace("_", " at ").upper().replace("AT", "at") for key in rows[0][1])]
+    cells = [[name, *(f"{value:.3f}" for value in scores.values())] for name, scores in rows]
+    curves = [_curve(workdir, "loss", "training loss (L1)"), _curve(workdir, "psnr", "PSNR, dB")]
+    third = files.read_rows(os.path.join(workdir, "phase3"))
+    gan = {
+        "logits_real": "logits on real",
+        "logits_fake": "logits on fake",
+        "gan_accuracy": "accuracy",
+    }
+    curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
+    uvit = files.read_rows(os.path.join(workdir, diffusion.RUN))
+    images = "".join(
+        f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
+        "what phase 3 changed, on grey: the texture that it learned</p>"
+        + _png(grid, "reconstructions")
+        for size, grid in pictures.items()
+    )
+    page = _PAGE.format(
+        table=_html_table([head, *cells]),
+        curves="".join(curves),
+        images=images,
+        samples=_png(samples.grid, "crops and samples of each class"),
+        classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
+        crops=diffusion.SHOWN[0],
+        known=samples.known,
+        judged=diffusion.JUDGED,
+        held_out=samples.held_out,
+        sampled=samples.sampled,
+        ratio=samples.sampled / samples.held_out,
+        uvit=_lines([("", _points(uvit, "loss"))], "UViT: training loss"),
+        note=f"{jax.devices()[0].platform.upper()}, this run took {seconds / 60:.1f} minutes.",
+    )
+    path = os.path.join(workdir, "index.html")
+    files.write_file(path, page.encode())
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>dcae_jax demo</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem auto }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
+td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
+img {{ max-width: 100%; margin-right: 1rem }} .cap {{ color: #555 }}
+</style></head><body>
+<h1>A deep compression autoencoder, trained in three phases</h1>
+<p>The model <code>tiny</code> (16 pixels a side to one latent position of 32 channels), on the
+photographs that ship inside scikit-image and scikit-learn. Two of them, a flower and a cat, are
+held out; all figures and pictures below are on fixed crops of those two. {note}</p>
+<h2>Reconstruction of what it never saw</h2>{table}
+<p>PSNR in dB and SSIM, higher is better. Phase 1 trains everything at low resolution; phase 2 the
+middle of the model at higher resolution; phase 3 the decoder's head with a discriminator, which
+trades some PSNR for texture. PCA is the best <em>linear</em> autoencoder with as many numbers,
+solved in closed form: the mark that a few minutes of training are to be read against.</p>
+<h2>Curves</h2>{curves}
+<h2>Pictures</h2>{images}
+<h2>Diffusion on its latents</h2>
+<p>A tiny UViT has learned, with SiT's objective, the latents of {known} crops of each photograph,
+4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
+{classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
+guidance.</p>
+{samples}
+<p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of
+the same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of
+the samples: {ratio:.2f} times as often.</p>{uvit}
+</body></html>
+"""
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    out = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        out.append("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row))
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in out) + "</table>"
+
+
+def _png(pixels: np.ndarray, alt: str) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return _image("png", file.getvalue(), alt)
+
+
+def _image(kind: str, data: bytes, alt: str) -> str:
+    """An image of which the page has the bytes."""
+    text = base64.b64encode(data).decode()
+    return f'<img src="data:image/{kind};base64,{text}" alt="{html.escape(alt)}">'
+
+
+def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _curve(workdir: str, key: str, title: str) -> str:
+    lines = [(p, _points(files.read_rows(os.path.join(workdir, p)), key)) for p in PHASES]
+    return _lines(lines, title)
+
+
+def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> str:
+    """Curves over steps, (name, points) each, as an image within the page; '' without points."""
+    if not any(points for _, points in lines):
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 2.6), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step")
+    for name, points in lines:
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, gid="curve")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:  # beside the curves, never on them
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return _image("svg+xml", file.getvalue(), title)
+
+
+def command(argv: list[str]) -> int:
+    """The command line; exit status as in `main`."""
+    main.set_up_logging()
+    values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", "demo-run", "folder for the run and its page", values)
+    try:
+        values(argv)
+        main.use_compile_cache()
+        return run(os.path.abspath(workdir.value))
+    except (UserError, flags.Error) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return main.MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv))

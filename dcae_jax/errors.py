@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do to a run, each in one line: what happened, and the remedy.
+
+The libraries that write checkpoints report a full disk or a missing permission as errors of their
+own, with the system's words inside; those words are looked for.
+"""
+
+import errno
+import re
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message is one line: the value and the remedy."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed, or training did; the message is one line: what, and the remedy."""
+
+
+def nearest_multiples(value: int, step: int, least: int = 0) -> str:
+    """The multiples of `step` below and above `value`, for a message: '96 or 104'.
+
+    least: a multiple of `step` that none may be less than; 0: `step` itself.
+    """
+    down = value // step * step
+    near = {max(multiple, least or step) for multiple in (down, down + step)}
+    return " or ".join(map(str, sorted(near)))
+
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or lower `keep`, then run the same command",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command",
+    errno.EFBIG: "a file reached the limit of its size (ulimit -f, or the file system's)",
+    errno.EROFS: "the file system is read-only; use a --workdir that can be written",
+    errno.EACCES: "permission denied; use a --workdir that this user may write, or chown it",
+    errno.EPERM: "operation not permitted; use a --workdir that this user may write",
+    errno.EIO: "the disk reports an error; check it, and go on in a copy of the workdir",
+    errno.ESTALE: "the network file system lost the file; mount it again",
+    errno.EMFILE: "too many open files; raise `ulimit -n` or lower data.workers and data.threads",
+    errno.ENOMEM: "no memory left on this host; lower batch_size, data.prefetch or data.workers",
+}
+# The system's words for the same, as they stand in messages of C++ libraries.
+_WORDS = {
+    "No space left on device": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "File too large": errno.EFBIG,
+    "Read-only file system": errno.EROFS,
+    "Permission denied": errno.EACCES,
+    "Input/output error": errno.EIO,
+}
+_DEVICE = (
+    "the device is out of memory; lower batch_size (accumulate=N keeps the batch in N parts), set "
+    "remat=blocks, or split the weights with mesh.fsdp"
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the machine caused; None for any other, which is a bug."""
+    for cause in _chain(error):
+        line = _explain_one(cause)
+        if line is not None:
+            return line
+    return None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error, and those that led to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _explain_one(error: BaseException) -> str | None:
+    if isinstance(error, MachineError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        number = errno.EACCES if isinstance(error, PermissionError) else error.errno
+        number = error.errno if error.errno in REMEDIES else number
+        if number in REMEDIES:
+            return f"{error.filename or 'a file'}: {REMEDIES[number]}"
+        return None
+    for words, number in _WORDS.items():
+        if words in text:
+            file = re.search(r"\"(/[^\"]+)\"", text)
+            return f"{file[1] if file else 'a file'}: {REMEDIES[number]}"
+    if isinstance(error, MemoryError):
+        return REMEDIES[errno.ENOMEM]
+    name = type(error).__name__
+    exhausted = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if name in ("XlaRuntimeError", "JaxRuntimeError") and exhausted:
+        wanted = re.search(r"allocat\w+ ([\d.]+ ?\w*[Bb](?:ytes)?\b|\d+ bytes)", text)
+        return _DEVICE + (f" (it wanted {wanted[1]} more)" if wanted else "")
+    return None

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files: the one way to write them, whole or not at all; JSON, metrics.jsonl, PNG, tables.
+
+Paths are strings, never `pathlib`.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dcae_jax.errors import UserError
+
+METRICS = "metrics.jsonl"
+MAX_JSON = 10_000_000  # bytes
+
+
+@contextlib.contextmanager
+def atomic(path: str) -> Iterator[str]:
+    """The name of a file to write beside `path`, which becomes `path` at the end of the block.
+
+    A reader sees the old file or the new one, whole and flushed to disk. If the block raises,
+    nothing is left. The folder of `path` is created.
+    """
+    with _temporary(path) as beside:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """A new folder beside `path`, which becomes `path` at the end of the block.
+
+    `path` must not exist, or be an empty folder. If the block raises, nothing is left.
+    """
+    with _temporary(path) as beside:
+        os.mkdir(beside)
+        yield beside
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: str) -> Iterator[str]:
+    """PATH.PID.tmp: the convention by which the next job on a workdir finds what a kill left."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield beside
+    finally:
+        if os.path.isdir(beside):
+            shutil.rmtree(beside, ignore_errors=True)
+        elif os.path.exists(beside):
+            os.remove(beside)
+
+
+def whole_path(path: str) -> str:
+    """A path that exists, absolute, for readers in other folders; a hub name as it is."""
+    there = os.path.exists(os.path.expanduser(path))
+    return os.path.abspath(os.path.expanduser(path)) if there else path
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all."""
+    with atomic(path) as beside, open(beside, "wb") as file:
+        file.write(data)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    """The value in the JSON file `path`, None if there is no such file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of `name` in `folder`. Raises UserError if it is a link out of it.
+
+    The hub's cache keeps files once, with links from each revision to MODEL/blobs.
+    """
+    path, root = os.path.join(folder, name), os.path.realpath(folder)
+    for parent in (root, os.path.dirname(root)):
+        if os.path.basename(os.path.dirname(parent)) == "snapshots":
+            root = os.path.dirname(os.path.dirname(parent))
+            break
+    real = os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
+        raise UserError(
+            f"{path} is a link out of its folder, to {real}; if you mean that, copy the file there"
+        )
+    return path
+
+
+def read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object in the file `path`, None if there is no such file. Raises UserError."""
+    if not os.path.exists(path):
+        return None
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+        raise UserError(f"{path} is no JSON file of at most {MAX_JSON} bytes; fetch it again")
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON ({error}); fetch it again") from error
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object; fetch it again")
+    return value
+
+
+def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
+    """Adds the row of `step` to metrics.jsonl. A value that is not finite becomes null."""
+    row = {"step": step}
+    row |= {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, METRICS), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def merge_row(workdir: str, step: int, values: dict[str, Any]) -> None:
+    """Adds `values` to the row of `step` in metrics.jsonl: steps stay unique and rising."""
+    rows = {row["step"]: row for row in read_rows(workdir)}
+    finite = {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    rows[step] = rows.get(step, {"step": step}) | finite
+    text = "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows))
+    write_file(os.path.join(workdir, METRICS), text.encode())
+
+
+def read_rows(workdir: str) -> list[dict[str, Any]]:
+    """All whole rows of metrics.jsonl; a last line cut by a crash is left out."""
+    path = os.path.join(workdir, METRICS)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def drop_rows_after(workdir: str, step: int) -> None:
+    """Removes the rows later than `step`, which a resumed run is going to write again."""
+    rows = [row for row in read_rows(workdir) if row["step"] <= step]
+    path = os.path.join(workdir, METRICS)
+    if os.path.exists(path):
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def image_grid(columns: Sequence[np.ndarray], *, tile: int = 128, gap: int = 2) -> np.ndarray:
+    """Columns of equally many images [N, H, W, 3] uint8 -> one picture [*, *, 3] uint8.
+
+    Small images are enlarged, pixel by pixel, to at least `tile` pixels a side.
+    """
+    factor = max(1, math.ceil(tile / columns[0].shape[1]))
+    columns = [np.repeat(np.repeat(c, factor, axis=1), factor, axis=2) for c in columns]
+    n, h, w, _ = columns[0].shape
+    shape = (n * (h + gap) - gap, len(columns) * (w + gap) - gap, 3)
+    out = np.full(shape, 255, np.uint8)
+    for j, column in enumerate(columns):
+        for i, image in enumerate(column):
+            top, left = i * (h + gap), j * (w + gap)
+            out[top : top + h, left : left + w] = image
+    return out
+
+
+def difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a reconstruction got wrong, uint8: mid-grey where equal, four times the difference."""
+    delta = y.astype(np.int32) - x.astype(np.int32)
+    return np.clip(128 + 4 * delta, 0, 255).astype(np.uint8)
+
+
+def write_png(path: str, pixels: np.ndarray) -> None:
+    """Writes [H, W, 3] uint8 beside `path`, then renames."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    write_file(path, buffer.getvalue())
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of cells as aligned text, the first row being the head; numbers to the right."""
+    text = [[_cell(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
+    lines = []
+    for number, row in enumerate(text):
+        cells = [
+            cell.rjust(width) if isinstance(rows[-1][i], int | float) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

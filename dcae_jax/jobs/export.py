@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's weights in the format that another program reads, or as a program of their own.
+
+Every export is written beside its folder, read back and compared, and only then renamed.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import dcae_jax
+from dcae_jax import config as config_lib
+from dcae_jax import files, models
+from dcae_jax.api import generator
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.weights import Weights
+from dcae_jax.pretrained import export_formats
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
+
+
+def run(config: Any, workdir: str) -> int:
+    """The job `export`. Raises UserError for what the format cannot express."""
+    config_lib.check(config)
+    if not config.init_from:
+        raise UserError("init_from is empty; set --config.init_from to the weights to export")
+    out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"export.out={out!r} is there and not empty; name another folder")
+    config = config.copy_and_resolve_references()
+    if checkpoint_weights.kind_of(config.init_from) == "generator":
+        writer = functools.partial(write_generator, config, _load_generator(config))
+    else:
+        weights, saved = checkpoint_weights.load_weights(
+            config.init_from, config.weights, config.model.variant
+        )
+        config.model = _settings(saved["model"])
+        writer = functools.partial(write, config, weights)
+    with files.atomic_folder(out) as beside:
+        worst = writer(beside)
+    size = sum(entry.stat().st_size for entry in _files(out))
+    logging.info(
+        "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",
+        out,
+        config.export.format,
+        size / 1e6,
+        worst,
+    )
+    return 0
+
+
+def write(config: Any, weights: Weights, folder: str) -> float:
+    """Writes `weights` of config.model into `folder` as config.export says, and reads it back.
+
+    Returns the largest difference: of weights, or of what the exported program computes.
+    """
+    arch = models.find(config.model).architecture(config.model)
+    mesh = mesh_lib.make_mesh(_one(config.mesh), jax.devices()[:1])
+    _, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
+    state_lib.check_weights(weights, {**params, **stats})
+    meta = _autoencoder_meta(config, config.model, arch)
+    if config.export.format == "stablehlo":
+        return _write_stablehlo(config, mesh, weights, meta, folder)
+    if config.export.format == "orbax":
+        checkpoint_weights.save_export(folder, weights, meta)
+    else:
+        export_formats.write_torch(config.export.format, weights, arch, folder)
+    back, _ = checkpoint_weights.load_weights(folder)
+    return _equal(export_formats.difference(weights, back))
+
+
+def _write_stablehlo(
+    config: Any, mesh: Mesh, weights: Weights, meta: dict[str, Any], folder: str
+) -> float:
+    """The program has no platform of its own: it uses the grouped depthwise form and, unless
+    config.dtype says otherwise, float32.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("export.format='stablehlo' needs flatbuffers; pip install flatbuffers")
+    if config.dtype == "auto":
+        config.dtype = "float32"
+    if config.model.depthwise == "auto":
+        config.model.depthwise = "grouped"
+    graph, _, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
+    arch = models.find(config.model).architecture(config.model)
+    return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
+
+
+def _equal(worst: float) -> float:
+    if worst:
+        raise RuntimeError(f"what was read back differs by {worst:.3g}; nothing was kept")
+    return worst
+
+
+def _settings(saved: Mapping[str, Any]) -> Any:
+    """config.model as it was saved, with the defaults of keys that came later."""
+    model = config_lib.default().model
+    model.update(saved)
+    return model
+
+
+def _autoencoder_meta(config: Any, model: Any, arch: Any) -> dict[str, Any]:
+    """model.json of the autoencoder with the settings `model`."""
+    return {
+        "kind": "autoencoder",
+        "variant": model.variant,
+        "model": config_lib.to_json(model),
+        "compression": arch.compression,
+        "latent_channels": arch.latent_channels,
+        "scaling_factor": arch.scaling_factor,
+        "scaling": "latents times scaling_factor have an rms of about 1; encode does not scale",
+        "dtype": "float32",
+        "layout": "images [B, H, W, 3] in [-1, 1], latents [B, H/f, W/f, c]",
+        "provenance": _provenance(config),
+    }
+
+
+def _provenance(config: Any) -> dict[str, Any]:
+    return {
+        "source": config.init_from,
+        "weights": config.weights,
+        "versions": {"dcae_jax": dcae_jax.__version__, "jax": jax.__version__},
+    }
+
+
+def _one(mesh: Any) -> Any:
+    """The mesh of a single device: the numbers do not depend on how many there are."""
+    sizes = config_lib.default().mesh
+    sizes.update({name: 1 for name in mesh})
+    return sizes
+
+
+def _files(folder: str) -> list[os.DirEntry]:
+    found = []
+    for entry in os.scandir(folder):
+        found += _files(entry.path) if entry.is_dir() else [entry]
+    return found
+
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+# Why a format has no diffusion model.
+NO_GENERATOR = {
+    "diffusers": "diffusers has no UViT of this kind, and its DiT pipeline takes no DC-AE",
+    "stablehlo": "the program would fix labels, guidance, sampler and steps",
+}
+
+
+def _load_generator(config: Any) -> generator.Generator:
+    """The diffusion model of config.init_from with its autoencoder, if the format can hold it."""
+    form = config.export.format
+    if form in NO_GENERATOR:
+        raise UserError(
+            f"export.format={form!r} is for autoencoders, and init_from={config.init_from!r} is a "
+            f"diffusion model: {NO_GENERATOR[form]}; use orbax or authors"
+        )
+    return generator.load_generator(
+        config.init_from,
+        autoencoder=config.autoencoder,
+        dtype="float32",
+        mesh=mesh_lib.make_mesh(_one(config.mesh), jax.devices()[:1]),
+        weights=config.weights,
+        variant=config.model.variant,
+        resolution=config.resolution,
+    )
+
+
+def write_generator(config: Any, model: generator.Generator, folder: str) -> float:
+    """Writes a diffusion model with its autoencoder into `folder`, and reads both back.
+
+    Returns the largest difference of weights.
+    """
+    weights, inner = (
+        {name: np.asarray(value) for name, value in part.items()}
+        for part in (model.weights, model.autoencoder.weights)
+    )
+    if config.export.format == "orbax":
+        _write_generator_orbax(config, model, weights, inner, folder)
+    else:
+        export_formats.write_authors_generator(
+            models.find(_settings(model.model)),
+            weights,
+            model.architecture,
+            folder,
+            objective=model.objective,
+            resolution=model.resolution,
+            scaling_factor=model.scaling_factor,
+            autoencoder=(inner, model.autoencoder.architecture),
+        )
+    back, saved = checkpoint_weights.load_weights(folder, kind="generator")
+    again = config_lib.default()
+    again.model, again.objective = _settings(saved["model"]), saved["objective"]
+    again.patch_size = saved["patch_size"]
+    if (again.objective, state_lib.architecture(again)) != (model.objective, model.architecture):
+        raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
+    worst = export_formats.difference(weights, back)
+    if saved["autoencoder"]:
+        read, _ = checkpoint_weights.load_weights(saved["autoencoder"])
+        worst = max(worst, export_formats.difference(inner, read))
+    return _equal(worst)
+
+
+def _write_generator_orbax(
+    config: Any, model: generator.Generator, weights: Weights, inner: Weights, folder: str
+) -> None:
+    """model.json, params/ and autoencoder/, which is an export of its own."""
+    ae, arch = model.autoencoder, model.architecture
+    meta = {
+        "kind": "generator",
+        "variant": model.model["variant"],
+        "model": config_lib.to_json(_settings(model.model)),
+        "objective": model.objective,
+        "patch_size": arch.patch_size,
+        "resolution": model.resolution,
+        "num_classes": model.num_classes,
+        "scaling_factor_multiplies_latent": model.scaling_factor,
+        "scaling": "the model sees latents times this; decode takes its samples over this",
+        "latents": {
+            "autoencoder": os.path.join(os.curdir, checkpoint_weights.AUTOENCODER),
+            "encoder_checksum": checkpoint_weights.encoder_checksum(inner),
+        },
+        "dtype": "float32",
+        "provenance": _provenance(config),
+    }
+    within = os.path.join(folder, checkpoint_weights.AUTOENCODER)
+    os.makedirs(within)
+    of_ae = _autoencoder_meta(config, _settings(ae.model), ae.architecture)
+    checkpoint_weights.save_export(within, inner, of_ae)
+    checkpoint_weights.save_export(folder, weights, meta)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TPU chips that need not be here: what their vendor publishes, and compile-only devices."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dcae_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip, and what libtpu calls it."""
+
+    flops: float  # a second, bfloat16
+    hbm: float  # bytes
+    bandwidth: float  # of the HBM, bytes a second
+    watts: float  # while it works
+    axes: int  # of a topology's text: v5e:4x4, v5p:2x2x1
+    layout: str  # libtpu's chip_config_name; with megacore a chip's two cores are one device
+
+
+# Compute, memory and bandwidth: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (system architecture).
+# Watts: for v4 the mean of its production use (Jouppi et al. 2023, arXiv:2304.01433, table 4: 121
+# min, 170 mean, 192 max). None are published for the later ones. ASSUMED: v5e and v5p take v4's
+# energy a FLOP at their peaks, v6e 1/1.67 of v5e's (Google's announcement of Trillium, May 2024).
+# --config.plan.watts replaces them. Hosts, network and cooling are not included.
+CHIPS = {
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 170.0, 3, "megacore"),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 120.0, 2, "default"),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 280.0, 3, "megacore"),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 340.0, 2, "default"),
+}
+
+# Not for a program: libtpu keeps a quarter of a GiB, and batches wait on the device.
+RESERVE = GIB / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice: chips along each axis; of the host's own processor where `kind` is cpu."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip | None:
+        return CHIPS.get(self.kind)
+
+
+def topology(text: str) -> Topology:
+    """The slice called `text`: cpu, or KIND:AxB or KIND:AxBxC. Raises UserError."""
+    if text == "cpu":
+        return Topology("cpu", ())
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    if not found or found[1] not in CHIPS:
+        raise UserError(
+            f"topology {text!r} is not known; name one of {', '.join(CHIPS)} with the chips along "
+            "each axis, as in v5e:4x4 or v5p:2x2x1, or cpu"
+        )
+    kind, shape = found[1], tuple(map(int, found[2].split("x")))
+    axes = CHIPS[kind].axes
+    if len(shape) != axes or not all(shape):
+        example = "x".join("221"[:axes])
+        raise UserError(
+            f"topology {text!r}: a {kind} slice has {axes} axes, as in {kind}:{example}"
+        )
+    return Topology(kind, shape)
+
+
+def count(text: str) -> int:
+    """Devices of a topology."""
+    import jax
+
+    shape = topology(text).shape
+    return math.prod(shape) if shape else len(jax.devices("cpu"))
+
+
+def check_compiler(text: str) -> None:
+    """Raises UserError where the compiler for a topology is not installed."""
+    if topology(text).kind != "cpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"topology {text!r} needs the TPU compiler; pip install 'dcae_jax[tpu]' (it needs no "
+            "TPU), or plan for cpu"
+        )
+
+
+def devices(text: str) -> Sequence[Any]:
+    """Devices of a topology to compile for; nothing can run on a TPU's.
+
+    Loads libtpu, which this process then holds for life. Raises UserError for a slice that libtpu
+    refuses.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    slice_ = topology(text)
+    if slice_.chip is None:
+        return jax.devices("cpu")
+    check_compiler(text)
+    # A host has up to 2 x 2 chips; where an axis is odd, fewer.
+    host = [math.gcd(2, size) for size in slice_.shape[:2]] + [1]
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=text,
+            chip_config_name=slice_.chip.layout,
+            chips_per_host_bounds=host,
+        )
+    except Exception as error:
+        raise UserError(
+            f"topology {text!r} is refused by libtpu: {str(error).splitlines()[0]}"
+        ) from error
+    return found.devices

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job `plan`: what a job costs on chips that need not be here.
+
+What the compiler says of a TPU's program (program.py) is of the real run: memory, FLOPs and
+collectives. Its time is an estimate from the chip's published peaks.
+"""
+
+import collections
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.errors import UserError
+from dcae_jax.planner import chips, compile
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import preflight
+
+Row = dict[str, Any]
+MEAN = "mean"  # the row of a job that draws its resolution, after one row for each
+MAX_COMPILES = 10  # of one search for a batch
+
+
+def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
+    """The rows of one topology: one a resolution, and their mean where there are several."""
+    sizes = shares(job)
+    batch, known = job.batch_size, {}
+    if plan_config.find_batch:
+        batch, known = _find_batch(plan_config, job, text)
+    rows = []
+    for size in sorted(sizes):
+        facts = known.get((batch, size)) or compile.compiled(plan_config, text, size, batch)
+        rows.append(priced(facts, calls(job, batch), plan_config.watts))
+    return rows if len(rows) == 1 else [*rows, mean(rows, sizes, job.steps)]
+
+
+def calls(job: Any, batch: int) -> int:
+    """How often the job runs its program: steps, or batches of samples."""
+    return math.ceil(job.sample.count / batch) if job.job == "sample" else job.steps
+
+
+def shares(job: Any) -> dict[int, float]:
+    """{size a side, in pixels or, of a diffusion model's training, latents: its share of steps}."""
+    if job.job == "sample":
+        return {job.resolution: 1.0}
+    if job.objective:
+        return dict.fromkeys(preflight.batch_sizes(job), 1.0)
+    drawn = config_lib.training_resolutions(job)
+    return {size: count / len(drawn) for size, count in collections.Counter(drawn).items()}
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def priced(facts: Row, steps_: int, watts: float) -> Row:
+    """The facts with what follows from the chip's published figures.
+
+    fits: peak_bytes leave chips.RESERVE free. step_s_roofline: the larger of FLOPs over the peak
+    and bytes over the bandwidth, without the time between chips; None where the program did not
+    compile, or the chip's peaks are not known (cpu). XLA's bytes hold what a run may keep in the
+    chip's own vector memory, so that where 'bound' is 'memory' a run may be faster than this.
+    """
+    chip = chips.topology(facts["topology"]).chip
+    row = facts | {
+        "steps": steps_,
+        "hbm_bytes": chip.hbm if chip else host_memory() / facts["chips"],
+        "fits": fits(facts),
+        "watts": watts or (chip.watts if chip else None),
+        "step_s_roofline": None,
+        "bound": None,
+    }
+    if chip and facts["bytes_accessed"] is not None:
+        compute = facts["flops"] / chip.flops
+        memory = facts["bytes_accessed"] / chip.bandwidth
+        row["step_s_roofline"] = max(compute, memory)
+        row["bound"] = "compute" if compute > memory else "memory"
+    return row | _totals(row)
+
+
+def _totals(row: Row) -> Row:
+    """Images a second, and chip-hours and kWh of all steps; None without a step's time."""
+    step, count = row["step_s_roofline"], row["chips"]
+    hours = None if step is None else step * row["steps"] * count / 3600
+    watts = row["watts"]
+    return {
+        "images_per_s": None if step is None else row["batch_size"] / step,
+        "chip_hours": hours,
+        "kwh": None if hours is None or watts is None else hours * watts / 1000,
+    }
+
+
+def limit(text: str, count: int) -> float:
+    """Bytes of a chip that a program may take."""
+    chip = chips.topology(text).chip
+    return (chip.hbm if chip else host_memory() / count) - chips.RESERVE
+
+
+def fits(facts: Row) -> bool:
+    """A program that XLA refused does not fit, whatever it says it needs."""
+    if facts["compile_s"] is None or facts["peak_bytes"] is None:
+        return False
+    return facts["peak_bytes"] <= limit(facts["topology"], facts["chips"])
+
+
+def host_memory() -> float:
+    """Bytes of this host's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def mean(rows: list[Row], sizes: dict[int, float], steps_: int) -> Row:
+    """The row of a job that draws its size: the mean time and work, the largest memory."""
+    largest = max(rows, key=lambda row: row["peak_bytes"] or math.inf)
+
+    def average(key: str) -> float | None:
+        if any(row[key] is None for row in rows):
+            return None
+        return sum(sizes[row["size"]] * row[key] for row in rows)
+
+    row = largest | {"size": MEAN, "steps": steps_, "fits": all(row["fits"] for row in rows)}
+    row |= {key: average(key) for key in ("flops", "bytes_accessed", "step_s_roofline")}
+    row |= {"compile_s": None, "compile_cpu_s": None, "bound": None, "collectives": None}
+    if all(r["compile_s"] is not None for r in rows):
+        row["compile_s"] = sum(r["compile_s"] for r in rows)
+        row["compile_cpu_s"] = sum(r["compile_cpu_s"] for r in rows)
+    return row | _totals(row)
+
+
+# --- the largest batch ----------------------------------------------------------------------------
+
+
+def _find_batch(plan_config: Any, job: Any, text: str) -> tuple[int, dict[tuple[int, int], Row]]:
+    """(the largest global batch that fits, {(batch, size): facts} of what was compiled for it)."""
+    size = max(shares(job))  # which takes the most memory
+    facts: dict[tuple[int, int], Row] = {}
+
+    def compile_with(batch: int) -> tuple[bool, float]:
+        facts[batch, size] = found = compile.compiled(plan_config, text, size, batch)
+        return fits(found), found["peak_bytes"] or math.inf
+
+    count = chips.count(text)
+    mesh = mesh_lib.mesh_shape(job.mesh, count)
+    unit = math.prod(mesh[axis] for axis in mesh_lib.BATCH_AXES) * job.accumulate
+    best = largest_batch(compile_with, unit, job.batch_size, limit(text, count))
+    if not best:
+        raise UserError(
+            f"topology {text!r}: not even batch_size={unit} fits; use more chips with mesh.fsdp, "
+            "or remat='blocks'"
+        )
+    return best, facts
+
+
+def largest_batch(
+    try_: Callable[[int], tuple[bool, float]], unit: int, start: int, limit: float
+) -> int:
+    """The largest multiple of `unit` that fits, found in at most MAX_COMPILES tries; 0: none.
+
+    try_(batch) -> (whether it fits, bytes it needs, infinite where unknown). Doubles from `start`
+    until it does not fit (or halves until it does), then narrows down. Memory grows nearly on a
+    straight line with the batch, so two tries say where the third should be; every second try
+    halves what is left, in case the line is wrong.
+    """
+    good, bad = 0, None  # in units
+    needs: dict[int, float] = {}
+    guess = max(1, round(start / unit))
+    for number in range(MAX_COMPILES):
+        ok, needs[guess] = try_(guess * unit)
+        before, good, bad = (good, guess, bad) if ok else (good, good, guess)
+        if bad is None:
+            line = needs[good] - needs.get(before, math.inf)
+            guess = 2 * good
+            if 0 < line < math.inf:
+                guess = good + int((limit - needs[good]) / line * (good - before))
+                guess = min(max(guess, good + 1), 16 * good)
+        elif bad - good == 1:
+            break
+        elif good == 0:
+            guess = max(1, bad // 2)
+        else:
+            guess = (good + bad) // 2
+            line = needs[bad] - needs[good]
+            if number % 2 == 0 and 0 < line < math.inf:
+                guess = good + int((limit - needs[good]) / line * (bad - good))
+            guess = min(max(guess, good + 1), bad - 1)
+    return good * unit
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+HEAD = (
+    "topology",
+    "chips",
+    "batch",
+    "a side",
+    "fits",
+    "GB a chip",
+    "state GB",
+    "TFLOP a chip",
+    "GB moved",
+    "collective GB",
+    "compile s",
+    "step s",
+    "images/s",
+    "chip-hours",
+    "kWh",
+)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text; GB are 1e9 bytes."""
+    return files.table([HEAD, *(cells(row) for row in rows)])
+
+
+def cells(row: Row) -> list[Any]:
+    """A row's cells, in the order of HEAD; '-' for what is not known."""
+    collectives = row["collectives"]
+    between = collectives and sum(kind["bytes"] for kind in collectives.values()) / 1e9
+    found = [
+        row["topology"],
+        row["chips"],
+        row["batch_size"],
+        row["size"],
+        "yes" if row["fits"] else "no",
+        _scaled(row["peak_bytes"], 1e9),
+        _scaled(row["arguments_bytes"], 1e9),
+        _scaled(row["flops"], 1e12),
+        _scaled(row["bytes_accessed"], 1e9),
+        0.0 if collectives == {} else between,
+        row.get("compile_cpu_s") or row["compile_s"],
+        row["step_s_roofline"],
+        row["images_per_s"],
+        row["chip_hours"],
+        row["kwh"],
+    ]
+    return ["-" if cell is None else cell for cell in found]
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

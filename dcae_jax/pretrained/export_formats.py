@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writers of the formats that other programs read: diffusers, the authors', StableHLO.
+
+Each writes host arrays into a folder that exists; reading back and comparing is the job's.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dcae_jax import files, models
+from dcae_jax.errors import UserError
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.protocol import AutoencoderArchitecture, BackboneArchitecture, BackboneModule
+from dcae_jax.pretrained import hub, published, torch_io
+
+Arrays = Mapping[str, jax.Array | np.ndarray]
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+WEIGHTS = "weights.safetensors"
+EXAMPLE = '''\
+"""Runs the exported autoencoder: python example.py [images.npy of [B, H, W, 3] in [-1, 1]]"""
+# Needs: pip install jax flatbuffers safetensors (jax.export reads its own files with flatbuffers)
+import json, os, sys
+import jax, numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+here = os.path.dirname(os.path.abspath(__file__))
+meta = json.load(open(os.path.join(here, "model.json")))
+weights = jax.device_put(load_file(os.path.join(here, "weights.safetensors")))
+load = lambda name: export.deserialize(open(os.path.join(here, name), "rb").read())
+encode, decode = (jax.jit(load(f"{name}.stablehlo").call) for name in ("encode", "decode"))
+f = meta["compression"]
+x = np.load(sys.argv[1]) if sys.argv[1:] else np.random.uniform(-1, 1, (1, 4 * f, 4 * f, 3))
+z = encode(weights, x.astype(np.float32))  # [B, H/f, W/f, c]; z * meta["scaling_factor"] to train
+y = decode(weights, z)
+print("images", x.shape, "latents", z.shape, "mean difference", abs(y - x).mean())
+np.savez("reconstruction.npz", latents=z, images=y)
+'''
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """The largest absolute difference of two dicts of arrays. Raises RuntimeError if names do."""
+    if a.keys() != b.keys():
+        raise RuntimeError(f"read back with other names: {sorted(a.keys() ^ b.keys())[:3]}")
+    return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
+
+
+def write_torch(form: str, weights: Arrays, arch: "AutoencoderArchitecture", folder: str) -> None:
+    """config.json and safetensors as diffusers or the authors name them.
+
+    Raises UserError for what the format cannot express.
+    """
+    names = models.autoencoder_names(models.owner(arch))
+    settings = names.config_of(arch, form)  # first: it refuses what the format cannot express
+    tensors = names.to_torch(weights, arch, form)
+    _write_folder(folder, settings, tensors, form == "authors")
+    if form == "authors":
+        implied = names.variant_of(settings, form).scaling_factor
+        _warn_of_factor(implied, settings["model_name"], arch.scaling_factor)
+
+
+def write_authors_generator(
+    module: "BackboneModule",
+    weights: Arrays,
+    arch: "BackboneArchitecture",
+    folder: str,
+    *,
+    objective: str,
+    resolution: int,
+    scaling_factor: float,
+    autoencoder: "tuple[Arrays, AutoencoderArchitecture]",
+) -> None:
+    """A diffusion model, and its autoencoder where the authors published it, as one safetensors.
+
+    autoencoder: its weights and architecture; its latents are multiplied by scaling_factor. Raises
+    UserError for what the format cannot express.
+    """
+    inner, inner_arch = autoencoder
+    names, backbone = models.backbone_names(module), module.__name__.rpartition(".")[2]
+    if objective not in names.KINDS:
+        raise UserError(
+            f"the authors' format cannot express objective={objective!r} of {backbone}: a reader "
+            "would take another; use export.format=orbax"
+        )
+    size = next((name for name, row in module.VARIANTS.items() if row.width == arch.width), None)
+    if size is None or module.VARIANTS[size].heads != arch.heads:
+        raise UserError(
+            f"the authors' format holds no number of heads: a reader knows them by the width, and "
+            f"{arch.heads} heads of {arch.width} channels are no variant's; use "
+            "export.format=orbax"
+        )
+    tensors = dict(names.to_torch(weights, arch, "diffusion_model."))
+    name = f"{names.KINDS[objective]}-{size}-in-{resolution}px"
+    theirs = models.autoencoder_names(models.owner(inner_arch))
+    if known := theirs.published_name(inner_arch):
+        name = f"{known}-{name}"
+        tensors.update(
+            {
+                published.AUTOENCODER_PREFIX + key: value
+                for key, value in theirs.to_torch(inner, inner_arch, "authors").items()
+            }
+        )
+        implied = theirs.variant_of({"model_name": known}, "authors").scaling_factor
+        _warn_of_factor(implied, known, scaling_factor)
+    else:
+        logging.warning(
+            "only the diffusion model is written: its autoencoder is no published one, and so "
+            "has no name in the authors' format; readers have to be told it, and that its latents "
+            "are multiplied by %s",
+            scaling_factor,
+        )
+    _write_folder(folder, {"model_name": name}, tensors, authors=True)
+
+
+def _warn_of_factor(implied: float | None, name: str, factor: float | None) -> None:
+    if implied != factor:
+        logging.warning(
+            "the authors' format holds no scaling factor: readers take %s, that of %s, instead of "
+            "%s",
+            implied,
+            name,
+            factor,
+        )
+
+
+def _write_folder(folder: str, settings: dict[str, Any], tensors: Arrays, authors: bool) -> None:
+    file = hub.AUTHORS_FILE if authors else hub.DIFFUSERS_FILE
+    files.write_json(os.path.join(folder, "config.json"), settings)
+    path = os.path.join(folder, file)
+    torch_io.write_safetensors(path, _contiguous(tensors), {"format": "pt"})
+
+
+def _contiguous(tensors: Arrays) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def write_stablehlo(
+    graph: nnx.GraphDef,
+    weights: Arrays,
+    arch: "AutoencoderArchitecture",
+    meta: dict[str, Any],
+    folder: str,
+) -> float:
+    """encode.stablehlo and decode.stablehlo for every platform and size, with the weights beside.
+
+    Both take (weights, x). Weights as constants inside would not fit a file of 2 GB. graph: of a
+    model that computes alike on every platform. Returns the largest difference of what the example
+    computes in a process of its own.
+    """
+    f, c = arch.compression, arch.latent_channels
+    b, h, w = jax.export.symbolic_shape("b, h, w")
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in weights.items()}
+    inputs = {"encode": (b, f * h, f * w, 3), "decode": (b, h, w, c)}
+    functions = {
+        "encode": jax.jit(lambda weights, x: weights_lib.merge(graph, weights).encode(x)),
+        "decode": jax.jit(lambda weights, z: weights_lib.merge(graph, weights).decode(z)),
+    }
+    for name, function in functions.items():
+        exported = jax.export.export(function, platforms=PLATFORMS)(
+            shapes, jax.ShapeDtypeStruct(inputs[name], jnp.float32)
+        )
+        files.write_file(os.path.join(folder, f"{name}.stablehlo"), bytes(exported.serialize()))
+    torch_io.write_safetensors(os.path.join(folder, WEIGHTS), _contiguous(weights), {})
+    files.write_json(os.path.join(folder, "model.json"), {**meta, "kind": "stablehlo"})
+    files.write_file(os.path.join(folder, "example.py"), EXAMPLE.encode())
+    return _compare_stablehlo(functions, weights, f, folder)
+
+
+def _compare_stablehlo(
+    functions: Mapping[str, Callable[..., jax.Array]], weights: Arrays, f: int, folder: str
+) -> float:
+    """Runs the example in a fresh process, and here the same; the largest difference."""
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 2 * f, f, 3)).astype(np.float32)
+    np.save(os.path.join(folder, "x.npy"), x)
+    command = [sys.executable, "-I", "example.py", "x.npy"]
+    # On the CPU: this process holds the accelerator.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the exported program does not run: {done.stderr[-2000:]}")
+    z = functions["encode"](weights, x)
+    y = functions["decode"](weights, z)
+    with np.load(os.path.join(folder, "reconstruction.npz")) as theirs:
+        worst = difference(
+            {"latents": z, "images": y}, {k: theirs[k] for k in ("latents", "images")}
+        )
+    for name in ("x.npy", "reconstruction.npz"):
+        os.remove(os.path.join(folder, name))
+    return worst

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that PyTorch models were published with: which model they are of, and what it is here.
+
+`read` is for autoencoders, `read_generator` for diffusion models. Both know a model by what stands
+beside its file in dcae_jax/models, and name none.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dcae_jax import config as config_lib
+from dcae_jax import models
+from dcae_jax.errors import UserError
+from dcae_jax.models.protocol import (
+    Arrays,
+    AutoencoderArchitecture,
+    AutoencoderNames,
+    BackboneArchitecture,
+    BackboneModule,
+    BackboneNames,
+)
+from dcae_jax.pretrained import hub
+
+
+def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
+    """(weights by path, config.model) of a published folder, file or hub name.
+
+    variant: what the weights are of; needed by files whose tensors do not tell, and checked
+    against the others. Arrays are NumPy, float32. Raises UserError, one line.
+    """
+    config, tensors = hub.read_tensors(path)
+    if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
+        config, tensors = _inside(config, tensors)
+    try:
+        names, arch, form = _identify(tensors, config, variant)
+        weights = names.from_torch(tensors, arch, form)
+    except UserError as error:
+        raise UserError(f"init_from={path!r}: {error}") from error
+    settings = model_settings(arch)
+    logging.info("read %s weights, named as %s name them, from %s", settings["variant"], form, path)
+    return weights, settings
+
+
+def _identify(
+    tensors: Mapping[str, Any], config: dict[str, Any] | None, variant: str
+) -> "tuple[AutoencoderNames, AutoencoderArchitecture, str]":
+    """(names, architecture, format) of tensors and the config.json beside them."""
+    if variant:
+        module = models.autoencoder_of(variant)
+        names, arch = models.autoencoder_names(module), module.variant(variant)
+        factor = (config or {}).get("scaling_factor")
+        known = isinstance(factor, float) and factor > 0 and factor != 1  # diffusers' unknown is 1
+        if arch.scaling_factor is None and known:
+            arch = dataclasses.replace(arch, scaling_factor=factor)
+    elif config is None:
+        return _guess(tensors)
+    else:
+        names = _names_of(config)
+        form = "authors" if "model_name" in config else "diffusers"
+        return names, names.variant_of(config, form), form
+    return names, arch, _form(names, tensors)
+
+
+def _form(names: "AutoencoderNames", tensors: Mapping[str, Any]) -> str:
+    found = names.format_of(tensors)
+    return found if found in names.FORMATS else names.FORMATS[0]
+
+
+def _all_names() -> "list[AutoencoderNames]":
+    modules = [module for module in models.autoencoders() if models.has_names(module)]
+    return [models.autoencoder_names(module) for module in modules]
+
+
+def _names_of(config: Mapping[str, Any]) -> "AutoencoderNames":
+    """The names of the class that config.json is of; DC-AE's where it says none."""
+    found = (names for names in _all_names() if names.CLASS_NAME == config.get("_class_name"))
+    default = models.autoencoder_names(models.autoencoder_of(""))
+    return next(found, default)
+
+
+def _guess(
+    tensors: Mapping[str, Any],
+) -> "tuple[AutoencoderNames, AutoencoderArchitecture, str]":
+    """The variant that has exactly these tensors, its scaling factor left unknown."""
+    for names in _all_names():
+        arch = names.recognise(tensors)
+        if arch is not None:
+            return names, arch, _form(names, tensors)
+    found = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    known = ", ".join(name for module in models.autoencoders() for name in module.VARIANTS)
+    raise UserError(
+        f"a bare file with {len(found)} tensors ({', '.join(found[:2])}, ...) that are those "
+        f"of no variant; name it with variant=, one of {known} or a published name"
+    )
+
+
+def model_settings(arch: "AutoencoderArchitecture") -> dict[str, Any]:
+    """All of config.model for the architecture `arch`, its scaling factor included."""
+    module = models.owner(arch)
+    settings = config_lib.default().model
+    settings.update(models.autoencoder_names(module).settings_of(arch))
+    if module.architecture(settings).scaling_factor != arch.scaling_factor:
+        settings.scaling_factor = arch.scaling_factor or 1.0
+    return settings.to_dict()
+
+
+# --- diffusion models -----------------------------------------------------------------------------
+
+AUTOENCODER_PREFIX = "autoencoder."
+HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
+
+
+def read_generator(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
+    """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
+
+    settings: {'model': all of config.model, 'patch_size': int, 'objective': 'epsilon',
+    'learned_sigma' or 'flow', 'autoencoder': where its weights are, or ''}. The last two come from
+    the config.json beside the weights; without it a UViT is taken for one that predicts epsilon,
+    since a USiT has the same tensors. model.latent_size is 0 where the weights do not tell it (a
+    DiT without its fixed positions).
+    variant: whose heads the model has, needed where its width is that of no variant, and checked
+    where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
+    """
+    config, tensors = hub.read_tensors(path)
+    try:
+        module, arch, prefix = _recognise(tensors, variant)
+        names = models.backbone_names(module)
+        weights = names.from_torch(tensors, arch, prefix)
+        settings = _generator_settings(module, arch, variant)
+    except UserError as error:
+        raise UserError(f"init_from={path!r}: {error}") from error
+    name = str((config or {}).get("model_name", ""))
+    settings["objective"] = _objective(names, arch, name)
+    settings["autoencoder"] = ""
+    if autoencoder := _autoencoder_of(name):
+        inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
+        settings["autoencoder"] = path if inside else f"{HUB_OWNER}/{autoencoder}"
+    model = settings["model"]
+    logging.info("read %s %s weights from %s", model["name"], model["variant"], path)
+    return weights, settings
+
+
+def kind_of(path: str) -> str:
+    """'generator' where the tensors of a folder, file or hub name hold a backbone.
+
+    Else 'autoencoder', whether or not they are one's. Raises UserError where there are none.
+    """
+    _, tensors = hub.read_tensors(path)
+    first = [names.FIRST for _, names in _backbones()]
+    found = any(prefix + name in tensors for prefix in _prefixes() for name in first)
+    return "generator" if found else "autoencoder"
+
+
+def _backbones() -> "list[tuple[BackboneModule, BackboneNames]]":
+    modules = [module for module in models.backbones() if models.has_names(module)]
+    return [(module, models.backbone_names(module)) for module in modules]
+
+
+def _prefixes() -> list[str]:
+    """What stands before the names: in folders of the hub, in files of the authors' trainers;
+    nothing in those of U-ViT and DiT.
+    """
+    own = [f"{module.__name__.rpartition('.')[2]}." for module, _ in _backbones()]
+    return ["diffusion_model.", *own, "0.", ""]
+
+
+def _recognise(
+    tensors: Mapping[str, Any], variant: str
+) -> "tuple[BackboneModule, BackboneArchitecture, str]":
+    """(the backbone's file, architecture, prefix of the names) of tensors."""
+    for prefix in _prefixes():
+        for module, names in _backbones():
+            row = module.VARIANTS.get(variant)
+            arch = names.recognise(tensors, row.heads if row else 0, prefix)
+            if arch is None:
+                continue
+            if variant and row is None:
+                raise UserError(
+                    f"variant={variant!r} is no size of {module.__name__.rpartition('.')[2]}; "
+                    f"choose one of {', '.join(module.VARIANTS)}"
+                )
+            known = [v for v in module.VARIANTS.values() if v.width == arch.width]
+            if row and known and row.width != arch.width:
+                raise UserError(
+                    f"variant={variant!r} has {row.width} channels, these weights {arch.width}; "
+                    "leave it out"
+                )
+            if arch.width % arch.heads:
+                raise UserError(
+                    f"variant={variant!r} has {arch.heads} heads, which do not divide the width "
+                    f"of {arch.width}; name another"
+                )
+            return module, arch, prefix
+    known = " nor a ".join(sorted((names.TITLE for _, names in _backbones()), reverse=True))
+    raise UserError(
+        f"{len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ...) that are those of neither "
+        f"a {known}"
+    )
+
+
+def _objective(names: "BackboneNames", arch: "BackboneArchitecture", model_name: str) -> str:
+    """What a published model predicts, by its name or, without one, by its output channels."""
+    flows = "|".join(n.KINDS["flow"] for _, n in _backbones() if "flow" in n.KINDS)
+    if re.search(rf"(^|-)({flows})-", model_name):
+        return "flow"
+    if arch.out_channels == 2 * arch.latent_channels:
+        return "learned_sigma"
+    return "epsilon" if "epsilon" in names.KINDS else "flow"
+
+
+def _generator_settings(
+    module: "BackboneModule", arch: "BackboneArchitecture", variant: str
+) -> dict[str, Any]:
+    rows = module.VARIANTS
+    variant = variant or next(name for name, row in rows.items() if row.width == arch.width)
+    model = config_lib.default().model
+    model.name, model.variant = module.__name__.rpartition(".")[2], variant
+    for key in ("depth", "width", "heads"):
+        size = getattr(arch, key)
+        model[key] = 0 if size == getattr(rows[variant], key) else size
+    model.latent_size, model.latent_channels = arch.latent_size, arch.latent_channels
+    model.num_classes = arch.num_classes
+    return {"model": model.to_dict(), "patch_size": arch.patch_size}
+
+
+def _autoencoder_of(model_name: str) -> str:
+    """The published autoencoder in the name of a published diffusion model; '' if there is none."""
+    kinds = "|".join(kind for _, names in _backbones() for kind in names.KINDS.values())
+    found = re.match(rf"(.+?)-({kinds})-", model_name)
+    return found.group(1) if found else ""
+
+
+def _inside(
+    config: dict[str, Any] | None, tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """(config.json, tensors) of the autoencoder that lies beside a diffusion model in its file."""
+    name = _autoencoder_of(str((config or {}).get("model_name", "")))
+    own = {
+        key.removeprefix(AUTOENCODER_PREFIX): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(AUTOENCODER_PREFIX)
+    }
+    return {"model_name": name} if name else None, own

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TODO-DOC"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dcae_jax.errors import UserError, nearest_multiples
+
+AXES = ("data", "fsdp", "tensor", "spatial")
+BATCH_AXES = ("data", "fsdp")
+# Rows of latents on each device of the axis spatial. XLA (jaxlib 0.10.2) computes wrong gradients
+# of this model where there is one row, or less, in some meshes (tests/test_sharding.py).
+MIN_ROWS = 2
+
+
+def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of config.mesh over `devices` (default: all). Raises UserError if they don't fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = list(mesh_shape(sizes, len(devices)).values())
+    return Mesh(_grid(shape, devices), AXES)
+
+
+def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
+    """Devices along each axis of config.mesh, of so many. Raises UserError if they don't fit."""
+    shape = [sizes[axis] for axis in AXES]
+    text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh ({text}): sizes must be positive, and one at most may be -1")
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % known == 0:
+        shape[shape.index(-1)] = devices // known
+    if math.prod(shape) != devices:
+        raise UserError(
+            f"mesh ({text}) does not fit {devices} devices; its sizes must multiply to "
+            f"{devices}, or use -1 for one of them"
+        )
+    return dict(zip(AXES, shape, strict=True))
+
+
+def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
+    """The devices in the order that suits their network: between TPU slices, only data is split."""
+    if len(devices) == 1:
+        return np.array(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or shape[0] % slices:
+        return mesh_utils.create_device_mesh(shape, devices)
+    within = [shape[0] // slices, *shape[1:]]
+    return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1, 1], devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """'cpu', 'gpu' or 'tpu': what the mesh's devices are, whatever this host is."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def compute_dtype(config: Any, mesh: Mesh) -> str:
+    """config.dtype with 'auto' decided: bfloat16 except on CPUs."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform(mesh) == "cpu" else "bfloat16"
+
+
+def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None:
+    """Raises UserError, naming the nearest sizes that fit, if the batch does not divide."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate
+    if size % shards:
+        nearest = nearest_multiples(size, shards)
+        what = f"{shards // accumulate} devices" + (
+            f" x accumulate={accumulate}" if accumulate > 1 else ""
+        )
+        raise UserError(f"{key}={size} is not divisible by {what}; try {nearest}")
+
+
+def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> None:
+    """Raises UserError, naming sizes that fit, unless mesh.spatial can split pictures of `size`.
+
+    compression: the model's f. Each part gets as many rows of latents, and MIN_ROWS at least.
+    """
+    parts = mesh.shape["spatial"]
+    step = parts * compression
+    least = step * MIN_ROWS
+    if parts > 1 and (size % step or size < least):
+        raise UserError(
+            f"{key}={size} cannot be split over mesh.spatial={parts}: it must be a multiple of "
+            f"{step}, at least {least}; try {nearest_multiples(size, step, least)}"
+        )
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of an array whose first axis is the batch; images [B, H, W, C] are split in height too."""
+    spec = P(BATCH_AXES, "spatial") if ndim == 4 else P(BATCH_AXES)
+    return NamedSharding(mesh, spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def image_sharding(mesh: Mesh, shape: tuple[int, ...], latent_rows: int) -> NamedSharding:
+    """Of images or latents [B, H, W, C] of any size: what cannot be split stays whole.
+
+    latent_rows: how many there are of the latents that these are or belong to.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = mesh.shape["spatial"]
+    whole = shape[1] % parts or latent_rows < MIN_ROWS * parts
+    return NamedSharding(
+        mesh, P(None if shape[0] % rows else BATCH_AXES, None if whole else "spatial")
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """{process: the places along BATCH_AXES where it has devices}."""
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    found: dict[int, set[int]] = {}
+    for place, devices in enumerate(rows):
+        for device in devices:
+            found.setdefault(device.process_index, set()).add(place)
+    return {process: tuple(sorted(places)) for process, places in found.items()}
+
+
+def process_batch_slice(mesh: Mesh) -> tuple[int, int]:
+    """(this process's share of each global batch, number of shares).
+
+    Processes among which tensor or spatial is split have the same share. Raises UserError where
+    shares overlap in part.
+    """
+    shares = sorted(set(_places(mesh).values()))
+    covered = sum(map(len, shares))
+    if covered > len(set().union(*shares)) or len(set(map(len, shares))) > 1:
+        raise UserError(
+            f"mesh ({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) gives processes a part "
+            "of each other's images; let tensor * spatial divide the devices of a process, or be "
+            "a multiple of them"
+        )
+    return shares.index(_places(mesh)[jax.process_index()]), len(shares)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's slice of a global batch, as global arrays."""
+    return {key: _put_rows(np.asarray(value), mesh) for key, value in batch.items()}
+
+
+def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    places, shares = _places(mesh)[jax.process_index()], process_batch_slice(mesh)[1]
+    rows = len(value) // len(places)  # at one place
+
+    def read(index: Any) -> np.ndarray:  # of slices
+        first = places.index((index[0].start or 0) // rows) * rows
+        return value[(slice(first, first + rows), *index[1:])]
+
+    shape = (len(value) * shares, *value.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
+
+
+def host_to_global(value: Any, where: NamedSharding) -> jax.Array:
+    """A global array with the sharding `where`, of a host array that every process has whole."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises UserError unless a transformer's heads can be split over mesh.tensor."""
+    parts = mesh.shape["tensor"]
+    if heads % parts:
+        raise UserError(
+            f"mesh.tensor={parts} does not divide the {heads} heads; take "
+            f"{math.gcd(heads, parts)} or another divisor"
+        )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of the autoencoder and its discriminator. All float32, whatever the models compute in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcae_jax.models import lpips
+from dcae_jax.models.weights import Array, Weights
+
+# (output, images, LPIPS weights) -> scalar; both batches are [B, H, W, 3] in [-1, 1].
+ReconstructionTerm = Callable[[Array, Array, Weights], Array]
+
+
+def reconstruction_terms(loss: Any) -> dict[str, tuple[ReconstructionTerm, float]]:
+    """The terms of the reconstruction loss, {name of its metric: (function, weight)}.
+
+    A new term is one function and one weight in config.loss. Terms of weight 0 that cost time are
+    left out; L1 is always reported.
+    """
+    terms: dict[str, tuple[ReconstructionTerm, float]] = {
+        "l1": (lambda output, images, _: l1(output, images), loss.l1_weight)
+    }
+    if loss.lpips_weight:
+        terms["lpips"] = (
+            lambda output, images, weights: perceptual(weights, output, images),
+            loss.lpips_weight,
+        )
+    return terms
+
+
+def l1(x: Array, y: Array) -> Array:
+    """Mean absolute difference of two batches of images in [-1, 1], a scalar."""
+    return jnp.mean(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)))
+
+
+def psnr(x: Array, y: Array) -> Array:
+    """PSNR in dB over a whole batch of images in [-1, 1], not rounded: for curves in training.
+
+    The reported figure is `metrics.psnr`: per image, on 8-bit levels.
+    """
+    error = jnp.mean(jnp.square(jnp.clip(x, -1, 1) - y.astype(jnp.float32)))
+    return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
+
+
+def perceptual(weights: Weights, x: Array, y: Array) -> Array:
+    """Mean LPIPS (VGG16, v0.1) of two batches of images in [-1, 1], a scalar.
+
+    At the platform's own precision: the reported LPIPS is computed at the highest one.
+    """
+    precision = jax.lax.Precision.DEFAULT
+    return jnp.mean(lpips.distance(weights, x, y, net="vgg", precision=precision))
+
+
+def hinge(real: Array, fake: Array) -> Array:
+    """The discriminator's hinge loss on its logits: 1 at chance, 0 where all pass +-1."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
+
+
+def generator_hinge(fake: Array) -> Array:
+    """The generator's side of the hinge loss: minus the mean logit of its outputs."""
+    return -jnp.mean(fake)
+
+
+def adaptive_weight(reconstruction_norm: Array, gan_norm: Array, limit: float) -> Array:
+    """The factor that scales the GAN loss to the reconstruction loss (Esser et al. 2021).
+
+    Norms are of the two losses' gradients at the last layer's kernel. `limit` bounds the factor:
+    with a discriminator that is sure of itself the ratio explodes.
+    """
+    return jnp.clip(reconstruction_norm / (gan_norm + 1e-6), 0, limit)

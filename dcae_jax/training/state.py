@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run holds. One definition serves the loop, the checkpoints and the planner."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dcae_jax import models
+from dcae_jax.errors import UserError
+from dcae_jax.models import patchgan
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.weights import Weights
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import optim
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+    """The PatchGAN that phase 3 trains beside the autoencoder."""
+
+    params: Weights  # float32
+    opt_state: optax.OptState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    step: jax.Array  # steps done, int32
+    params: Weights  # float32
+    stats: Weights  # running statistics of BatchNorm
+    ema: Weights  # moving averages of the trained parameters and statistics; {} without averages
+    opt_state: optax.OptState
+    discriminator: Discriminator | None  # where loss.gan_weight > 0
+    skipped: jax.Array  # steps without effect since something was not finite, int32
+    skipped_in_row: jax.Array  # the latest of those, without a finite step between them, int32
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorSpec:
+    """What the discriminator is made of, before any array exists."""
+
+    graphdef: nnx.GraphDef
+    params: dict[str, jax.ShapeDtypeStruct]
+    optimizer: optax.GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """What a training run is made of, before any array exists."""
+
+    graphdef: nnx.GraphDef
+    params: dict[str, jax.ShapeDtypeStruct]
+    stats: dict[str, jax.ShapeDtypeStruct]
+    trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
+    averaged: frozenset[str]  # those of which a moving average is kept
+    optimizer: optax.GradientTransformation
+    discriminator: DiscriminatorSpec | None
+    last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
+
+
+def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of `config` for the devices of `mesh`."""
+    dtype, remat = mesh_lib.compute_dtype(config, mesh), config.remat == "blocks"
+    if config.objective:
+        arch = architecture(config)
+        mesh_lib.check_heads(arch.heads, mesh)
+        model = models.find(config.model).create(
+            arch, dtype=dtype, remat=remat, unroll=config.unroll, rngs=rngs
+        )
+    else:
+        model = models.find(config.model).create(
+            config.model, platform=mesh_lib.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
+        )
+    return sharding.set_rules(model, config.sharding)
+
+
+def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
+    """`create_model` with shapes in place of arrays."""
+    return weights_lib.abstract(functools.partial(create_model, config, mesh))
+
+
+def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
+    """Parameters and statistics of the model of `config`, as random as `seed` makes them."""
+    create = functools.partial(create_model, config, mesh)
+    # An autoencoder draws on the host; a transformer, with fewer layers, in one program.
+    return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
+
+
+def architecture(config: Any) -> Any:
+    """What fixes the parameters of the model of `config`. Raises UserError."""
+    module = models.find(config.model)
+    if not config.objective:
+        return module.architecture(config.model)
+    if models.is_autoencoder(module):
+        raise UserError(
+            f"objective={config.objective!r} is a diffusion model's, and model.name="
+            f"{config.model.name!r} names none; choose uvit or dit"
+        )
+    return module.architecture(
+        config.model,
+        patch_size=config.patch_size,
+        learn_sigma=config.objective == "learned_sigma",
+    )
+
+
+def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
+    """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
+    graphdef, params, stats = weights_lib.split(abstract_model(config, mesh))
+    arch = architecture(config)
+    patterns = config.trainable
+    if not config.objective:
+        patterns = [fill_pattern(pattern, arch) for pattern in patterns]
+    trained = optim.match(patterns, params, "trainable")
+    if not trained:
+        raise UserError("trainable=() trains nothing; name at least one pattern")
+    optimizer = optim.optimizer(config, params, trained)
+    moving = frozenset(name for name in stats if _norm_of(name) & trained)
+    moved = trained | moving
+    averaged = moved if config.ema_decay else frozenset()
+    if config.objective:
+        return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, None, "")
+    last_layer = models.find(config.model).last_layer(arch)
+    if config.loss.gan_weight and last_layer not in trained:
+        raise UserError(
+            f"loss.gan_weight={config.loss.gan_weight} needs {last_layer!r} in trainable: its "
+            "gradients weigh the GAN loss"
+        )
+    other = discriminator_spec(config, mesh) if config.loss.gan_weight else None
+    return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, other, last_layer)
+
+
+def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
+    """The PatchGAN of config.loss, and its optimizer."""
+    model = weights_lib.abstract(functools.partial(create_discriminator, config, mesh))
+    graphdef, params, _ = weights_lib.split(model)
+    return DiscriminatorSpec(graphdef, params, optim.discriminator_optimizer(config))
+
+
+def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
+    """The PatchGAN of config.loss for the devices of `mesh`."""
+    dtype = mesh_lib.compute_dtype(config, mesh)
+    model = patchgan.create(config.loss, dtype=dtype, rngs=rngs)
+    return sharding.set_rules(model, config.sharding)
+
+
+def fill_pattern(pattern: str, arch: Any) -> str:
+    """{deepest}: the last stage's number; {outermost}: the decoder's first that is not empty."""
+    outermost = next((i for i, depth in enumerate(arch.decoder_depths) if depth), 0)
+    return pattern.replace("{deepest}", str(len(arch.widths) - 1)).replace(
+        "{outermost}", str(outermost)
+    )
+
+
+def _norm_of(stat: str) -> set[str]:
+    """The parameters of the norm that a running statistic belongs to."""
+    prefix = stat.rsplit(".", 1)[0]
+    return {f"{prefix}.scale", f"{prefix}.bias"}
+
+
+def fresh(spec: TrainSpec, weights: Weights, other: Weights) -> TrainState:
+    """The state before the first step: zero moments, averages equal to the weights.
+
+    weights: the model's parameters and statistics; other: the discriminator's parameters, or {}.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    params = {name: weights[name] for name in spec.params}
+    discriminator = None
+    if spec.discriminator:
+        other_params = {name: other[name] for name in spec.discriminator.params}
+        discriminator = Discriminator(
+            params=other_params,
+            opt_state=spec.discriminator.optimizer.init(other_params),
+        )
+    return TrainState(
+        step=zero,
+        params=params,
+        stats={name: weights[name] for name in spec.stats},
+        # Copies, since a donated buffer must not stand twice in the state.
+        ema={name: jnp.copy(weights[name]) for name in weights if name in spec.averaged},
+        opt_state=spec.optimizer.init(params),
+        discriminator=discriminator,
+        skipped=zero,
+        skipped_in_row=jnp.copy(zero),
+    )
+
+
+def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings: for restoring, planning, init."""
+    other = spec.discriminator
+    shapes = jax.eval_shape(
+        functools.partial(fresh, spec),
+        {**spec.params, **spec.stats},
+        other.params if other else {},
+    )
+    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+
+
+def init_state(
+    config: Any, mesh: Mesh, spec: TrainSpec, weights: Weights | None = None
+) -> TrainState:
+    """The state before the first step, each array made where it will lie.
+
+    Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
+    Raises UserError when `weights` are not those of this model.
+    """
+    abstract = abstract_state(config, mesh, spec)
+    if weights is None:
+        weights = random_weights(config, mesh, config.seed)
+    check_weights(weights, {**spec.params, **spec.stats})
+    weights = _place(weights, {**abstract.params, **abstract.stats})
+    other: Weights = {}
+    if spec.discriminator:
+        # Another key than the model's, or both would start from the same draws.
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
+        discriminator = _joined(create_discriminator(config, mesh, rngs))
+        other = _place(discriminator, abstract.discriminator.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(functools.partial(fresh, spec), out_shardings=shardings, donate_argnums=(0, 1))
+    return start(weights, other)
+
+
+def _joined(model: nnx.Module) -> Weights:
+    _, params, stats = weights_lib.split(model)
+    return {**params, **stats}
+
+
+def _place(weights: Weights, abstract: Weights) -> Weights:
+    return {
+        name: mesh_lib.host_to_global(weights[name], leaf.sharding)
+        for name, leaf in abstract.items()
+    }
+
+
+def check_weights(weights: Weights, wanted: Weights) -> None:
+    """Raises UserError, with the first few names, unless names and shapes are those wanted."""
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in weights and tuple(weights[name].shape) != tuple(leaf.shape)
+    ]
+    if missing or extra or wrong:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", missing), ("unknown", extra), ("misshapen", wrong))
+            if names
+        ]
+        raise UserError(
+            f"these weights are of another model: {'; '.join(parts)}; "
+            "set model.variant to that of the weights"
+        )
+
+
+def averaged(state: TrainState) -> Weights:
+    """All weights with the trained ones averaged: what evaluation and export use."""
+    return {**state.params, **state.stats, **state.ema}

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: a pure function (state, batch, lpips) -> (state, metrics), jitted once."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dcae_jax.data import transforms
+from dcae_jax.diffusion import objectives
+from dcae_jax.models import layers
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.weights import Array, Weights
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+from dcae_jax.training import losses, optim
+from dcae_jax.training.state import Discriminator, TrainSpec, TrainState
+
+Metrics = dict[str, Array]  # scalars
+Batch = dict[str, Array]
+TrainStep = Callable[[TrainState, Batch, Weights], tuple[TrainState, Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """What the passes over one batch give; gradients and metrics are means over its examples."""
+
+    params: Weights  # of the model's loss
+    discriminator: Weights  # of the discriminator's own loss; {} without a discriminator
+    metrics: Metrics
+    stats: Weights  # the model's running statistics after these passes
+
+
+def make_step(config: Any, spec: TrainSpec) -> TrainStep:
+    """The step of a run: of an autoencoder in any of its phases, or of a diffusion model.
+
+    An autoencoder's batch holds 'image' [B, H, W, 3] uint8; `lpips` are the weights of the
+    perceptual loss, {} for a loss without it. A diffusion model's batch holds 'latent'
+    [B, h, w, c], unscaled, and 'label' [B] int32.
+    Metrics are float32 scalars; 'finite' is 0 for a step that was skipped because its loss or
+    gradient was not finite: nothing but the counters changes then.
+    """
+    learning_rate = optim.schedule(config)
+
+    def train_step(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads = accumulated_gradients(config, spec, state, batch, key, lpips)
+        trained = {name: grad for name, grad in grads.params.items() if name in spec.trained}
+        metrics = grads.metrics | {"grad_norm": optax.global_norm(trained)}
+
+        updates, opt_state = spec.optimizer.update(grads.params, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, spec.trained)
+        new = dataclasses.replace(
+            state,
+            params=params,
+            stats=grads.stats,
+            ema=moving_average(state, {**params, **grads.stats}, config),
+            opt_state=opt_state,
+            discriminator=update_discriminator(spec, state.discriminator, grads.discriminator),
+        )
+
+        # One decision for everything: a half-applied step would be worse than none.
+        finite = is_finite(metrics, grads, new)
+        new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, state)
+        bad = (~finite).astype(jnp.int32)
+        new = dataclasses.replace(
+            new,
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            skipped_in_row=(state.skipped_in_row + 1) * bad,
+        )
+        metrics |= {
+            "learning_rate": learning_rate(state.step - state.skipped),  # of applied steps
+            "finite": finite,
+            "skipped": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+        }
+        return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    return train_step
+
+
+def jit_step(config: Any, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
+    """Jitted train step. Donates the state; the new one keeps its sharding.
+
+    abstract: the state as `state.abstract_state` gives it.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    mesh = shardings.step.mesh
+    step = make_step(config, spec)
+
+    def run(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
+        with sharding.on_mesh(mesh):
+            return step(state, batch, lpips)
+
+    return jax.jit(run, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def accumulated_gradients(
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
+) -> Gradients:
+    """Gradients over the batch, in config.accumulate microbatches."""
+
+    def once(stats: Weights, batch: Batch, key: Array) -> Gradients:
+        now = dataclasses.replace(state, stats=stats)
+        if config.objective:
+            return denoising_gradients(config, spec, now, batch, key)
+        return reconstruction_gradients(config, spec, now, batch, lpips)
+
+    count = config.accumulate
+    if count == 1:
+        return once(state.stats, batch, key)
+
+    # Neighbours go to different microbatches, so that each device keeps the examples it has.
+    split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    inputs = (split, jax.random.split(key, count))
+
+    def add(total: Gradients, inputs: tuple[Batch, Array]) -> tuple[Gradients, None]:
+        grads = once(total.stats, *inputs)
+        summed = jax.tree.map(jnp.add, total, grads)
+        return dataclasses.replace(summed, stats=grads.stats), None  # the latest, not a sum
+
+    shapes = jax.eval_shape(once, state.stats, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    start = dataclasses.replace(zeros, stats=state.stats)
+    total, _ = jax.lax.scan(add, start, inputs, unroll=config.unroll)
+    mean = jax.tree.map(lambda value: value / count, total)
+    return dataclasses.replace(mean, stats=total.stats)
+
+
+def denoising_gradients(
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
+) -> Gradients:
+    """One forward and backward pass of a diffusion model."""
+    x0 = objectives.scaled(batch["latent"], config.model.scaling_factor)
+    label_key, key = jax.random.split(key)
+    labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
+
+    def loss_fn(params: Weights) -> tuple[Array, Metrics]:
+        model = weights_lib.merge(spec.graphdef, stop_frozen_gradients(spec, params))
+        model = sharding.all_gather_weights(model)
+        return objectives.loss(config.objective, model, x0, labels, key)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return Gradients(grads, {}, metrics | {"loss": loss}, state.stats)
+
+
+def reconstruction_gradients(
+    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
+) -> Gradients:
+    """One forward and backward pass of an autoencoder, and of a discriminator where there is one.
+
+    The losses are differentiated with respect to the model's output first. The backward pass
+    through the model is linear in those, so the GAN loss is weighed against the rest before it
+    runs, and it runs once.
+    """
+    images = transforms.to_float(batch["image"])  # [B, H, W, 3]
+
+    def forward(params: Weights) -> tuple[Array, Weights]:
+        weights = {**stop_frozen_gradients(spec, params), **state.stats}
+        model = sharding.all_gather_weights(weights_lib.merge(spec.graphdef, weights))
+        model = layers.training_norms(model, spec.trained.__contains__)
+        output = model(images)
+        return output, weights_lib.split(model)[2]
+
+    def reconstruction_loss(output: Array) -> tuple[Array, Metrics]:
+        terms = losses.reconstruction_terms(config.loss)
+        values = {name: term(output, images, lpips) for name, (term, _) in terms.items()}
+        weighted = (weight * values[name] for name, (_, weight) in terms.items())
+        loss = sum(weighted, jnp.zeros(()))
+        return loss, values | {"psnr": losses.psnr(output, images)}
+
+    output, backward, new_stats = jax.vjp(forward, state.params, has_aux=True)
+    (loss, metrics), pull = jax.value_and_grad(reconstruction_loss, has_aux=True)(output)
+
+    discriminator_grads: Weights = {}
+    if spec.discriminator and state.discriminator:
+        graphdef, params = spec.discriminator.graphdef, state.discriminator.params
+
+        def logits(params: Weights, images: Array) -> Array:  # [B, H, W, 3] -> [B, h, w]
+            return sharding.all_gather_weights(weights_lib.merge(graphdef, params))(images)
+
+        def gan_loss_fn(output: Array) -> Array:
+            return losses.generator_hinge(logits(params, output))
+
+        gan_loss, gan_pull = jax.value_and_grad(gan_loss_fn)(output)
+        # Of these two backward passes only the last layer's part is used; XLA drops the rest.
+        norm, gan_norm = (
+            optax.global_norm(backward(p)[0][spec.last_layer]) for p in (pull, gan_pull)
+        )
+        weight = losses.adaptive_weight(norm, gan_norm, config.loss.gan_adaptive_max)
+        weight *= config.loss.gan_weight * (state.step >= config.loss.gan_warmup_steps)
+        pull += weight * gan_pull
+        loss += weight * gan_loss
+        metrics |= {
+            "gan_g_loss": gan_loss,
+            "gan_weight": weight,
+            "reconstruction_grad_norm": norm,
+            "gan_grad_norm": gan_norm,
+        }
+        discriminator_grads, discriminator_metrics = jax.grad(discriminator_loss, has_aux=True)(
+            params, logits, images, jax.lax.stop_gradient(output)
+        )
+        metrics |= discriminator_metrics
+
+    (grads,) = backward(pull)
+    # The arrays of frozen statistics themselves, so that they are seen to be unchanged.
+    stats = {k: new_stats[k] if k in spec.trained else v for k, v in state.stats.items()}
+    return Gradients(grads, discriminator_grads, metrics | {"loss": loss}, stats)
+
+
+def discriminator_loss(
+    params: Weights, logits: Callable[[Weights, Array], Array], real: Array, fake: Array
+) -> tuple[Array, Metrics]:
+    """(hinge loss, metrics) of the discriminator with `params` on two batches [B, H, W, 3]."""
+    # One batch of pairs [B, 2, ...], so that each device keeps the images it has.
+    pairs = jnp.stack([real, fake], axis=1)
+    both = logits(params, pairs.reshape(-1, *real.shape[1:]))  # [2B, h, w]
+    on_real, on_fake = jnp.moveaxis(both.reshape(*pairs.shape[:2], *both.shape[1:]), 1, 0)
+    loss = losses.hinge(on_real, on_fake)
+    return loss, {
+        "gan_d_loss": loss,
+        "logits_real": jnp.mean(on_real),
+        "logits_fake": jnp.mean(on_fake),
+        "gan_accuracy": 0.5 * (jnp.mean(on_real > 0) + jnp.mean(on_fake < 0)),
+    }
+
+
+# --- parts of a step ------------------------------------------------------------------------------
+
+
+def stop_frozen_gradients(spec: TrainSpec, params: Weights) -> Weights:
+    """The parameters; frozen ones as constants, so that XLA drops their backward pass."""
+    return {
+        name: value if name in spec.trained else jax.lax.stop_gradient(value)
+        for name, value in params.items()
+    }
+
+
+def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:
+    """Labels [B], each replaced by `none` with probability `share` (Ho & Salimans 2022)."""
+    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
+    return jnp.where(draws(jnp.arange(labels.shape[0])) < share, none, labels)
+
+
+def apply_updates(params: Weights, updates: Any, trained: Collection[str]) -> Weights:
+    """The parameters after the optimizer's updates; frozen ones are the arrays that they were."""
+    return {
+        name: value + updates[name] if name in trained else value for name, value in params.items()
+    }
+
+
+def update_discriminator(
+    spec: TrainSpec, old: Discriminator | None, grads: Weights
+) -> Discriminator | None:
+    """The discriminator after its own optimizer's step."""
+    if spec.discriminator is None or old is None:
+        return None
+    updates, opt_state = spec.discriminator.optimizer.update(grads, old.opt_state, old.params)
+    return Discriminator(apply_updates(old.params, updates, old.params), opt_state)
+
+
+def moving_average(state: TrainState, new: Weights, config: Any) -> Weights:
+    """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal."""
+    done = (state.step - state.skipped + 1).astype(jnp.float32)
+    decay = config.ema_decay * (1 - jnp.exp(-done / config.ema_warmup))
+    return {name: old + (1 - decay) * (new[name] - old) for name, old in state.ema.items()}
+
+
+def is_finite(metrics: Metrics, grads: Gradients, new: TrainState) -> Array:
+    """Whether losses, gradients and the new weights are all finite, a boolean scalar.
+
+    Finite gradients can still carry weights beyond float32; such a checkpoint is no good.
+    """
+    values = [metrics["loss"], metrics["grad_norm"], optax.global_norm(new.params)]
+    if new.discriminator:
+        values += [metrics["gan_d_loss"], optax.global_norm(grads.discriminator)]
+        values += [optax.global_norm(new.discriminator.params)]
+    return jnp.isfinite(jnp.stack(values)).all()
