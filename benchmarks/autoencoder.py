@@ -57,7 +57,7 @@ def _our_step():
     from dcae_jax import config as config_lib
     from dcae_jax.runtime import host_memory
     from dcae_jax.runtime import mesh as sharding
-    from dcae_jax.setup import preflight
+    from dcae_jax.setup import run as run_lib
     from dcae_jax.training import state
     from dcae_jax.training import step as steps
 
@@ -71,7 +71,7 @@ def _our_step():
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     spec = state.train_spec(config, mesh)
     abstract = state.abstract_state(config, mesh, spec)
-    shapes = preflight.abstract_batch(config, 128, mesh)
+    shapes = run_lib.abstract_batch(config, 128, mesh)
     program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     rng = np.random.default_rng(0)
     batch = {k: rng.integers(0, 256, v.shape).astype(v.dtype) for k, v in shapes.items()}

@@ -18,11 +18,11 @@ def ours(case: str):
     import jax
     from goldens import judges
 
-    from dcae_jax.models import inception
+    from dcae_jax.models import inception, inception_torch
     from dcae_jax.runtime import host_memory
 
     host_memory.keep()  # as main.py does
-    weights = inception.from_torch(judges.inception_state(inception.shapes()))
+    weights = inception_torch.from_torch(judges.inception_state(inception.shapes()))
     weights = jax.device_put(weights)
     kind = inception.PREPROCESSINGS[0]
     levels = jax.device_put(judges.pictures(8, 299))

@@ -26,7 +26,7 @@ def ours(case: str):
     from dcae_jax.models import weights as layers
     from dcae_jax.runtime import host_memory
     from dcae_jax.runtime import mesh as sharding
-    from dcae_jax.setup import preflight
+    from dcae_jax.setup import run as run_lib
     from dcae_jax.training import state
     from dcae_jax.training import step as steps
 
@@ -54,7 +54,7 @@ def ours(case: str):
         x = jax.device_put(x)
         return lambda: jax.block_until_ready(compiled(weights, x)), cost
     abstract = state.abstract_state(config, mesh, spec)
-    shapes = preflight.abstract_batch(config, side, mesh)
+    shapes = run_lib.abstract_batch(config, side, mesh)
     program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     batch = {"latent": x.astype(shapes["latent"].dtype), "label": np.zeros(BATCH, np.int32)}
     batch = jax.device_put(batch)

@@ -20,7 +20,7 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import preflight
+from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step
 
@@ -42,7 +42,7 @@ class Runner:
     def __init__(self, config, mesh):
         spec = state_lib.train_spec(config, mesh)
         size = config.model.latent_size
-        shapes = preflight.abstract_batch(config, size, mesh)
+        shapes = run_lib.abstract_batch(config, size, mesh)
         abstract = state_lib.abstract_state(config, mesh, spec)
         program = jax.jit(step.make_step(config, spec), donate_argnums=0)
         self.step = program.lower(abstract, shapes, {}).compile()

@@ -8,21 +8,23 @@ images = dcae_jax.load_generator(path).sample(labels, guidance=1.5)  # [B, H, W,
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "Autoencoder",
-    "Generator",
-    "SampleSettings",
-    "create_autoencoder",
-    "load_autoencoder",
-    "load_generator",
-    "__version__",
-]
+
+# Name -> module, imported at its first use: `import dcae_jax` costs no more than its name.
+_HOMES = {
+    "Autoencoder": "dcae_jax.api.autoencoder",
+    "Generator": "dcae_jax.api.generator",
+    "SampleSettings": "dcae_jax.api.generator",
+    "create_autoencoder": "dcae_jax.api.autoencoder",
+    "load_autoencoder": "dcae_jax.api.autoencoder",
+    "load_generator": "dcae_jax.api.generator",
+}
+__all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str):
-    # Lazily, so that `import dcae_jax` costs no more than its name.
-    if name in __all__:
-        return getattr(importlib.import_module("dcae_jax.api"), name)
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dcae_jax' has no attribute {name!r}")

@@ -9,19 +9,19 @@ in one line; 75 saved after SIGTERM, and the same command resumes.
 """
 
 import importlib
-import logging
 import os
 import signal
 import sys
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import config as config_lib
 from dcae_jax import errors
+from dcae_jax.config import Config, schema
+from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import UserError
-from dcae_jax.runtime import host_memory, preemption
+from dcae_jax.runtime import host_memory, preemption, process
 
 # Job -> module and function (config, workdir) -> exit status.
 JOBS = {
@@ -34,55 +34,38 @@ JOBS = {
     "plan": ("plan", "run"),
 }
 
-FAILED, MISTAKE = 1, 2
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that config.job names; returns the exit status."""
-    set_up_logging()
+    process.set_up_logging()
     host_memory.keep()  # before JAX starts threads, each of which would have memory of its own
     argv = sys.argv if argv is None else argv
     if {"--help", "-h"} & set(argv):
-        sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {config_lib.__file__}\n")
+        sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {schema.__file__}\n")
         return 0
     try:
         from dcae_jax.runtime import distributed as hosts
 
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
-        use_compile_cache()
+        process.use_compile_cache()
         hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
-        hosts.assert_same_config(config_lib.flatten(config) | {"workdir": workdir})
+        hosts.assert_same_config(config_lib.flatten(config.to_dict()) | {"workdir": workdir})
         module, function = JOBS[config.job]
-        return getattr(importlib.import_module(f"dcae_jax.{module}"), function)(config, workdir)
+        job = getattr(importlib.import_module(f"dcae_jax.jobs.{module}"), function)
+        return job(validated(config), workdir)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return MISTAKE
+        return process.MISTAKE
     except Exception as error:
         line = errors.explain(error)
         if line is None:
             raise
         sys.stderr.write(f"error: {line}\n")
-        return FAILED
+        return process.FAILED
 
 
-def set_up_logging() -> None:
-    """Plain lines on stderr. Whatever a library installed at its import is replaced."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    # Orbax and Grain log through absl, each step of their own work and a page for each thread
-    # that fails; what fails still raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_echo
-
-
-def _without_echo(failure: "sys.UnraisableHookArgs") -> None:
-    """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
-    value = failure.exc_value
-    if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
-        sys.__unraisablehook__(failure)
-
-
-def parse(argv: list[str]) -> tuple[Any, str]:
+def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     """(config, workdir) of a command line. Raises UserError for whatever is wrong with it."""
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file(
@@ -97,7 +80,7 @@ def parse(argv: list[str]) -> tuple[Any, str]:
         job = config.job
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except config_lib.MISTAKES as error:
         raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
@@ -108,16 +91,11 @@ def parse(argv: list[str]) -> tuple[Any, str]:
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
 
 
-def use_compile_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another one."""
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            # By default what compiles in less than a second is not kept, and a start has many.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+def validated(config: ConfigDict) -> Config | dict[str, Config]:
+    """What a job takes: its configuration, or those of a chain's phases by name."""
+    if config.job == "phases":
+        return {phase: config_lib.validate(config[phase]) for phase in PHASES}
+    return config_lib.validate(config)
 
 
 if __name__ == "__main__":

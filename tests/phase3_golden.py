@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
-from dcae_jax.models import dcae_torch, lpips
+from dcae_jax.models import dcae_torch, lpips_torch
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.runtime import sharding
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -67,7 +66,9 @@ def run(seed: int, mesh: Mesh) -> dict[str, dict[str, np.ndarray]]:
     assert {k: v.shape for k, v in other.items()} == {
         k: v.shape for k, v in start.discriminator.params.items()
     }
-    params = {name: sharding.put(v, mesh_lib.replicated(mesh)) for name, v in other.items()}
+    params = {
+        name: mesh_lib.host_to_global(v, mesh_lib.replicated(mesh)) for name, v in other.items()
+    }
     start.discriminator.params.update(params)
     batch = {
         "image": make_gan.images(seed),
@@ -142,7 +143,7 @@ def _convs(depth: int) -> list[str]:
 
 
 def lpips_weights() -> Weights:
-    weights = lpips.from_torch(judges.lpips_state("vgg", scale=1.0))[1]
+    weights = lpips_torch.from_torch(judges.lpips_state("vgg", scale=1.0))[1]
     for i, linear in enumerate(make_gan.lpips_linear()):
         assert weights[f"lin{i}"].shape == linear.shape
         weights[f"lin{i}"] = linear

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -70,11 +70,11 @@ def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, a
     """Catches evaluation of other weights than training evaluated, and padding left in."""
     workdir = str(tmp_path / "run")
     small.evaluate.crops, small.evaluate.count = 4, 7
-    train.run(small, workdir)
+    run_job(train, small, workdir)
     config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
     config.init_from = workdir
     config.evaluate.update(small.evaluate)
-    evaluate.run(config, str(tmp_path / "judged"))
+    run_job(evaluate, config, str(tmp_path / "judged"))
     judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
     trained = files.read_rows(workdir)[-1]
     assert judged["images"] == 7
@@ -84,7 +84,7 @@ def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, a
     photo = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     config.data.source, config.data.path = "folder", str(tmp_path / "photo.png")
-    evaluate.run(config, str(tmp_path / "one"))
+    run_job(evaluate, config, str(tmp_path / "one"))
     images = tmp_path / "one" / "images"
     for name in ("input", "reconstruction", "difference"):
         assert Image.open(images / f"{name}.png").size == (50, 37)

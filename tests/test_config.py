@@ -133,7 +133,7 @@ def test_impossible_values_are_named(key, value, words):
     config = config_lib.default()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        config_lib.check(config)
+        config_lib.validate(config)
     assert "\n" not in str(error.value)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS, small_models
+from support import CONFIGS, run_job, small_models
 from support.small_judges import two_processes
 
 import dcae_jax
@@ -25,7 +25,7 @@ from dcae_jax.data import latent_shards, latents, sources, transforms
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import encode
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.runtime import preemption
+from dcae_jax.runtime import preemption, process
 
 COUNT, SIZE = 23, 32  # pictures of the fixture, and pixels that they are cut to
 
@@ -83,7 +83,7 @@ def whole(pictures, model, tmp_path_factory):
         patch.setattr(
             mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
         )
-        assert encode.run(_config(pictures, model), workdir) == encode.DONE
+        assert run_job(encode, _config(pictures, model), workdir) == encode.DONE
     return workdir
 
 
@@ -152,7 +152,7 @@ def test_each_image_is_there_once_whatever_the_sizes(
         mesh_lib, "make_mesh", lambda sizes, _=None: make_mesh(sizes, jax.devices()[:devices])
     )
     config.encode.shard_size, config.encode.batch_size = shard_size, batch_size
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     ours, theirs = _records(str(tmp_path)), _records(whole)
     assert sorted(ours) == list(range(COUNT))
     for number, (values, label) in ours.items():
@@ -165,7 +165,7 @@ def test_the_published_scaling_factor_is_kept(config, exported, tmp_path, caplog
     """Catches a factor of our own where one was published, or the inverse of it."""
     config.init_from = exported(scaling_factor=0.5)
     config.encode.flip, config.encode.dtype, config.encode.count = False, "float16", 4
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     source = latents.latents(str(tmp_path))
     assert source.manifest["scaling_factor_multiplies_latent"] == 0.5
     assert source.manifest["scaling_from"] == "published"
@@ -178,7 +178,7 @@ def test_the_published_scaling_factor_is_kept(config, exported, tmp_path, caplog
 def test_fixed_crops_are_those_of_evaluation(config, tmp_path, alone):
     """Catches crops that move with the shard or the batch they fall into."""
     config.data.source, config.encode.crops, config.encode.count = "photos", 3, 20
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     records = _records(str(tmp_path))
     assert {number: label for number, (_, label) in records.items()} == {
         n: n % len(sources.PHOTOS) for n in range(20)
@@ -214,7 +214,7 @@ def _command(workdir, config):
 def test_a_killed_job_ends_with_the_same_bytes(config, tmp_path, alone):
     """Catches half a shard taken for a whole one, and statistics that forget the first half."""
     config.encode.crops = 20  # enough that the signal finds the job at work
-    assert encode.run(config, str(tmp_path / "whole")) == encode.DONE
+    assert run_job(encode, config, str(tmp_path / "whole")) == encode.DONE
     killed = tmp_path / "killed"
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     root = str(pathlib.Path(__file__).parent.parent)
@@ -255,12 +255,12 @@ def test_every_moment_of_a_crash_is_safe(whole, config, tmp_path, monkeypatch, a
 
     monkeypatch.setattr(files, "write_json", crash)
     with pytest.raises(_Killed):
-        encode.run(config, str(tmp_path))
+        run_job(encode, config, str(tmp_path))
     (tmp_path / f"{latents.MANIFEST}.99.tmp").write_text("{")
     monkeypatch.setattr(files, "write_json", write_json)
     with pytest.raises(UserError):
         latents.latents(str(tmp_path))
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     _assert_same_files(whole, tmp_path)
 
 
@@ -276,10 +276,10 @@ def test_sigterm_stops_after_a_whole_shard_with_status_75(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(files, "write_json", terminate)
-    assert encode.run(config, str(tmp_path)) == preemption.STATUS
+    assert run_job(encode, config, str(tmp_path)) == preemption.STATUS
     left = sorted(name for name in os.listdir(tmp_path) if not name.endswith(".json"))
     assert left == [latents.shard_name(s, 5) for s in range(2)]
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     _assert_same_files(whole, tmp_path)
 
 
@@ -296,10 +296,10 @@ def test_a_finished_job_is_left_alone_and_mended_where_a_shard_is_damaged(
         "write_shard",
         lambda w, shard, *rest: done.append(shard) or write_shard(w, shard, *rest),
     )
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     assert not done
     os.truncate(tmp_path / latents.shard_name(3, 5), 1000)
-    assert encode.run(config, str(tmp_path)) == encode.DONE
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE
     assert [shard.first for shard in done] == [15]
     _assert_same_files(whole, tmp_path)
 
@@ -320,7 +320,7 @@ config = config_lib.load_file(f"{CONFIGS}/encode.py")
 config.init_from, config.resolution = given["init_from"], given["resolution"]
 config.data.source, config.data.path = given["data"]["source"], given["data"]["path"]
 config.encode.update(given["encode"])
-print(json.dumps(encode.run(config, given["workdir"])))
+print(json.dumps(run_job(encode, config, given["workdir"])))
 """
 
 
@@ -331,11 +331,11 @@ def test_another_configuration_is_refused_with_what_differs(whole, config, expor
     """Catches shards of two resolutions, data sets or models in one data set."""
     config.encode.flip, config.resolution = False, 48
     with pytest.raises(UserError, match="encode.flip was True, is False; resolution was 32, is 48"):
-        encode.run(config, whole)
+        run_job(encode, config, whole)
     config.encode.flip, config.resolution = True, SIZE
     config.init_from = exported(lambda weights: weights.update(_plus(weights)))
     with pytest.raises(UserError, match="other latents: weights was "):
-        encode.run(config, whole)
+        run_job(encode, config, whole)
 
 
 def _plus(weights):
@@ -369,7 +369,7 @@ def test_a_broken_image_is_left_out_named_and_counted(config, pictures, tmp_path
         (root / f"{i:02d}.png").write_bytes(pathlib.Path(pictures, file).read_bytes())
     (root / "07.png").write_bytes(b"\x89PNG not really")
     config.data.path = str(root)
-    assert encode.run(config, str(tmp_path / "z")) == encode.DONE
+    assert run_job(encode, config, str(tmp_path / "z")) == encode.DONE
     assert sorted(_records(str(tmp_path / "z"))) == [n for n in range(COUNT) if n != 7]
     manifest = latents.latents(str(tmp_path / "z")).manifest
     assert manifest["count"] == COUNT - 1
@@ -377,7 +377,7 @@ def test_a_broken_image_is_left_out_named_and_counted(config, pictures, tmp_path
     assert sum("unreadable, left out" in r.getMessage() for r in caplog.records) == 1
     config.encode.crops = 10
     with pytest.raises(UserError, match="of 2.. records read are unreadable .*07.png"):
-        encode.run(config, str(tmp_path / "many"))
+        run_job(encode, config, str(tmp_path / "many"))
     assert not any(name.endswith(".tmp") for name in os.listdir(tmp_path / "many"))
 
 
@@ -391,9 +391,9 @@ def test_an_overflow_of_float16_names_bfloat16(config, exported, tmp_path, alone
 
     config.init_from, config.encode.dtype = exported(louder), "float16"
     with pytest.raises(UserError, match="65504.*encode.dtype=bfloat16"):
-        encode.run(config, str(tmp_path))
+        run_job(encode, config, str(tmp_path))
     config.encode.dtype, config.encode.count = "bfloat16", 4
-    assert encode.run(config, str(tmp_path)) == encode.DONE  # no shard was there yet
+    assert run_job(encode, config, str(tmp_path)) == encode.DONE  # no shard was there yet
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_a_mistake_is_one_line_and_status_2(config, tmp_path, capsys, arguments,
     config.encode.batch_size = 8
     status = main.main(["main", *_command(tmp_path / "z", config)[3:], *arguments])
     said = capsys.readouterr().err
-    assert status == main.MISTAKE
+    assert status == process.MISTAKE
     line = said.splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), said
     assert "Traceback" not in said and not (tmp_path / "z").exists()
@@ -422,4 +422,4 @@ def test_a_folder_with_records_of_something_else_is_refused(config, tmp_path, al
     """Catches shards of an unknown model that pass for this job's."""
     (tmp_path / latents.shard_name(0, 5)).write_bytes(b"")
     with pytest.raises(UserError, match="holds latents or records"):
-        encode.run(config, str(tmp_path))
+        run_job(encode, config, str(tmp_path))

@@ -10,17 +10,18 @@ import pytest
 from goldens import judges as goldens
 from PIL import Image
 from safetensors.numpy import save_file
-from support import CONFIGS, small_judges
+from support import CONFIGS, run_job, small_judges
 from support.moments import union
 from support.reconstruction import judge, model_weights
 
-import dcae_jax
 from dcae_jax import files, main
+from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.data import sources
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, reconstruction
 from dcae_jax.jobs import evaluate, train
 from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
+from dcae_jax.runtime import process
 
 SCORES = ("psnr", "ssim", "lpips")
 
@@ -47,9 +48,11 @@ def trained(judge_config, alone, monkeypatch):
     """Makes the job find a model of random weights wherever init_from points."""
 
     def load(path, dtype, mesh, weights):
-        return dcae_jax.api.build_autoencoder(judge_config, dict(model_weights(judge_config)), mesh)
+        return autoencoder_lib.build_autoencoder(
+            judge_config, dict(model_weights(judge_config)), mesh
+        )
 
-    monkeypatch.setattr(dcae_jax.api, "load_autoencoder", load)
+    monkeypatch.setattr(autoencoder_lib, "load_autoencoder", load)
     judge_config.init_from = "runs/phase1/checkpoints/40"
     return judge_config
 
@@ -78,7 +81,7 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     judge_config.evaluate.inception_weights = small_inception
     config = evaluate.resolve(judge_config)
     judges = reconstruction.load_judges(config, one_device)
-    model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), one_device)
+    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
     source = sources.evaluation_source(config.data)
     parts = [
         reconstruction.measure(config, model.graph, model.weights, one_device, part, judges, 32)
@@ -177,7 +180,7 @@ def test_the_job_leaves_its_files_and_says_what_is_locked(trained, tmp_path, cap
     for step in (7, 40, 90):
         files.append_row(str(workdir), step, {"loss": 1.0})
     for _ in range(2):
-        assert evaluate.run(trained, str(workdir)) == 0
+        assert run_job(evaluate, trained, str(workdir)) == 0
     lines = [r.getMessage() for r in caplog.records if "torch_io" in r.getMessage()]
     assert len(lines) == 2 and "\n" not in lines[0]
     for word in (
@@ -202,7 +205,7 @@ def test_few_images_are_marked_biased(trained, small_inception, tmp_path, caplog
     """Fails if an FID of ten images looks like one of fifty thousand in the table or the files."""
     caplog.set_level("INFO")
     trained.evaluate.inception_weights = small_inception
-    assert evaluate.run(trained, str(tmp_path / "judged")) == 0
+    assert run_job(evaluate, trained, str(tmp_path / "judged")) == 0
     assert "at least 2048" in caplog.text
     table = next(r.getMessage() for r in caplog.records if "RFID" in r.getMessage())
     assert table.splitlines()[2].split()[0] == "32" and table.splitlines()[2].endswith("biased")
@@ -215,7 +218,7 @@ def test_rows_of_a_training_run_are_marked_too(small, alone, small_inception, tm
     """Fails if the rFID of six images in the middle of training passes for a real one."""
     small.evaluate.inception_weights = small_inception
     small.evaluate_first, small.steps = True, 1
-    assert train.run(small, str(tmp_path / "run")) == 0
+    assert run_job(train, small, str(tmp_path / "run")) == 0
     rows = files.read_rows(str(tmp_path / "run"))
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["biased_32"] is True and row["rfid_32"] > 0 for row in rows)
@@ -227,7 +230,7 @@ def test_one_picture_gets_lpips_too(trained, alexnet, tmp_path):
     path = tmp_path / "picture.png"
     Image.fromarray(goldens.pictures(1, 32)[0]).save(path)
     trained.data.path = str(path)
-    evaluate.run(trained, str(tmp_path / "one"))
+    run_job(evaluate, trained, str(tmp_path / "one"))
     judged = json.loads((tmp_path / "one" / "evaluate.json").read_text())["results"]
     assert judged[str(path)].keys() == {*SCORES}
 
@@ -257,7 +260,7 @@ def test_a_contradiction_or_a_missing_file_is_one_line(tmp_path, capsys, values,
     config = os.path.join(CONFIGS, "evaluate.py")
     status = main.main(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags])
     said = capsys.readouterr().err
-    assert status == main.MISTAKE and said.count("\n") == 1, said
+    assert status == process.MISTAKE and said.count("\n") == 1, said
     assert all(word in said for word in words), said
     assert not (tmp_path / "run").exists()
 

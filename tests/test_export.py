@@ -24,11 +24,11 @@ from support.published_weights import (
 
 import dcae_jax
 from dcae_jax import config as config_lib
-from dcae_jax import main
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.pretrained import export_formats, hub, published
+from dcae_jax.runtime import process
 
 ARCH = dataclasses.replace(
     dcae.VARIANTS["tiny"], widths=(8, 8, 16, 32, 32), latent_channels=8, scaling_factor=0.5
@@ -161,12 +161,12 @@ def test_what_a_format_cannot_express_is_refused_with_the_reason(run_export, tmp
     checkpoint_weights.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
     for form in ("diffusers", "authors"):
         status, said, out = run_export(tmp_path / "ours", form)
-        assert status == main.MISTAKE and "cannot express residual=False" in said
+        assert status == process.MISTAKE and "cannot express residual=False" in said
         assert said.splitlines()[-1].startswith("error: ") and not os.path.exists(out)
     shapes = sdvae_torch.to_torch(random_weights(sdvae.Variant()), sdvae.Variant(), "diffusers")
     hollow_file(tmp_path / "kl.safetensors", {k: v.shape for k, v in shapes.items()})
     status, said, _ = run_export(tmp_path / "kl.safetensors", "authors")
-    assert status == main.MISTAKE and "diffusers only" in said
+    assert status == process.MISTAKE and "diffusers only" in said
     assert os.listdir(tmp_path) and not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
 
 
@@ -176,12 +176,12 @@ def test_mistakes_are_told_before_any_work(run_export, source, tmp_path):
     (tmp_path / "out").mkdir()
     assert run_export(path, "orbax")[0] == 0  # an empty folder is taken
     status, said, out = run_export(path, "diffusers")
-    assert status == main.MISTAKE and "not empty" in said
+    assert status == process.MISTAKE and "not empty" in said
     assert sorted(os.listdir(out)) == ["model.json", "params"]
     status, said, _ = run_export(path, "onnx", out="b")
-    assert status == main.MISTAKE and "export.format='onnx'" in said
+    assert status == process.MISTAKE and "export.format='onnx'" in said
     status, said, _ = run_export("", "orbax", out="b")
-    assert status == main.MISTAKE and "init_from is empty" in said
+    assert status == process.MISTAKE and "init_from is empty" in said
 
 
 def test_a_difference_after_reading_back_fails_and_leaves_nothing(

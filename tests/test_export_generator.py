@@ -10,18 +10,18 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import small_models
+from support import run_job, small_models
 from support.published_weights import PUBLISHED, random_weights, same
 
 import dcae_jax
 from dcae_jax import config as config_lib
-from dcae_jax import main
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 from dcae_jax.models import dcae
 from dcae_jax.pretrained import published
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import process
 from dcae_jax.training import state as state_lib
 
 NAME = "dc-ae-f32c32-in-1.0"
@@ -113,7 +113,7 @@ def test_an_export_samples_the_pictures_of_its_workdir(
     config = small_models.diffusion_config(latents)
     config.steps, config.sample.steps = 1, 1
     workdir = str(tmp_path / "run")
-    assert train.run(config, workdir) == train.DONE
+    assert run_job(train, config, workdir) == train.DONE
     labels = [0, 1, 2]
     want = dcae_jax.load_generator(workdir).sample(labels, guidance=2.0, steps=2, seed=3)
     status, said, out = run_export(os.path.join(workdir, "checkpoints", "1"), "orbax")
@@ -135,7 +135,7 @@ def test_an_export_samples_the_pictures_of_its_workdir(
     with pytest.raises(UserError, match="did not make these latents"):
         dcae_jax.load_generator(moved, autoencoder=other)
     status, said, _ = run_export(moved, "authors", out="b")
-    assert status == main.MISTAKE and "2 heads of 16 channels are no variant's" in said
+    assert status == process.MISTAKE and "2 heads of 16 channels are no variant's" in said
 
 
 def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
@@ -175,7 +175,7 @@ def test_formats_without_diffusion_models_say_why(run_export, unnamed, tmp_path,
     ours = str(tmp_path / "ours")
     export_generator(ours, "dit", "learned_sigma", unnamed)
     status, said, out = run_export(ours, form)
-    assert status == main.MISTAKE and words in said and not os.path.exists(out)
+    assert status == process.MISTAKE and words in said and not os.path.exists(out)
     assert said.splitlines()[-1].startswith("error: ")
 
 
@@ -184,5 +184,5 @@ def test_objectives_that_the_names_cannot_tell_are_refused(run_export, unnamed, 
     ours = str(tmp_path / "ours")
     export_generator(ours, "dit", "epsilon", unnamed)
     status, said, out = run_export(ours, "authors")
-    assert status == main.MISTAKE and "cannot express objective='epsilon'" in said
+    assert status == process.MISTAKE and "cannot express objective='epsilon'" in said
     assert not os.path.exists(out)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS, small_judges, small_models
+from support import CONFIGS, on_latents, run_job, small_judges, small_models
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -22,7 +22,7 @@ from dcae_jax.errors import UserError
 from dcae_jax.evaluation import samples
 from dcae_jax.jobs import sample, train
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import preflight
+from dcae_jax.setup import resolve
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -58,7 +58,7 @@ def config(latents):
 def trained(one, latents, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = str(tmp_path_factory.mktemp("trained"))
-    assert train.run(small_models.diffusion_config(latents), workdir) == train.DONE
+    assert run_job(train, small_models.diffusion_config(latents), workdir) == train.DONE
     return workdir
 
 
@@ -88,11 +88,11 @@ def test_a_restarted_run_ends_bit_equal(file, one, latents, tmp_path):
     config = small_models.diffusion_config(latents, file)
     workdir, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
     config.steps, config.optimizer.schedule, config.sample.steps = 4, "constant", 2
-    train.run(config, workdir)
+    run_job(train, config, workdir)
     config.steps = 2
-    train.run(config, halves)
+    run_job(train, config, halves)
     config.steps = 4
-    train.run(config, halves)
+    run_job(train, config, halves)
     for which in ("raw", "ema"):
         before, after = _arrays(workdir, which), _arrays(halves, which)
         assert before.keys() == after.keys()
@@ -119,8 +119,7 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
         return jnp.sum(model(x0, jnp.zeros(x0.shape[0]), cond)), {}
 
     monkeypatch.setattr(objectives, "loss", loss)
-    source = preflight.on_latents(config)[1]
-    config = preflight.on_latents(config)[0]
+    config, source = on_latents(config)
     spec = state_lib.train_spec(config, one_device)
     values = np.stack([source[i][0][0] for i in range(len(source))])
     batch = {"latent": jnp.asarray(values), "label": jnp.zeros(len(values), jnp.int32)}
@@ -138,7 +137,7 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
 
 def test_microbatches_see_their_own_latents_and_labels(config, one_device):
     """Catches accumulation that is refused for latents, or splits labels another way."""
-    config, source, _ = preflight.on_latents(config)
+    config, source = on_latents(config)
     batch = {
         "latent": jnp.asarray(np.stack([source[i][0][0] for i in range(8)])),
         "label": jnp.arange(8, dtype=jnp.int32) % 3,
@@ -177,23 +176,25 @@ def test_latents_that_do_not_fit_are_refused(config, latents, one, tmp_path, aut
         with pytest.raises(
             UserError, match=f"model.{key}={value} does not fit data.path=.*latents"
         ):
-            train.run(other, str(tmp_path / "run"))
+            run_job(train, other, str(tmp_path / "run"))
 
     def change(weights):
         weights["encoder.project_out.bias"] = weights["encoder.project_out.bias"] + 1
 
     config.autoencoder = small_models.export_autoencoder(str(tmp_path), change)
     with pytest.raises(UserError, match="did not make these latents .* the encoder differs"):
-        train.run(config, str(tmp_path / "run"))
+        run_job(train, config, str(tmp_path / "run"))
     config.autoencoder, config.data.source = "", "photos"
     with pytest.raises(UserError, match="data.source='photos'.*run configs/encode.py"):
-        train.run(config, str(tmp_path / "run"))
+        run_job(train, config, str(tmp_path / "run"))
     config.data.source, config.patch_size = "latents", 4
     with pytest.raises(UserError, match="patch_size=4 does not divide model.latent_size=2"):
-        train.run(config, str(tmp_path / "run"))
+        run_job(train, config, str(tmp_path / "run"))
     config.patch_size, config.mesh.spatial = 1, 2
     with pytest.raises(UserError, match="mesh.spatial=2"):
-        preflight.check(config, mesh_lib.make_mesh(config_lib.default().mesh))
+        resolve.check_training(
+            config_lib.validate(config), mesh_lib.make_mesh(config_lib.default().mesh)
+        )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -207,7 +208,7 @@ def test_a_decoder_trained_further_is_still_the_latents_own(config, one, tmp_pat
 
     config.autoencoder = small_models.export_autoencoder(str(tmp_path / "ae"), change)
     config.steps = 1
-    assert train.run(config, str(tmp_path / "run")) == train.DONE
+    assert run_job(train, config, str(tmp_path / "run")) == train.DONE
 
 
 def test_models_of_the_other_kind_are_refused(trained, autoencoder, config, one, tmp_path):
@@ -219,12 +220,12 @@ def test_models_of_the_other_kind_are_refused(trained, autoencoder, config, one,
     config.init_from = trained
     config.model.width = 32
     with pytest.raises(UserError, match="misshapen"):
-        train.run(config, str(tmp_path / "run"))
+        run_job(train, config, str(tmp_path / "run"))
 
 
 def test_a_pattern_that_names_one_block_says_so(config, one_device):
     """Catches a block that a user freezes by its number and that trains on."""
-    config = preflight.on_latents(config)[0]
+    config = on_latents(config)[0]
     config.trainable = (r"in_blocks\.0\..*",)
     with pytest.raises(UserError, match="names one of several blocks.*in_blocks"):
         state_lib.train_spec(config, one_device)
@@ -233,7 +234,7 @@ def test_a_pattern_that_names_one_block_says_so(config, one_device):
 def test_fine_tuning_starts_from_the_averages_and_freezes_the_rest(trained, config, one, tmp_path):
     """Catches init_from that is dropped, and a head-only run that moves the backbone."""
     config.init_from, config.trainable, config.steps = trained, (r"decoder_pred\..*",), 2
-    assert train.run(config, str(tmp_path / "run")) == train.DONE
+    assert run_job(train, config, str(tmp_path / "run")) == train.DONE
     before, after = _arrays(trained, "ema"), _arrays(str(tmp_path / "run"), "raw")
     moved = {name for name in before if np.any(before[name] != after[name])}
     assert moved == {"decoder_pred.kernel", "decoder_pred.bias"}
@@ -316,7 +317,7 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
 ):
     """Catches samples made twice or lost after a stop, and an .npz that no suite can read."""
     whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
-    assert sample.run(_sample_config(trained), whole) == 0
+    assert run_job(sample, _sample_config(trained), whole) == 0
     with np.load(os.path.join(whole, "samples.npz")) as found:
         images, labels = found["arr_0"], found["arr_1"]
     assert images.dtype == np.uint8 and images.shape == (7, 32, 32, 3)
@@ -334,32 +335,32 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(sample, "pictures", fails_once)
     with pytest.raises(KeyboardInterrupt):
-        sample.run(_sample_config(trained), stopped)
-    assert sample.run(_sample_config(trained), stopped) == 0
+        run_job(sample, _sample_config(trained), stopped)
+    assert run_job(sample, _sample_config(trained), stopped) == 0
     assert calls == [0, 3, 3, 6]
     left, right = (open(os.path.join(f, "samples.npz"), "rb").read() for f in (whole, stopped))
     with np.load(os.path.join(stopped, "samples.npz")) as found:
         np.testing.assert_array_equal(found["arr_0"], images)
     assert left == right and not os.path.exists(os.path.join(stopped, "parts"))
     with pytest.raises(UserError, match="holds other samples: sample differ"):
-        sample.run(_sample_config(trained, guidance=3.0), stopped)
+        run_job(sample, _sample_config(trained, guidance=3.0), stopped)
     with pytest.raises(UserError, match="holds other samples: seed differ"):
         other = _sample_config(trained)
         other.seed = 5
-        sample.run(other, stopped)
+        run_job(sample, other, stopped)
 
 
 def test_two_processes_sample_what_one_samples(trained, one, tmp_path):
     """Catches samples that each process makes for itself, or parts that one of them lacks."""
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
     changes = {"count": 6, "batch_size": 4}
-    assert sample.run(_sample_config(trained, **changes), alone) == 0
+    assert run_job(sample, _sample_config(trained, **changes), alone) == 0
     script = """
 from dcae_jax import sample
 config = config_lib.load_file(f"{CONFIGS}/sample.py")
 config.init_from = settings["trained"]
 config.sample.update(settings["sample"])
-print(json.dumps(sample.run(config, settings["workdir"])))
+print(json.dumps(run_job(sample, config, settings["workdir"])))
 """
     given = {"sample": {"steps": 2, "format": "npz", **changes}, "trained": trained}
     assert small_judges.two_processes(script, given | {"workdir": together}) == [0, 0]
@@ -371,7 +372,9 @@ print(json.dumps(sample.run(config, settings["workdir"])))
 def test_files_and_grids(trained, one, tmp_path):
     """Catches pictures under wrong numbers, and labels that are lost."""
     folder = str(tmp_path / "files")
-    assert sample.run(_sample_config(trained, format="png", labels=(2, 0), count=3), folder) == 0
+    assert (
+        run_job(sample, _sample_config(trained, format="png", labels=(2, 0), count=3), folder) == 0
+    )
     assert sorted(os.listdir(os.path.join(folder, "images"))) == [f"{i:06d}.png" for i in range(3)]
     with open(os.path.join(folder, "labels.json")) as file:
         assert json.load(file) == {"000000.png": 2, "000001.png": 0, "000002.png": 2}
@@ -379,7 +382,7 @@ def test_files_and_grids(trained, one, tmp_path):
     with Image.open(os.path.join(folder, "images", "000001.png")) as picture:
         np.testing.assert_array_equal(np.asarray(picture), want[1])
     folder = str(tmp_path / "grid")
-    assert sample.run(_sample_config(trained, format="grid", count=5), folder) == 0
+    assert run_job(sample, _sample_config(trained, format="grid", count=5), folder) == 0
     with Image.open(os.path.join(folder, "samples.png")) as picture:
         assert picture.size == (3 * 130 - 2, 2 * 130 - 2)
 

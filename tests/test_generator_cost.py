@@ -9,7 +9,7 @@ from transformer_costs import uvit_macs
 
 from dcae_jax import config as config_lib
 from dcae_jax.diffusion import latent_spec
-from dcae_jax.setup import preflight
+from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step
 
@@ -25,7 +25,7 @@ def planned(autoencoder, patch_size):
 def step_flops(config, mesh):
     spec = state_lib.train_spec(config, mesh)
     abstract = state_lib.abstract_state(config, mesh, spec)
-    batch = preflight.abstract_batch(config, config.model.latent_size, mesh)
+    batch = run_lib.abstract_batch(config, config.model.latent_size, mesh)
     return jax.jit(step.make_step(config, spec)).lower(abstract, batch, {}).cost_analysis()["flops"]
 
 

@@ -75,7 +75,7 @@ def test_library_calls_leave_their_users_memory_alone(tmp_path):
     """Catches a library that turns off the release of memory in a notebook, a server or a loader:
     400 MB of arrays that are none of its own would stay resident for ever."""
     ae = dcae_jax.create_autoencoder("tiny")
-    meta = {"kind": "autoencoder", "model": dict(ae.model)}
+    meta = {"kind": "autoencoder", "model": config_lib.to_json(ae.model_config)}
     checkpoint_weights.save_export(str(tmp_path), jax.tree.map(np.asarray, ae.weights), meta)
     fallen = {}
     for who in ("user", "job"):

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from support import CONFIGS, NARROW, flags, small_judges
+from support import CONFIGS, NARROW, flags, run_job, small_judges
 
 from dcae_jax import files
 from dcae_jax.checkpoints import manager as checkpoints
@@ -316,7 +316,7 @@ from dcae_jax import config as config_lib, train
 config = config_lib.load_file(CONFIGS + "/phase1.py", "tiny")
 config.update(settings["config"])
 config.mesh.update(settings["mesh"])
-print(json.dumps(train.run(config, settings["workdir"])))
+print(json.dumps(run_job(train, config, settings["workdir"])))
 """
 
 
@@ -355,7 +355,7 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
         small.resolution, small.evaluate.resolutions = 128, (128,)
     size = small.resolution
     whole, parts = str(tmp_path / "whole"), tmp_path / "parts"
-    assert train.run(small, whole) == train.DONE
+    assert run_job(train, small, whole) == train.DONE
     wanted = files.read_rows(whole)
     small.steps = 2
     _train(small, parts, mesh)
@@ -364,7 +364,7 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
     assert f"psnr_{size}" in two[1]
     assert (parts / "images" / f"step0000002_{size}.png").exists()
     small.steps = 4
-    assert train.run(small, str(parts)) == train.DONE
+    assert run_job(train, small, str(parts)) == train.DONE
     _assert_same_rows(files.read_rows(str(parts)), wanted)
 
 

@@ -133,7 +133,7 @@ def test_features_feed_the_metrics():
 
 def convert(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "dcae_jax.torch_io", *map(str, arguments)],
+        [sys.executable, "-m", "dcae_jax.pretrained.torch_io", *map(str, arguments)],
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from goldens import judges as goldens
 from PIL import Image
-from support import small_judges
+from support import run_job, small_judges
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
@@ -69,7 +69,7 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
     )
     for samples, reference, others in cases:
         settings.samples, settings.reference = (str(tmp_path / x) for x in (samples, reference))
-        assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
+        assert run_job(evaluate, sample_config, str(tmp_path / "out")) == 0
         scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
         assert scores["images"] == 11 and scores["biased"] is True
         assert ("kid" in scores) == bool(others)
@@ -88,7 +88,7 @@ def test_reference_statistics_are_kept_until_something_changes(sample_config, tm
 
     def judged():
         caplog.clear()
-        evaluate.run(sample_config, str(tmp_path / "out"))
+        run_job(evaluate, sample_config, str(tmp_path / "out"))
         text = (tmp_path / "out" / "evaluate.json").read_text()
         scores.append(json.loads(text)["results"]["32"])
         return "statistics read from" in caplog.text
@@ -107,7 +107,7 @@ def test_samples_alone_have_an_inception_score(sample_config, tmp_path):
     """Fails if the job asks for a reference that the score does not need."""
     np.savez(tmp_path / "fake.npz", goldens.pictures(9, 32, seed=9))
     sample_config.evaluate.samples = str(tmp_path / "fake.npz")
-    assert evaluate.run(sample_config, str(tmp_path / "out")) == 0
+    assert run_job(evaluate, sample_config, str(tmp_path / "out")) == 0
     scores = json.loads((tmp_path / "out" / "evaluate.json").read_text())["results"]["32"]
     assert scores.keys() == {"is", "is_std", "images"} and scores["is"] >= 1
 
@@ -139,7 +139,7 @@ def test_samples_that_cannot_be_judged_are_named(sample_config, tmp_path):
         sample_config.evaluate.update(samples=str(tmp_path / samples), reference=reference)
         sample_config.evaluate.resolutions = (32,)
         with pytest.raises(UserError, match=word) as error:
-            evaluate.run(sample_config, str(tmp_path / "out"))
+            run_job(evaluate, sample_config, str(tmp_path / "out"))
         assert "\n" not in str(error.value)
 
 
@@ -166,7 +166,7 @@ def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
     np.savez(tmp_path / "fake.npz", goldens.pictures(11, 32, seed=9))
     sample_config.evaluate.samples = str(tmp_path / "fake.npz")
     sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
-    evaluate.run(sample_config, str(tmp_path / "one"))
+    run_job(evaluate, sample_config, str(tmp_path / "one"))
     settings = config_lib.to_json(sample_config.evaluate)
     small_judges.two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
     one, two = (
@@ -181,6 +181,6 @@ inception.features, inception_torch.load = small_judges.small_features, small_ju
 config = config_lib.load_file(CONFIGS + "/evaluate.py")
 for key in ("batch_size", "samples", "reference", "inception_weights"):
     config.evaluate[key] = settings[key]
-status = [evaluate.run(config, settings["workdir"]) for _ in range(2)]
+status = [run_job(evaluate, config, settings["workdir"]) for _ in range(2)]
 sys.stdout.write(json.dumps(status) + chr(10))
 """

@@ -202,6 +202,6 @@ def test_an_autoencoder_is_not_trained_on_latents(tmp_path):
     """Catches an autoencoder's run that fails at its first batch, long after it was started."""
     config = _config(str(tmp_path))
     with pytest.raises(UserError, match="data.source='latents' is for diffusion"):
-        config_lib.check(config)
+        config_lib.validate(config)
     config.objective = "epsilon"
-    config_lib.check(config)
+    config_lib.validate(config)

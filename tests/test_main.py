@@ -7,6 +7,7 @@ import pytest
 from support import CONFIGS
 
 from dcae_jax import main
+from dcae_jax.runtime import process
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def run(tmp_path, capsys):
 def test_a_mistake_is_one_line_and_status_2(run, arguments, words):
     """Catches a traceback where one line would do, and an hour of work before the mistake shows."""
     status, said = run(*arguments)
-    assert status == main.MISTAKE
+    assert status == process.MISTAKE
     assert said.count("\n") == 1 and said.startswith("error: ")
     assert all(word in said for word in words), said
 
@@ -81,7 +82,7 @@ def test_a_mistake_is_one_line_and_status_2(run, arguments, words):
 def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
     """Catches absl's usage text, or its status 1, for what the user can mend."""
     status, said = run(**options)
-    assert status == main.MISTAKE and said.count("\n") == 1 and word in said, said
+    assert status == process.MISTAKE and said.count("\n") == 1 and word in said, said
 
 
 def test_a_chain_refuses_weights_in_its_middle_and_takes_them_at_its_start(tmp_path, capsys):
@@ -89,7 +90,7 @@ def test_a_chain_refuses_weights_in_its_middle_and_takes_them_at_its_start(tmp_p
     argv = ["main", f"--config={os.path.join(CONFIGS, 'phases.py')}:tiny", f"--workdir={tmp_path}"]
     argv.append("--config.phase1.batch_size=8")
     for phase, word in (("phase1", "'/none'"), ("phase2", "phase2.init_from='/none'")):
-        assert main.main([*argv, f"--config.{phase}.init_from=/none"]) == main.MISTAKE
+        assert main.main([*argv, f"--config.{phase}.init_from=/none"]) == process.MISTAKE
         assert word in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
@@ -20,7 +20,7 @@ from dcae_jax.jobs import metric_writer, train
 from dcae_jax.models import dcae, sdvae
 from dcae_jax.models.weights import merge
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import preflight
+from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -110,7 +110,7 @@ def _cost(config, mesh):
     spec = state_lib.train_spec(config, mesh)
     step = jax.jit(step_lib.make_step(config, spec), donate_argnums=0)
     abstract = state_lib.abstract_state(config, mesh, spec)
-    batch = preflight.abstract_batch(config, config.resolution, mesh)
+    batch = run_lib.abstract_batch(config, config.resolution, mesh)
     compiled = step.lower(abstract, batch, {}).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
@@ -145,9 +145,9 @@ def _checkpoint(config, mesh, workdir, step):
     """Everything that the checkpoint of `step` holds: {path: array or number}."""
     spec = state_lib.train_spec(config, mesh)
     abstract = state_lib.abstract_state(config, mesh, spec)
-    batch = preflight.abstract_batch(config, 32, mesh)
+    batch = run_lib.abstract_batch(config, 32, mesh)
     _, metrics = jax.eval_shape(step_lib.make_step(config, spec), abstract, batch, {})
-    shapes = jax.eval_shape(lambda: metric_writer.empty_totals(metrics))
+    shapes = jax.eval_shape(lambda: metric_writer.empty_means(metrics))
     manager = checkpoints.open_manager(workdir, config.keep)
     everything = checkpoints.restore(manager, step, abstract, shapes)
     manager.close()
@@ -159,7 +159,7 @@ def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
     resolutions, and a warm-up of the GAN or of the rate that starts again."""
     first = str(tmp_path / "phase1")
     small.steps = 2
-    train.run(small, first)
+    run_job(train, small, first)
     config = _phase(3, small)
     config.init_from, config.resolutions = first, (32, 48)
     config.steps, config.save_every = 6, 3
@@ -168,10 +168,10 @@ def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
     draws = [pipeline.resolution_at(config.seed, (32, 48), step) for step in range(6)]
     assert {*draws[3:]} == {32, 48} and draws[3:] != draws[:3]
     whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
-    train.run(config, whole)
+    run_job(train, config, whole)
     shutil.copytree(whole, resumed)
     shutil.rmtree(os.path.join(resumed, "checkpoints", "6"))
-    train.run(config, resumed)
+    run_job(train, config, resumed)
     a, b = (_checkpoint(config, one_device, path, 6) for path in (whole, resumed))
     assert a.keys() == b.keys() and any("discriminator.opt_state" in name for name in a)
     for name in a:
@@ -194,11 +194,11 @@ def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
     """Catches a phase that starts from half-fitting weights, or fails without saying why."""
     first = str(tmp_path / "phase1")
     small.steps = 1
-    train.run(small, first)
+    run_job(train, small, first)
     config = config_lib.load_file(os.path.join(CONFIGS, "phase2.py"), "f32c32")
     config.init_from, config.loss.lpips_weight = first, 0.0
     with pytest.raises(UserError, match="tiny weights, this run is a f32c32; .*:tiny"):
-        train.run(config, str(tmp_path / "phase2"))
+        run_job(train, config, str(tmp_path / "phase2"))
 
 
 def test_resolutions_are_drawn_from_seed_and_step():

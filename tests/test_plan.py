@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 from dcae_jax import config as config_lib
 from dcae_jax import main
@@ -21,8 +21,9 @@ from dcae_jax.errors import UserError
 from dcae_jax.jobs import plan, sample, train
 from dcae_jax.models import layers
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.planner import chips, compile, plan
+from dcae_jax.planner import chips, compile, cost
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import process
 from dcae_jax.training import state as state_lib
 
 # The fixture `small` as overrides of phase1.py:tiny, one image a device.
@@ -46,7 +47,7 @@ SAMPLING = (
     "sample.count=20",
     "sample.batch_size=8",
 )
-PROMISED = {  # the contract of plan.json
+PROMISED = {  # the contract of cost.json
     "topology", "chips", "batch_per_chip", "fits", "arguments_bytes", "output_bytes", "temp_bytes",
     "alias_bytes", "peak_bytes", "flops", "bytes_accessed", "collectives", "compile_s",
     "step_s_roofline",
@@ -54,7 +55,7 @@ PROMISED = {  # the contract of plan.json
 
 
 def _arguments(workdir, **settings):
-    argv = ["main", f"--config={os.path.join(CONFIGS, 'plan.py')}", f"--workdir={workdir}"]
+    argv = ["main", f"--config={os.path.join(CONFIGS, 'cost.py')}", f"--workdir={workdir}"]
     given = {"config": PHASE1, "overrides": SMALL, "topologies": ("cpu",)} | settings
     return [*argv, *(f"--config.plan.{key}={value}" for key, value in given.items())]
 
@@ -68,7 +69,7 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
 
     seen = {}
     monkeypatch.setattr(train, "_loop", lambda *a: seen.update(a[4]) or 0)
-    assert train.run(compile.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
+    assert run_job(train, compile.overridden(PHASE1, SMALL), str(tmp_path / "run")) == 0
     memory = seen[32].memory_analysis()
     assert row["arguments_bytes"] == memory.argument_size_in_bytes
     assert row["output_bytes"] == memory.output_size_in_bytes
@@ -94,19 +95,19 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
         ({"topologies": ("v5e:2x2x1",)}, ["2 axes", "v5e:2x2"]),
         ({"topologies": ("v5p:2x2",)}, ["3 axes", "v5p:2x2x1"]),
         ({"topologies": ("v5e:0x2",)}, ["v5e:0x2"]),
-        ({"config": ""}, ["plan.config", "configs/phase1.py"]),
+        ({"config": ""}, ["cost.config", "configs/phase1.py"]),
         ({"config": "/none.py"}, ["/none.py"]),
         ({"config": os.path.join(CONFIGS, "evaluate.py")}, ["evaluate"]),
         ({"overrides": ("batch_sise=3",)}, ["batch_sise"]),
         ({"overrides": ("batch_size=three",)}, ["three"]),
-        ({"config": SAMPLE}, ["plan.generator", "configs/uvit.py:h"]),
-        ({"config": SAMPLE, "generator": "/none.py"}, ["plan.generator", "/none.py"]),
-        ({"config": SAMPLE, "generator": PHASE1}, ["plan.generator", "phase1.py", "diffusion"]),
+        ({"config": SAMPLE}, ["cost.generator", "configs/uvit.py:h"]),
+        ({"config": SAMPLE, "generator": "/none.py"}, ["cost.generator", "/none.py"]),
+        ({"config": SAMPLE, "generator": PHASE1}, ["cost.generator", "phase1.py", "diffusion"]),
         (
             {"config": SAMPLE, "generator": UVIT, "overrides": ()},
-            ["autoencoder=''", "plan.overrides"],
+            ["autoencoder=''", "cost.overrides"],
         ),
-        ({"generator": UVIT}, ["plan.generator", "uvit.py:tiny"]),
+        ({"generator": UVIT}, ["cost.generator", "uvit.py:tiny"]),
         (
             {
                 "config": SAMPLE,
@@ -115,8 +116,8 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
             },
             ["sample.sampler=''", "dopri5", "heun"],
         ),
-        ({"watts": -1.0}, ["plan.watts=-1"]),
-        ({"effort": 2.0}, ["plan.effort=2"]),
+        ({"watts": -1.0}, ["cost.watts=-1"]),
+        ({"effort": 2.0}, ["cost.effort=2"]),
         (
             {"config": os.path.join(CONFIGS, "uvit.py:h"), "overrides": ("autoencoder=runs/ae",)},
             ["autoencoder='runs/ae'", "VARIANT"],
@@ -125,7 +126,7 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, settings, words):
     """Catches a traceback of libtpu's where one line would do."""
-    assert main.main(_arguments(tmp_path, **settings)) == main.MISTAKE
+    assert main.main(_arguments(tmp_path, **settings)) == process.MISTAKE
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in words), said
 
@@ -133,7 +134,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, settings, words):
 def test_a_missing_compiler_names_the_extra(tmp_path, capsys, monkeypatch):
     """Catches an ImportError from deep inside for whoever installed without the extra."""
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    assert main.main(_arguments(tmp_path, topologies=("v5e:2x2",))) == main.MISTAKE
+    assert main.main(_arguments(tmp_path, topologies=("v5e:2x2",))) == process.MISTAKE
     said = capsys.readouterr().err
     assert "dcae_jax[tpu]" in said and said.count("\n") == 1
 
@@ -214,7 +215,7 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
     monkeypatch.setattr(generator, "_sample_fn", sample_fn)
     config = config_lib.load_file(SAMPLE)
     config.init_from, config.sample = "run", job.sample
-    assert sample.run(config, str(tmp_path / "samples")) == 0
+    assert run_job(sample, config, str(tmp_path / "samples")) == 0
     assert row["steps"] == len(seen) == 3 and row["batch_size"] == 8 and row["size"] == 64
     memory = seen[0].memory_analysis()
     assert row["arguments_bytes"] == memory.argument_size_in_bytes
@@ -222,7 +223,7 @@ def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monke
     assert row["temp_bytes"] == memory.temp_size_in_bytes
     weights = [*model.weights.values(), *model.autoencoder.weights.values()]
     assert row["arguments_bytes"] >= sum(leaf.size for leaf in weights) * 4  # the encoder's too
-    assert row["collectives"] and row["fits"] and "-" in plan.cells(row)
+    assert row["collectives"] and row["fits"] and "-" in cost.cells(row)
 
 
 def test_flops_count_every_evaluation_of_the_network(one_device):
@@ -279,20 +280,20 @@ def test_the_largest_batch_is_found(most, start):
         tries.append(batch)
         return batch <= most * 4, 10 + 3.0 * batch
 
-    assert plan.largest_batch(compile_with, 4, start, 10 + 3.0 * (most * 4 + 1)) == most * 4
-    assert len(tries) == len(set(tries)) <= plan.MAX_COMPILES
+    assert cost.largest_batch(compile_with, 4, start, 10 + 3.0 * (most * 4 + 1)) == most * 4
+    assert len(tries) == len(set(tries)) <= cost.MAX_COMPILES
 
 
 def test_a_search_without_sizes_halves():
     """Catches a search that trusts sizes where the compiler told none."""
-    found = plan.largest_batch(lambda b: (b <= 48, 1.0 if b <= 48 else math.inf), 8, 8, 2.0)
+    found = cost.largest_batch(lambda b: (b <= 48, 1.0 if b <= 48 else math.inf), 8, 8, 2.0)
     assert found == 48
 
 
 def test_no_batch_fits():
     """Catches an endless search where the state alone is too large."""
     tries = []
-    assert plan.largest_batch(lambda b: (bool(tries.append(b)), 9.0), 8, 32, 1.0) == 0
+    assert cost.largest_batch(lambda b: (bool(tries.append(b)), 9.0), 8, 32, 1.0) == 0
     assert tries == [32, 16, 8]
 
 
@@ -314,7 +315,7 @@ def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
     monkeypatch.setattr(compile, "compiled", fake)
     settings = config_lib.default().plan
     settings.update(given | {"find_batch": True})
-    (row,) = plan.plan(settings, compile.target(settings), "v5e:2x2")
+    (row,) = cost.plan(settings, compile.target(settings), "v5e:2x2")
     assert row["batch_size"] == 16 and row["fits"]  # the last multiple of 4 below 16.6 GB
     assert row["steps"] == steps
     assert len(seen) == len(set(seen))
@@ -335,39 +336,39 @@ def _facts(**changes):
 
 def test_the_price_of_a_step():
     """Catches a factor of chips, of 1000 or of 3600 in chip-hours, kWh and images a second."""
-    row = plan.priced(_facts(), 3600, 0.0)
+    row = cost.priced(_facts(), 3600, 0.0)
     assert row["step_s_roofline"] == pytest.approx(1.0) and row["bound"] == "compute"
     assert row["images_per_s"] == pytest.approx(64)
     assert row["chip_hours"] == pytest.approx(4)
     assert row["kwh"] == pytest.approx(4 * chips.CHIPS["v5e"].watts / 1000)
-    assert plan.priced(_facts(), 3600, 500.0)["kwh"] == pytest.approx(2)
-    slow = plan.priced(_facts(bytes_accessed=819e9 * 3), 3600, 0.0)
+    assert cost.priced(_facts(), 3600, 500.0)["kwh"] == pytest.approx(2)
+    slow = cost.priced(_facts(bytes_accessed=819e9 * 3), 3600, 0.0)
     assert slow["step_s_roofline"] == pytest.approx(3) and slow["bound"] == "memory"
 
 
 def test_what_fits():
     """Catches a program called fitting to the last byte, and one that XLA refused."""
     room = chips.CHIPS["v5e"].hbm - chips.RESERVE
-    assert plan.priced(_facts(peak_bytes=room), 1, 0.0)["fits"]
-    assert not plan.priced(_facts(peak_bytes=room + 1), 1, 0.0)["fits"]
-    refused = plan.priced(_facts(compile_s=None, bytes_accessed=None, peak_bytes=None), 1, 0.0)
+    assert cost.priced(_facts(peak_bytes=room), 1, 0.0)["fits"]
+    assert not cost.priced(_facts(peak_bytes=room + 1), 1, 0.0)["fits"]
+    refused = cost.priced(_facts(compile_s=None, bytes_accessed=None, peak_bytes=None), 1, 0.0)
     assert not refused["fits"] and refused["chip_hours"] is None
-    assert "-" in plan.cells(refused) and plan.table([refused])
+    assert "-" in cost.cells(refused) and cost.table([refused])
 
 
 def test_a_drawn_resolution_is_priced_by_its_share():
     """Catches the largest resolution priced as if every step had it."""
     sizes = {256: 0.25, 512: 0.75}
     rows = [
-        plan.priced(_facts(size=size, flops=flops, peak_bytes=peak), 3600, 0.0)
+        cost.priced(_facts(size=size, flops=flops, peak_bytes=peak), 3600, 0.0)
         for size, flops, peak in ((256, 197e12, 1e9), (512, 4 * 197e12, 20e9))
     ]
-    row = plan.mean(rows, sizes, 3600)
-    assert row["size"] == plan.MEAN and row["peak_bytes"] == 20e9 and not row["fits"]
+    row = cost.mean(rows, sizes, 3600)
+    assert row["size"] == cost.MEAN and row["peak_bytes"] == 20e9 and not row["fits"]
     assert row["step_s_roofline"] == pytest.approx(0.25 + 0.75 * 4)
     assert row["chip_hours"] == pytest.approx(4 * row["step_s_roofline"])
     job = compile.overridden(os.path.join(CONFIGS, "phase2.py"), ())
-    assert plan.shares(job) == {256: 0.25, 512: 0.5, 1024: 0.25}
+    assert cost.shares(job) == {256: 0.25, 512: 0.5, 1024: 0.25}
 
 
 @pytest.mark.parametrize(

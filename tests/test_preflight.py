@@ -9,7 +9,7 @@ import pytest
 
 from dcae_jax.models import lpips
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import preflight
+from dcae_jax.setup import tables
 
 
 def test_the_share_of_lpips_is_vggs_share_of_the_step(small, one_device):
@@ -25,7 +25,7 @@ def test_the_share_of_lpips_is_vggs_share_of_the_step(small, one_device):
         return types.SimpleNamespace(cost_analysis=lambda: {"flops": flops})
 
     def share(size, flops):
-        return preflight.lpips_share(small, weights, {size: step(flops), 16: step(1.0)})
+        return tables.lpips_percent(small.batch_size, weights, {size: step(flops), 16: step(1.0)})
 
     # VGG16's blocks of convolutions, (inputs, outputs), each block at half the size of the last.
     blocks = (

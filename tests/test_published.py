@@ -41,7 +41,7 @@ def test_a_folder_of_diffusers_gives_weights_and_model(name, tmp_path, one_devic
     same(weights, ae.weights)
     assert ae.architecture == arch
     assert ae.scaling_factor == arch.scaling_factor
-    assert ae.model["name"] == ("sdvae" if name == "kl" else "dcae")
+    assert ae.model_config.name == ("sdvae" if name == "kl" else "dcae")
     # A pipeline has its autoencoder in a folder of its own.
     (tmp_path / "pipeline").mkdir()
     os.rename(tmp_path / "hub", tmp_path / "pipeline" / "vae")

@@ -20,7 +20,8 @@ from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
-from dcae_jax.setup import preflight
+from dcae_jax.setup import resolve, tables
+from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -77,9 +78,9 @@ def _program(kind, axes):
     with mock.patch.object(sharding, "SMALL", SPLIT):
         spec = state_lib.train_spec(config, mesh)
         abstract = state_lib.abstract_state(config, mesh, spec)
-        (size,) = preflight.batch_sizes(config)
+        (size,) = run_lib.batch_sizes(config)
         step = step_lib.jit_step(config, spec, abstract)
-        traced = step.trace(abstract, preflight.abstract_batch(config, size, mesh), {})
+        traced = step.trace(abstract, run_lib.abstract_batch(config, size, mesh), {})
         return config, mesh, spec, abstract, traced.lower().compile()
 
 
@@ -192,10 +193,10 @@ def test_the_backward_pass_keeps_activations_and_gathers_weights_again(kind):
     """Catches a remat policy that keeps whole weights of all layers, or computes all again."""
     config, mesh = _config(kind), _mesh(FSDP)
     with mock.patch.object(sharding, "SMALL", SPLIT):
-        plan = state_lib.blueprint(config, mesh)
+        plan = state_lib.train_spec(config, mesh)
         abstract = state_lib.abstract_state(config, mesh, plan)
-        (size,) = preflight.batch_sizes(config)
-        batch = preflight.abstract_batch(config, size, mesh)
+        (size,) = run_lib.batch_sizes(config)
+        batch = run_lib.abstract_batch(config, size, mesh)
         program = step_lib.jit_step(config, plan, abstract).trace(abstract, batch, {}).jaxpr
     stacks = {leaf.shape for name, leaf in plan.params.items() if "*" in name and leaf.ndim > 2}
     forward = [scan for scan in _scans(program.jaxpr) if not scan.params["reverse"]]
@@ -241,7 +242,7 @@ def test_moments_averages_and_discriminator_lie_as_the_weights_do():
                 assert leaf.sharding == kept.sharding
             for name, leaf in abstract.params.items():
                 assert "*" not in name or leaf.sharding.spec[:1] in ((), (None,)), name
-    table = preflight.memory_table(abstract, mesh)
+    table = tables.memory(abstract, mesh)
     assert "fsdp=2, tensor=4" in table and "moments" in table
     chip, whole = map(float, table.splitlines()[-1].split()[1:])
     assert 0.1 < chip / whole < 0.4
@@ -279,11 +280,11 @@ def test_a_mesh_that_does_not_suit_the_model_is_refused():
     config.resolution = 80
     mesh = _mesh((("spatial", 3),))
     with pytest.raises(UserError, match="resolution=80 .* multiple of 48, at least 96; try 96$"):
-        preflight.check(config, mesh)
+        resolve.check_training(config_lib.validate(config), mesh)
     config.resolution = 96
     config.evaluate.resolutions = (112,)
     with pytest.raises(UserError, match="evaluate.resolutions=112 .* try 96 or 144"):
-        preflight.check(config, mesh)
+        resolve.check_training(config_lib.validate(config), mesh)
 
 
 @dataclasses.dataclass(frozen=True)

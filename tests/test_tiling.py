@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import skimage.data
 from flax import nnx
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -151,7 +151,7 @@ def test_the_interface_takes_tiles_and_refuses_what_cannot_be():
     """Catches tiles in pixels, an overlap of the whole tile, and values that go unchecked."""
     mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     ae = dcae_jax.create_autoencoder("tiny", mesh=mesh)
-    assert models.find(config_lib.ConfigDict(ae.model)) is dcae and ae.reach == (None, None)
+    assert models.find(ae.model_config) is dcae and ae.reach == (None, None)
     x = np.random.default_rng(0).uniform(-1, 1, (1, 80, 48, 3)).astype(np.float32)
     z = ae.encode(x, tile=3)
     assert z.shape == (1, 5, 3, 32) and ae.decode(z, tile=3, overlap=1).shape == x.shape
@@ -181,7 +181,7 @@ def test_tiles_of_attention_leave_no_step_at_their_borders(tmp_path):
     c.update({"steps": 100, "save_every": 100, "evaluate_every": 0, "batch_size": 8})
     c.evaluate.count = 8
     c.evaluate.resolutions = (64,)
-    train.run(c, str(tmp_path / "run"))
+    run_job(train, c, str(tmp_path / "run"))
     mesh = mesh_lib.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     ae = dcae_jax.load_autoencoder(str(tmp_path / "run"), mesh=mesh)
     x = skimage.data.astronaut()[None].astype(np.float32) / 127.5 - 1

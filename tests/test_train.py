@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import CONFIGS, NARROW, flags
+from support import CONFIGS, NARROW, flags, run_job
 from tensorboardX.proto import event_pb2
 
 from dcae_jax import files
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
-from dcae_jax.jobs import metric_writer, nan_guard, train
+from dcae_jax.jobs import hooks, metric_writer, nan_guard, train
 from dcae_jax.runtime import preemption
 
 TIMES = ("_s", "_per_s")
@@ -159,12 +159,12 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(small, alone, tmp_pat
     """Catches a run that trains again from the start, or past its last step."""
     workdir = str(tmp_path / "run")
     caplog.set_level("INFO")
-    assert train.run(small, workdir) == train.DONE
+    assert run_job(train, small, workdir) == train.DONE
     before = files.read_rows(workdir)
-    assert train.run(small, workdir) == train.DONE
+    assert run_job(train, small, workdir) == train.DONE
     assert files.read_rows(workdir) == before and "is done: step 4 of 4" in caplog.text
     small.steps = 6
-    assert train.run(small, workdir) == train.DONE
+    assert run_job(train, small, workdir) == train.DONE
     assert [row["step"] for row in files.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -172,13 +172,13 @@ def test_another_configuration_is_refused_unless_allowed(small, alone, tmp_path,
     """Catches a run that goes on with another batch size as if nothing had changed."""
     workdir = str(tmp_path / "run")
     small.steps = 2
-    train.run(small, workdir)
+    run_job(train, small, workdir)
     small.steps, small.batch_size, small.ema_decay = 4, 8, 0.5
     with pytest.raises(UserError, match="batch_size was 4, is 8; ema_decay was 0.99, is 0.5"):
-        train.run(small, workdir)
+        run_job(train, small, workdir)
     small.allow_change = ("batch_size", "ema_decay")
     caplog.set_level("INFO")
-    assert train.run(small, workdir) == train.DONE
+    assert run_job(train, small, workdir) == train.DONE
     assert "changed: batch_size, ema_decay" in caplog.text
 
 
@@ -196,7 +196,7 @@ def test_rows_after_the_restored_step_are_written_once(tmp_path):
 def test_an_unfinished_checkpoint_is_not_used(small, alone, tmp_path):
     """Catches a resume from half a checkpoint that a crash left behind."""
     workdir = tmp_path / "run"
-    train.run(small, str(workdir))
+    run_job(train, small, str(workdir))
     folder = workdir / "checkpoints"
     (folder / "9.orbax-checkpoint-tmp").mkdir()
     (folder / "9.orbax-checkpoint-tmp" / "weights").mkdir()
@@ -207,19 +207,19 @@ def test_an_unfinished_checkpoint_is_not_used(small, alone, tmp_path):
 def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
     """Catches a run that skips every step for hours; the last checkpoint stays."""
     workdir = str(tmp_path / "run")
-    train.run(small, workdir)
+    run_job(train, small, workdir)
     small.steps, small.max_skipped, small.save_every = 40, 3, 100
     small.optimizer.learning_rate = 1e38  # the step after the first overflows
     small.allow_change = ("optimizer",)
     with pytest.raises(nan_guard.Diverged, match="3 times in a row"):
-        train.run(small, workdir)
+        run_job(train, small, workdir)
     assert checkpoints.saved_steps(workdir) == [2, 4]
 
 
 def test_skipped_steps_do_not_count_in_the_means():
     """Catches one NaN that blanks the whole row's loss."""
     shapes = {"loss": None, "finite": None, "skipped": None}
-    totals = metric_writer.empty_totals(shapes)
+    totals = metric_writer.empty_means(shapes)
     for loss, finite, skipped in ((1.0, 1, 0), (jnp.nan, 0, 1), (3.0, 1, 1)):
         values = {"loss": loss, "finite": finite, "skipped": skipped}
         totals = metric_writer.add_metrics(totals, {k: jnp.float32(v) for k, v in values.items()})
@@ -241,7 +241,7 @@ def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
     small.loss.lpips_weight, small.loss.lpips_weights = 1.0, str(file)
     small.steps = 1
     caplog.set_level("INFO")
-    assert train.run(small, str(tmp_path / "run")) == train.DONE
+    assert run_job(train, small, str(tmp_path / "run")) == train.DONE
     share = next(r.args[0] for r in caplog.records if "LPIPS is" in r.getMessage())
     assert 20 < share < 100  # VGG16 beside a model of some hundred thousand weights
     assert files.read_rows(str(tmp_path / "run"))[0]["lpips"] > 0
@@ -251,7 +251,7 @@ def test_the_comparison_names_what_fell():
     """Catches a loss at low resolution that nobody is told of."""
     pairs = {"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25), "rfid_64": (3.0, 4.0)}
     pairs["ssim_64"] = (0.5, 0.5)  # no change, in neither list
-    assert metric_writer.changes(pairs) == (
+    assert hooks.changes(pairs) == (
         "worse: psnr_64 24 -> 23.5 (-0.5), rfid_64 3 -> 4 (+1); "
         "better: psnr_256 25 -> 25.25 (+0.25)"
     )
@@ -263,7 +263,7 @@ def test_sigterm_saves_where_it_stands(small, alone, tmp_path):
     small.steps, small.save_every, small.log_every = 50, 100, 1
     timer = threading.Thread(target=_terminate_at, args=(workdir, 3), daemon=True)
     timer.start()
-    assert train.run(small, workdir) == preemption.STATUS
+    assert run_job(train, small, workdir) == preemption.STATUS
     timer.join()
     (step,) = checkpoints.saved_steps(workdir)
     assert 3 <= step < 50

@@ -15,6 +15,8 @@ from dcae_jax import config as config_lib
 from dcae_jax import models
 from dcae_jax.api import tiling
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config import Config
+from dcae_jax.config.schema import Model
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
@@ -30,7 +32,7 @@ class Autoencoder:
     graph: nnx.GraphDef
     weights: Weights  # parameters and running statistics by path, float32
     architecture: Any  # a Variant of the model's file
-    model: dict[str, Any]  # config.model
+    model_config: Model
     mesh: Mesh
 
     @property
@@ -59,7 +61,7 @@ class Autoencoder:
 
         Tiles that overlap by twice as much give what the whole gives.
         """
-        return models.find(config_lib.ConfigDict(self.model)).reach(self.architecture)
+        return models.find(self.model_config).reach(self.architecture)
 
     @property
     def has_posterior(self) -> bool:
@@ -179,8 +181,7 @@ def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
-    config = _config(dtype)
-    config.model.variant = variant
+    config = api_config(dtype, Model(variant=variant))
     mesh = mesh or mesh_lib.make_mesh(config.mesh)
     return build_autoencoder(config, state_lib.random_weights(config, mesh, seed), mesh)
 
@@ -201,19 +202,18 @@ def load_autoencoder(
     Raises UserError, a ValueError, when there is nothing to load.
     """
     values, saved = checkpoint_weights.load_weights(path, weights, variant)
-    config = _config(dtype)
-    config.model.update(saved["model"])
+    config = api_config(dtype, saved["model"])
     return build_autoencoder(config, values, mesh or mesh_lib.make_mesh(config.mesh))
 
 
-def _config(dtype: str | None):
-    config = config_lib.default()
-    config.dtype = dtype or "auto"
-    config_lib.check(config)
-    return config
+def api_config(dtype: str | None, model: Model, **keys: Any) -> Config:
+    """The configuration of a model that a library call makes. Raises UserError for the dtype."""
+    given = config_lib.default()
+    given.dtype = dtype or "auto"
+    return config_lib.replace(config_lib.validate(given), model=model, **keys)
 
 
-def build_autoencoder(config: Any, weights: Weights | None, mesh: Mesh) -> Autoencoder:
+def build_autoencoder(config: Config, weights: Weights | None, mesh: Mesh) -> Autoencoder:
     """The model of config.model with `weights`, checked and placed on every device of the mesh.
 
     Empties `weights` on the way, so that they are never in memory twice. None: their shapes
@@ -222,7 +222,7 @@ def build_autoencoder(config: Any, weights: Weights | None, mesh: Mesh) -> Autoe
     graph, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
     placed = _placed(weights, {**params, **stats}, mesh)
     arch = models.find(config.model).architecture(config.model)
-    return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
+    return Autoencoder(graph, placed, arch, config.model, mesh)
 
 
 def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api.autoencoder import Autoencoder
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config import Config
+from dcae_jax.config.schema import MeshSizes, Model
 from dcae_jax.data import transforms
 from dcae_jax.diffusion import latent_spec, objectives, samplers
 from dcae_jax.errors import UserError
@@ -57,7 +59,7 @@ class Generator:
     graph: nnx.GraphDef
     weights: Weights  # parameters by path, float32
     architecture: Any  # an Architecture of the model's file
-    model: dict[str, Any]  # config.model; its scaling_factor multiplies latents
+    model_config: Model  # its scaling_factor multiplies latents
     objective: str  # epsilon, learned_sigma or flow
     autoencoder: Autoencoder
     mesh: Mesh
@@ -75,7 +77,7 @@ class Generator:
     @property
     def scaling_factor(self) -> float:
         """What latents are multiplied by before the model sees them."""
-        return self.model["scaling_factor"]
+        return self.model_config.scaling_factor
 
     @property
     def num_parameters(self) -> int:
@@ -147,9 +149,13 @@ class Generator:
         out, finite = run(
             self.weights,
             self.autoencoder.weights,
-            sharding.put(labels[rows].astype(np.int32), mesh_lib.batch_sharding(self.mesh, 1)),
-            sharding.put(jax.random.key_data(keys), mesh_lib.batch_sharding(self.mesh, 2)),
-            sharding.put(np.float32(settings.guidance), mesh_lib.replicated(self.mesh)),
+            mesh_lib.host_to_global(
+                labels[rows].astype(np.int32), mesh_lib.batch_sharding(self.mesh, 1)
+            ),
+            mesh_lib.host_to_global(
+                jax.random.key_data(keys), mesh_lib.batch_sharding(self.mesh, 2)
+            ),
+            mesh_lib.host_to_global(np.float32(settings.guidance), mesh_lib.replicated(self.mesh)),
         )
         return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
@@ -262,43 +268,50 @@ def load_generator(
     where = autoencoder or saved["autoencoder"]
     if not where:
         raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
-    config = autoencoder_lib._config(dtype)
-    mesh = mesh or mesh_lib.make_mesh(config.mesh)
+    mesh = mesh or mesh_lib.make_mesh(MeshSizes())
     inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh)
     if manifest := saved.get("latents"):
         latent_spec.check_autoencoder(
             manifest, where, checkpoint_weights.encoder_checksum(inner.weights)
         )
-    config.model.update(saved["model"])
-    config.objective, config.patch_size = saved["objective"], saved["patch_size"]
-    if not config.model.latent_size:
-        if not resolution:
-            raise UserError(f"{path!r} does not say for which size it is; give resolution=")
-        config.model.latent_size = resolution // inner.compression
-    config.model.scaling_factor = config.model.scaling_factor or inner.scaling_factor or 0.0
-    if not config.model.scaling_factor:
+    model = saved["model"]
+    if not model.latent_size and not resolution:
+        raise UserError(f"{path!r} does not say for which size it is; give resolution=")
+    model = dataclasses.replace(
+        model,
+        latent_size=model.latent_size or resolution // inner.compression,
+        scaling_factor=model.scaling_factor or inner.scaling_factor or 0.0,
+    )
+    if not model.scaling_factor:
         raise UserError(
             f"{path!r} and its autoencoder {where!r} name no scaling factor; give the published "
             "name of the autoencoder, which has one"
         )
+    config = autoencoder_lib.api_config(
+        dtype, model, objective=saved["objective"], patch_size=saved["patch_size"]
+    )
     return build_generator(config, values, inner, mesh)
 
 
-def abstract_generator(config: Any, mesh: Mesh) -> Generator:
+def abstract_generator(config: Config, mesh: Mesh) -> Generator:
     """What `load_generator` makes, with shapes for weights.
 
     config: of the run that trains it, resolved (`matching.resolve_latent_spec`); its autoencoder is
     a VARIANT, its dtype that of the sampling.
     """
-    inner, outer = autoencoder_lib._config(config.dtype), autoencoder_lib._config(config.dtype)
-    inner.model.variant, inner.model.depthwise = config.autoencoder, config.model.depthwise
-    outer.model = config.model
-    outer.objective, outer.patch_size = config.objective, config.patch_size
+    of_autoencoder = Model(variant=config.autoencoder, depthwise=config.model.depthwise)
+    inner = Config(dtype=config.dtype, model=of_autoencoder)
+    outer = Config(
+        dtype=config.dtype,
+        model=config.model,
+        objective=config.objective,
+        patch_size=config.patch_size,
+    )
     return build_generator(outer, None, autoencoder_lib.build_autoencoder(inner, None, mesh), mesh)
 
 
 def build_generator(
-    config: Any, weights: Weights | None, autoencoder: Autoencoder, mesh: Mesh
+    config: Config, weights: Weights | None, autoencoder: Autoencoder, mesh: Mesh
 ) -> Generator:
     """The diffusion model of config.model with `weights`, checked and placed on the mesh.
 
@@ -313,6 +326,4 @@ def build_generator(
         )
     graph, params, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
     placed = autoencoder_lib._placed(weights, params, mesh)
-    return Generator(
-        graph, placed, arch, config.model.to_dict(), config.objective, autoencoder, mesh
-    )
+    return Generator(graph, placed, arch, config.model, config.objective, autoencoder, mesh)

@@ -53,7 +53,7 @@ def copy(source: str, workdir: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit status: 0 done, 1 something is damaged, 2 a mistake, in one line."""
     parser = argparse.ArgumentParser(
-        "python -m dcae_jax.checkpoint",
+        "python -m dcae_jax.checkpoints",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,8 +5,8 @@ WORKDIR/checkpoints/<step>/ holds three Orbax items: `weights` (parameters, stat
 `optimizer` (moments, counters, the running means of the metrics) and `data` (the global index of
 the next example). Weights stand apart so that readers need not know the optimizer.
 
-    python -m dcae_jax.checkpoint check WORKDIR       whether each checkpoint is whole
-    python -m dcae_jax.checkpoint copy SOURCE WORKDIR
+    python -m dcae_jax.checkpoints check WORKDIR       whether each checkpoint is whole
+    python -m dcae_jax.checkpoints copy SOURCE WORKDIR
 
 SOURCE is a workdir, all of whose whole checkpoints are copied, or one WORKDIR/checkpoints/<step>.
 """

@@ -17,6 +17,7 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models.weights import Weights
 from dcae_jax.pretrained import published
@@ -207,12 +208,12 @@ def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
     return weights, {"model": model}
 
 
-def _model_in(path: str, config: Any) -> dict[str, Any]:
+def _model_in(path: str, config: Any) -> Model:
     """config.model of the JSON file `path`, which has `config`. Raises UserError."""
     if not isinstance(config, dict) or "model" not in config:
         raise UserError(f"{path} names no model; it is of no run or export")
     try:
-        return config_lib.saved_model(config["model"])
+        return config_lib.model_section(config["model"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -3,11 +3,12 @@
 
 from dcae_jax.config.checks import check, check_resolution
 from dcae_jax.config.identity import flatten, identity_changes, to_json
-from dcae_jax.config.loading import explain, load_file, parse_file, suggest
+from dcae_jax.config.loading import MISTAKES, explain, load_file, parse_file, suggest
 from dcae_jax.config.schema import Config, default, replace, training_resolutions
 from dcae_jax.config.validation import model_section, validate
 
 __all__ = [
+    "MISTAKES",
     "Config",
     "check",
     "check_resolution",

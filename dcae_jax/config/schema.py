@@ -202,7 +202,7 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshSizes:
     """config.mesh: devices along each axis; -1: what is left."""
 
     data: int = key(-1, "the batch", ge=-1, le=INT_MAX)
@@ -296,7 +296,7 @@ class Config(Job, Training, Diffusion):
     sample: Sample = Sample()
     plan: Plan = Plan()
     export: Export = Export()
-    mesh: Mesh = Mesh()
+    mesh: MeshSizes = MeshSizes()
     sharding: tuple[tuple[str, str], ...] = key(SHARDING,
         "(path pattern, rule), first match: fsdp, rows, columns, replicate: docs/scaling_mesh.md")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from ml_collections import ConfigDict
 
+from dcae_jax.config import checks
 from dcae_jax.config.schema import INT_MAX, Config, Model, known_keys
 from dcae_jax.errors import UserError
 
@@ -19,11 +20,12 @@ T = TypeVar("T")
 def validate(config: ConfigDict | Config) -> Config:
     """The frozen configuration. Raises UserError for types and values that cannot be.
 
-    Rules across keys are those of `checks.check`.
+    A chain of phases has a configuration of each, to be validated one by one.
     """
-    if isinstance(config, Config):
-        return config
-    return _section(Config, config.to_dict(), "")
+    if not isinstance(config, Config):
+        config = _section(Config, config.to_dict(), "")
+    checks.check(config)
+    return config
 
 
 def model_section(saved: Any) -> Model:

@@ -252,10 +252,10 @@ def _mixture(data: Any, open_source: Any) -> Mixture:
                 "'tfds', path)"
             )
         weight, kind, path = entry
-        one = data.copy_and_resolve_references()
-        one.source, one.path, one.held_out_path = kind, path, ""
+        one = dataclasses.replace(data, source=kind, path=path, held_out_path="")
         if kind == "tfds":
-            one.name, _, one.split = path.rpartition("/")
+            name, _, split = path.rpartition("/")
+            one = dataclasses.replace(one, name=name, split=split)
         parts.append(open_source(one))
         weights.append(float(weight))
     return Mixture(tuple(parts), tuple(weights))

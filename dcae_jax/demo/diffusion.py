@@ -8,12 +8,15 @@ crops that training did not see.
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.api import generator
+from dcae_jax.config import Config
+from dcae_jax.config.loading import PHASES
 from dcae_jax.data import latents, pipeline, sources, transforms
 from dcae_jax.jobs import encode, train
 
@@ -39,20 +42,24 @@ def make(workdir: str, configs: str) -> int:
 
     configs: the folder of the configuration files. What an earlier call finished is left alone.
     """
-    config = config_lib.load_file(os.path.join(configs, "encode.py"), "tiny")
-    config.init_from = os.path.join(workdir, train.PHASES[-1])
+    config = _config(configs, "encode.py", init_from=os.path.join(workdir, PHASES[-1]))
     status = encode.run(config, os.path.join(workdir, "latents"))
     if status != encode.DONE:
         return status
-    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
-    config.data.path = os.path.join(workdir, "latents")
+    config = _config(configs, "usit.py", data={"path": os.path.join(workdir, "latents")})
     return train.run(config, os.path.join(workdir, RUN))
+
+
+def _config(configs: str, file: str, **changes: Any) -> Config:
+    """The configuration of `file:tiny` in the folder `configs`, with `changes`."""
+    given = config_lib.validate(config_lib.load_file(os.path.join(configs, file), "tiny"))
+    return config_lib.replace(given, **changes)
 
 
 def judge(workdir: str, configs: str) -> Samples:
     """Samples from WORKDIR/usit, beside crops."""
     model = generator.load_generator(os.path.join(workdir, RUN))
-    config = config_lib.load_file(os.path.join(configs, "usit.py"), "tiny")
+    config = _config(configs, "usit.py")
     known = latents.latents(os.path.join(workdir, "latents"))
     classes = tuple(known.manifest["class_names"])
     count = len(classes)

@@ -21,17 +21,19 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+import dcae_jax
 from dcae_jax import config as config_lib
-from dcae_jax import files, main
+from dcae_jax import files
 from dcae_jax.api import autoencoder
+from dcae_jax.config.loading import PHASES
 from dcae_jax.data import pipeline, sources, transforms
 from dcae_jax.demo import diffusion
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import process
 
-PHASES = train.PHASES
 PCA_PATCHES = 20_000
 
 
@@ -40,12 +42,13 @@ def run(workdir: str) -> int:
     began = time.perf_counter()
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
-    configs = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "configs")
-    config = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
-    status = train.run_phases(config, workdir) or diffusion.make(workdir, configs)
+    configs = os.path.join(os.path.dirname(dcae_jax.__file__), os.pardir, "configs")
+    given = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
+    phases = {phase: config_lib.validate(given[phase]) for phase in PHASES}
+    status = train.run_phases(phases, workdir) or diffusion.make(workdir, configs)
     if status != train.DONE:
         return status
-    rows, pictures = judge(config.phase1, workdir)
+    rows, pictures = judge(phases["phase1"], workdir)
     samples = diffusion.judge(workdir, configs)
     head = ["on held-out crops", *rows[0][1]]
     text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
@@ -256,18 +259,14 @@ def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> st
 
 
 def command(argv: list[str]) -> int:
-    """The command line; exit status as in `main`."""
-    main.set_up_logging()
+    """The command line; exit status as of a job."""
+    process.set_up_logging()
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", "demo-run", "folder for the run and its page", values)
     try:
         values(argv)
-        main.use_compile_cache()
+        process.use_compile_cache()
         return run(os.path.abspath(workdir.value))
     except (UserError, flags.Error) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return main.MISTAKE
-
-
-if __name__ == "__main__":
-    sys.exit(command(sys.argv))
+        return process.MISTAKE

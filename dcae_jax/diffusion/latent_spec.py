@@ -5,7 +5,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dcae_jax import config as config_lib
 from dcae_jax import models
+from dcae_jax.config import Config
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 
 CLASSES = 1000  # ImageNet's, where there are no latents to count
@@ -50,7 +53,7 @@ class LatentSpec:
         )
 
 
-def resolve_latent_spec(config: Any, manifest: Mapping[str, Any] | None) -> Any:
+def resolve_latent_spec(config: Config, manifest: Mapping[str, Any] | None) -> Config:
     """A copy of the configuration of a diffusion run, completed with what its latents determine.
 
     manifest: of the latents to train on (`data.Latents`). None is for planning: then
@@ -65,26 +68,27 @@ def resolve_latent_spec(config: Any, manifest: Mapping[str, Any] | None) -> Any:
         where = "the autoencoder"
     else:
         spec, where = LatentSpec.of_manifest(manifest), f"data.path={config.data.path!r}"
-    resolved = config.copy_and_resolve_references()
-    resolved.model.update(_merged(config.model, spec, where))
-    if manifest is not None:
-        resolved.autoencoder = config.autoencoder or manifest["autoencoder"]
-        resolved.resolution = manifest["resolution"]
-        resolved.encode.dtype = manifest["dtype"]
-    return resolved
+    config = config_lib.replace(config, model=_merged(config.model, spec, where))
+    if manifest is None:
+        return config
+    return config_lib.replace(
+        config,
+        autoencoder=config.autoencoder or manifest["autoencoder"],
+        resolution=manifest["resolution"],
+        encode={"dtype": manifest["dtype"]},
+    )
 
 
-def _merged(given: Mapping[str, Any], spec: LatentSpec, where: str) -> dict[str, Any]:
-    """config.model's keys of a spec: what is `given`, or else the spec's. Raises UserError."""
+def _merged(model: Model, spec: LatentSpec, where: str) -> dict[str, Any]:
+    """The keys of a spec: what `model` has, or else the spec's. Raises UserError."""
     merged = {}
     for key, value in dataclasses.asdict(spec).items():
+        given = getattr(model, key)
         # More classes than the data has is fine.
-        enough = key == "num_classes" and given[key] > value
-        if given[key] and given[key] != value and not enough:
-            raise UserError(
-                f"model.{key}={given[key]} does not fit {where}, which has {value}; leave 0"
-            )
-        merged[key] = given[key] or value
+        enough = key == "num_classes" and given > value
+        if given and given != value and not enough:
+            raise UserError(f"model.{key}={given} does not fit {where}, which has {value}; leave 0")
+        merged[key] = given or value
     return merged
 
 

@@ -74,7 +74,7 @@ def locked(judges: Judges) -> str:
 
 
 def conversion(source: str, converted: str) -> str:
-    return f"run `python -m dcae_jax.torch_io {source} --out={converted}` and name {converted}"
+    return f"run `python -m dcae_jax.pretrained.torch_io {source} --out={converted}` and name {converted}"
 
 
 def pool3(weights: Weights, levels: Array, kind: str) -> tuple[Array, Array]:

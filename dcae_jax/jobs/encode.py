@@ -6,6 +6,7 @@ when it is whole; a JSON beside it holds its sums. The manifest is made of those
 that a run that was interrupted anywhere ends with the same bytes. docs/latents.md has the format.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config.schema import MeshSizes
 from dcae_jax.data import latent_shards, latents, pipeline, sources, transforms
 from dcae_jax.data.latent_shards import Shard
 from dcae_jax.errors import UserError
@@ -46,7 +48,6 @@ RMS_RANGE = (0.5, 2.0)  # of scaled latents; outside, the scaling factor is of a
 
 def run(config: Any, workdir: str) -> int:
     """The job `encode`. Returns 0 when done, 75 when stopped by SIGTERM after a whole shard."""
-    config_lib.check(config)
     if not config.init_from:
         raise UserError(
             "init_from is empty; set --config.init_from to the autoencoder: a workdir, an export "
@@ -54,10 +55,10 @@ def run(config: Any, workdir: str) -> int:
         )
     settings = config.encode
     # A process encodes its shards alone, so no batch is ever split over the devices of another.
-    sizes = config_lib.default().mesh
-    if config.mesh.to_dict() != sizes.to_dict():
+    sizes = MeshSizes()
+    if config.mesh != sizes:
         raise UserError(
-            f"mesh={config.mesh.to_dict()} is not for the job encode, which splits each batch over "
+            f"mesh={dataclasses.asdict(config.mesh)} is not for the job encode, which splits each batch over "
             "all devices of its process; leave mesh.* out"
         )
     mesh_lib.check_batch(settings.batch_size, mesh_lib.make_mesh(sizes), key="encode.batch_size")
@@ -138,11 +139,11 @@ def identify(config: Any, model: autoencoder.Autoencoder, source: Any) -> dict[s
         "names of the images": names.hexdigest(),
     }
     for key in ("flip", "crops", "count", "dtype", "shard_size"):
-        values[f"encode.{key}"] = config.encode[key]
+        values[f"encode.{key}"] = getattr(config.encode, key)
     for key in ("source", *SOURCE_KEYS[config.data.source]):
-        value = config.data[key]
+        value = getattr(config.data, key)
         values[f"data.{key}"] = os.path.abspath(value) if key == "path" else value
-    for key, value in model.model.items():
+    for key, value in dataclasses.asdict(model.model_config).items():
         values[f"model.{key}"] = value
     return json.loads(json.dumps(values))
 
@@ -302,7 +303,7 @@ def finish(
     manifest = {
         "kind": "latents",
         "format": latents.FORMAT,
-        "model": model.model,
+        "model": config_lib.to_json(model.model_config),
         "autoencoder": files.whole_path(config.init_from),
         "weights": config.weights,
         "checksum": identity["weights"],

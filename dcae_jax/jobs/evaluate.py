@@ -13,6 +13,7 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.config import Config
 from dcae_jax.data import sources, transforms
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks, reconstruction
@@ -44,7 +45,6 @@ def _write(config: Any, workdir: str, step: int, results: dict[int, Result]) -> 
 
 def run(config: Any, workdir: str) -> int:
     """The job `evaluate`: a trained model on a data set or one picture, or samples."""
-    config_lib.check(config)
     config = resolve(config)
     with lease.hold(workdir, jax.process_index()):
         return _run(config, workdir)
@@ -80,12 +80,11 @@ def _run(config: Any, workdir: str) -> int:
     return 0
 
 
-def resolve(config: Any) -> Any:
+def resolve(config: Config) -> Config:
     """A copy of `config` with what the protocol fixes. Raises UserError where keys contradict it.
 
     Empty evaluate.resolutions become the protocol's, or config.resolution.
     """
-    config = config.copy_and_resolve_references()
     settings, name = config.evaluate, config.evaluate.protocol
     size = PROTOCOLS.get(name, config.resolution)
     if settings.reference and not settings.samples:
@@ -99,7 +98,10 @@ def resolve(config: Any) -> Any:
             "jobs; give one of them"
         )
     if name or not settings.samples:  # samples have a size of their own
-        settings.resolutions = tuple(settings.resolutions) or (size,)
+        config = config_lib.replace(
+            config, evaluate={"resolutions": settings.resolutions or (size,)}
+        )
+        settings = config.evaluate
     if not name:
         return config
     needed = {

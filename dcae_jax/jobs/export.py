@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ from dcae_jax import config as config_lib
 from dcae_jax import files, models
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config import Config
+from dcae_jax.config.schema import MeshSizes, Model
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Weights
@@ -28,22 +29,20 @@ from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
 
-def run(config: Any, workdir: str) -> int:
+def run(config: Config, workdir: str) -> int:
     """The job `export`. Raises UserError for what the format cannot express."""
-    config_lib.check(config)
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to the weights to export")
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"export.out={out!r} is there and not empty; name another folder")
-    config = config.copy_and_resolve_references()
     if checkpoint_weights.kind_of(config.init_from) == "generator":
         writer = functools.partial(write_generator, config, _load_generator(config))
     else:
         weights, saved = checkpoint_weights.load_weights(
             config.init_from, config.weights, config.model.variant
         )
-        config.model = _settings(saved["model"])
+        config = config_lib.replace(config, model=saved["model"])
         writer = functools.partial(write, config, weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
@@ -58,13 +57,13 @@ def run(config: Any, workdir: str) -> int:
     return 0
 
 
-def write(config: Any, weights: Weights, folder: str) -> float:
+def write(config: Config, weights: Weights, folder: str) -> float:
     """Writes `weights` of config.model into `folder` as config.export says, and reads it back.
 
     Returns the largest difference: of weights, or of what the exported program computes.
     """
     arch = models.find(config.model).architecture(config.model)
-    mesh = mesh_lib.make_mesh(_one(config.mesh), jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(ONE_DEVICE, jax.devices()[:1])
     _, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
     state_lib.check_weights(weights, {**params, **stats})
     meta = _autoencoder_meta(config, config.model, arch)
@@ -79,7 +78,7 @@ def write(config: Any, weights: Weights, folder: str) -> float:
 
 
 def _write_stablehlo(
-    config: Any, mesh: Mesh, weights: Weights, meta: dict[str, Any], folder: str
+    config: Config, mesh: Mesh, weights: Weights, meta: dict[str, Any], folder: str
 ) -> float:
     """The program has no platform of its own: it uses the grouped depthwise form and, unless
     config.dtype says otherwise, float32.
@@ -87,9 +86,9 @@ def _write_stablehlo(
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("export.format='stablehlo' needs flatbuffers; pip install flatbuffers")
     if config.dtype == "auto":
-        config.dtype = "float32"
+        config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":
-        config.model.depthwise = "grouped"
+        config = config_lib.replace(config, model={"depthwise": "grouped"})
     graph, _, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
     arch = models.find(config.model).architecture(config.model)
     return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
@@ -101,14 +100,7 @@ def _equal(worst: float) -> float:
     return worst
 
 
-def _settings(saved: Mapping[str, Any]) -> Any:
-    """config.model as it was saved, with the defaults of keys that came later."""
-    model = config_lib.default().model
-    model.update(saved)
-    return model
-
-
-def _autoencoder_meta(config: Any, model: Any, arch: Any) -> dict[str, Any]:
+def _autoencoder_meta(config: Config, model: Model, arch: Any) -> dict[str, Any]:
     """model.json of the autoencoder with the settings `model`."""
     return {
         "kind": "autoencoder",
@@ -124,7 +116,7 @@ def _autoencoder_meta(config: Any, model: Any, arch: Any) -> dict[str, Any]:
     }
 
 
-def _provenance(config: Any) -> dict[str, Any]:
+def _provenance(config: Config) -> dict[str, Any]:
     return {
         "source": config.init_from,
         "weights": config.weights,
@@ -132,11 +124,8 @@ def _provenance(config: Any) -> dict[str, Any]:
     }
 
 
-def _one(mesh: Any) -> Any:
-    """The mesh of a single device: the numbers do not depend on how many there are."""
-    sizes = config_lib.default().mesh
-    sizes.update({name: 1 for name in mesh})
-    return sizes
+# The numbers do not depend on how many devices there are.
+ONE_DEVICE = MeshSizes(data=1, fsdp=1, tensor=1, spatial=1)
 
 
 def _files(folder: str) -> list[os.DirEntry]:
@@ -155,7 +144,7 @@ NO_GENERATOR = {
 }
 
 
-def _load_generator(config: Any) -> generator.Generator:
+def _load_generator(config: Config) -> generator.Generator:
     """The diffusion model of config.init_from with its autoencoder, if the format can hold it."""
     form = config.export.format
     if form in NO_GENERATOR:
@@ -167,14 +156,14 @@ def _load_generator(config: Any) -> generator.Generator:
         config.init_from,
         autoencoder=config.autoencoder,
         dtype="float32",
-        mesh=mesh_lib.make_mesh(_one(config.mesh), jax.devices()[:1]),
+        mesh=mesh_lib.make_mesh(ONE_DEVICE, jax.devices()[:1]),
         weights=config.weights,
         variant=config.model.variant,
         resolution=config.resolution,
     )
 
 
-def write_generator(config: Any, model: generator.Generator, folder: str) -> float:
+def write_generator(config: Config, model: generator.Generator, folder: str) -> float:
     """Writes a diffusion model with its autoencoder into `folder`, and reads both back.
 
     Returns the largest difference of weights.
@@ -187,7 +176,7 @@ def write_generator(config: Any, model: generator.Generator, folder: str) -> flo
         _write_generator_orbax(config, model, weights, inner, folder)
     else:
         export_formats.write_authors_generator(
-            models.find(_settings(model.model)),
+            models.find(model.model_config),
             weights,
             model.architecture,
             folder,
@@ -197,9 +186,9 @@ def write_generator(config: Any, model: generator.Generator, folder: str) -> flo
             autoencoder=(inner, model.autoencoder.architecture),
         )
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
-    again = config_lib.default()
-    again.model, again.objective = _settings(saved["model"]), saved["objective"]
-    again.patch_size = saved["patch_size"]
+    again = Config(
+        model=saved["model"], objective=saved["objective"], patch_size=saved["patch_size"]
+    )
     if (again.objective, state_lib.architecture(again)) != (model.objective, model.architecture):
         raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
     worst = export_formats.difference(weights, back)
@@ -210,14 +199,14 @@ def write_generator(config: Any, model: generator.Generator, folder: str) -> flo
 
 
 def _write_generator_orbax(
-    config: Any, model: generator.Generator, weights: Weights, inner: Weights, folder: str
+    config: Config, model: generator.Generator, weights: Weights, inner: Weights, folder: str
 ) -> None:
     """model.json, params/ and autoencoder/, which is an export of its own."""
     ae, arch = model.autoencoder, model.architecture
     meta = {
         "kind": "generator",
-        "variant": model.model["variant"],
-        "model": config_lib.to_json(_settings(model.model)),
+        "variant": model.model_config.variant,
+        "model": config_lib.to_json(model.model_config),
         "objective": model.objective,
         "patch_size": arch.patch_size,
         "resolution": model.resolution,
@@ -233,6 +222,6 @@ def _write_generator_orbax(
     }
     within = os.path.join(folder, checkpoint_weights.AUTOENCODER)
     os.makedirs(within)
-    of_ae = _autoencoder_meta(config, _settings(ae.model), ae.architecture)
+    of_ae = _autoencoder_meta(config, ae.model_config, ae.architecture)
     checkpoint_weights.save_export(within, inner, of_ae)
     checkpoint_weights.save_export(folder, weights, meta)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops a run whose steps are no longer finite, and keeps the batch where that began."""
 
+import collections
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,31 +13,50 @@ from dcae_jax import files
 from dcae_jax.errors import MachineError
 
 FOLDER = "diverged"
-Batch = Mapping[str, np.ndarray]  # rows of this process
+# Steps are read this late, so that the devices always have work queued.
+LAG = 2
+
+Batch = dict[str, np.ndarray]
 
 
 class Diverged(MachineError):
-    """Too many steps in a row were not finite."""
+    """Too many consecutive steps were not finite."""
 
 
-class Watch:
-    """Counts steps that were skipped one after the other; remembers the batch of the first."""
+class NanGuard:
+    """Counts consecutive skipped steps; remembers the batch of the first."""
 
     def __init__(self, workdir: str, limit: int):
-        self.workdir, self.limit = workdir, limit
-        self.first: tuple[int, Batch] | None = None
+        self._workdir, self._limit = workdir, limit
+        self._in_flight: collections.deque[tuple[int, jax.Array, Batch]] = collections.deque()
+        self._first: tuple[int, Batch] | None = None
 
-    def look(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
-        """Takes step `step` with its host batch. Raises Diverged after `limit` in a row."""
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step that was looked at had no effect."""
+        return self._first is not None
+
+    def add(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
+        """Takes a step with its host batch, and looks at the one of LAG steps ago."""
+        self._in_flight.append((step, skipped_in_row, batch))
+        while len(self._in_flight) > LAG:
+            self._look(*self._in_flight.popleft())
+
+    def drain(self) -> None:
+        """Looks at all steps, waiting for the devices. Raises Diverged."""
+        while self._in_flight:
+            self._look(*self._in_flight.popleft())
+
+    def _look(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
         count = int(skipped_in_row)
         if not count:
-            self.first = None
+            self._first = None
             return
-        self.first = self.first or (step, batch)
+        self._first = self._first or (step, batch)
         if count == 1:
             logging.warning("step %d was skipped: loss or gradients are not finite", step)
-        if count >= self.limit:
-            where = write_batch(self.workdir, *self.first)
+        if count >= self._limit:
+            where = write_batch(self._workdir, *self._first)
             raise Diverged(
                 f"stopped at step {step}: loss or gradients were not finite {count} times in a "
                 f"row; the last checkpoint is good: look at the first such batch, {where}, or "
@@ -45,7 +64,7 @@ class Watch:
             )
 
 
-def write_batch(workdir: str, step: int, batch: Batch) -> str:
+def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     """WORKDIR/diverged/step<step>.npz, as PNG too where it has images; returns the path.
 
     Of a distributed run each process writes its own rows.
@@ -54,9 +73,11 @@ def write_batch(workdir: str, step: int, batch: Batch) -> str:
     if jax.process_count() > 1:
         name += f"_process{jax.process_index()}"
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
-    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in batch.items()}
-    with files.atomic(path) as beside, open(beside, "wb") as file:
-        np.savez(file, **arrays)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    beside = f"{path}.{os.getpid()}.tmp"
+    with open(beside, "wb") as file:
+        np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
+    os.replace(beside, path)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
         files.write_png(path.replace(".npz", ".png"), files.image_grid((images,)))

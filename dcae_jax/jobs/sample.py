@@ -4,6 +4,7 @@
 Sample i depends on (seed, i) alone: not on the batch, nor on where an earlier call stopped.
 """
 
+import dataclasses
 import io
 import json
 import logging
@@ -19,7 +20,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dcae_jax import config as config_lib
 from dcae_jax import files as files_lib
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as checkpoint_weights
@@ -36,7 +36,6 @@ STREAM = 5  # of the random numbers that draw labels
 
 def run(config: Any, workdir: str) -> int:
     """The job `sample`. Returns 0 when done, 75 when stopped by SIGTERM, to be resumed."""
-    config_lib.check(config)
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a diffusion model's workdir")
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -118,7 +117,7 @@ def grid(images: np.ndarray) -> np.ndarray:
 def _claim(config: Any, model: generator.Generator, workdir: str) -> None:
     """Writes what the samples are of. Raises UserError where the workdir holds others."""
     settings = {
-        "sample": {k: v for k, v in config.sample.to_dict().items() if k != "batch_size"},
+        "sample": {k: v for k, v in dataclasses.asdict(config.sample).items() if k != "batch_size"},
         "seed": config.seed,
         "resolution": model.resolution,  # which the weights of some models leave open
         "weights": checkpoint_weights.checksum(model.weights),

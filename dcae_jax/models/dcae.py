@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models import blocks, layers
 from dcae_jax.models.blocks import Activation, BlockKind, DownsampleForm, UpsampleForm
@@ -149,7 +149,7 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def architecture(model_config: ConfigDict) -> Variant:
+def architecture(model_config: Model) -> Variant:
     """The architecture of a run: config.model's variant with the keys set beside it.
 
     Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
@@ -351,7 +351,7 @@ class DCAE(nnx.Module):
 
 
 def create(
-    model_config: ConfigDict, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
+    model_config: Model, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
 ) -> DCAE:
     """The model of config.model for devices of `platform` ('cpu', 'tpu', 'gpu').
 
@@ -361,7 +361,7 @@ def create(
     return DCAE(architecture(model_config), depthwise=form, remat=remat, dtype=dtype, rngs=rngs)
 
 
-def depthwise_form(model_config: ConfigDict, platform: str) -> DepthwiseForm:
+def depthwise_form(model_config: Model, platform: str) -> DepthwiseForm:
     """config.model.depthwise with 'auto' decided for devices of `platform`."""
     if model_config.depthwise != "auto":
         return model_config.depthwise

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from dcae_jax.config.schema import Loss
 from dcae_jax.models import layers
 from dcae_jax.models.weights import Array
 
@@ -72,7 +72,7 @@ class PatchGAN(nnx.Module):
         return self.project_out(x)[..., 0].astype(jnp.float32)  # [B, h, w]
 
 
-def create(loss_config: ConfigDict, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
+def create(loss_config: Loss, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
     """The discriminator that config.loss describes."""
     return PatchGAN(
         channels=loss_config.gan_channels, depth=loss_config.gan_layers, dtype=dtype, rngs=rngs

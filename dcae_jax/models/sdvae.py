@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models import blocks, layers
 from dcae_jax.models.weights import Array
@@ -57,7 +57,7 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def architecture(model_config: ConfigDict) -> Variant:
+def architecture(model_config: Model) -> Variant:
     """The architecture of a run: config.model's variant with the keys set beside it.
 
     Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
@@ -266,7 +266,7 @@ class SDVAE(nnx.Module):
 
 
 def create(
-    model_config: ConfigDict, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
+    model_config: Model, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
 ) -> SDVAE:
     """The model of config.model, the same for devices of every `platform`."""
     del platform

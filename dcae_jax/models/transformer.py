@@ -274,8 +274,12 @@ def sizes(model_config: Any, variants: Mapping[str, Any], patch_size: int) -> di
             f"choose one of {', '.join(variants)}"
         )
     row = variants[model_config.variant]
-    out = {key: model_config[key] or getattr(row, key) for key in ("depth", "width", "heads")}
-    out.update({k: model_config[k] for k in ("latent_size", "latent_channels", "num_classes")})
+    out = {
+        key: getattr(model_config, key) or getattr(row, key) for key in ("depth", "width", "heads")
+    }
+    out.update(
+        {k: getattr(model_config, k) for k in ("latent_size", "latent_channels", "num_classes")}
+    )
     for key, value in out.items():
         if value < 1:
             raise UserError(f"model.{key}={value}: give a whole number of at least 1")

@@ -3,7 +3,7 @@
 
 A compile-only TPU client, or this host's own processor, compiles the very step that train.py runs,
 or what the job `sample` runs for a batch. Each compile runs in a process of its own,
-`python -m dcae_jax.program REQUEST`, since a process holds libtpu's lock for life, and a compile
+`python -m dcae_jax.planner.compile REQUEST`, since a process holds libtpu's lock for life, and a compile
 that takes too much memory kills its process alone.
 """
 
@@ -18,20 +18,21 @@ from typing import Any
 
 import jax.extend
 import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from dcae_jax import config as config_lib
 from dcae_jax import models
 from dcae_jax.api import generator as generator_lib
+from dcae_jax.config import Config
+from dcae_jax.config.schema import MeshSizes
 from dcae_jax.diffusion import latent_spec, samplers
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, lpips
 from dcae_jax.planner import chips, hlo
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
-from dcae_jax.setup import preflight
+from dcae_jax.setup import resolve
+from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -55,23 +56,25 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # --- the job that a request names ---------------------------------------------------------------
 
 
-def target(plan_config: Any) -> Any:
+def target(plan_config: Config) -> Any:
     """The configuration of the job to plan, as its own command line would make it."""
     if not plan_config.config:
         raise UserError("plan.config is empty; name the file of a job, as in configs/phase1.py")
     return overridden(plan_config.config, plan_config.overrides, plan_config.generator)
 
 
-def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Any:
+def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Config:
     """The configuration of `--config=file --config.KEY=VALUE ...`. Raises UserError.
 
     generator: of a job sample, the file of the job that trains its model; see `_sampling`.
     """
-    config, job = _read("plan.config", file, overrides)
-    if job == "sample":
+    config = _read("plan.config", file, overrides)
+    if config.job == "sample":
         return _sampling(config, generator, overrides)
-    if job != "train":
-        raise UserError(f"plan.config={file!r} is of the job {job}, which has nothing to plan")
+    if config.job != "train":
+        raise UserError(
+            f"plan.config={file!r} is of the job {config.job}, which has nothing to plan"
+        )
     if generator:
         raise UserError(
             f"plan.generator={generator!r} is for a job sample, and plan.config={file!r} is of "
@@ -80,12 +83,12 @@ def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> An
     if config.objective:
         # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
         if config.data.path:
-            return preflight.on_latents(config)[0]
+            return resolve.on_latents(config)[0]
         return latent_spec.resolve_latent_spec(config, None)
     return config
 
 
-def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
+def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
     """The configuration of training from `file`, with what a job sample, `config`, sets itself.
 
     batch_size and steps become those of the sampling, in images and in batches.
@@ -95,8 +98,8 @@ def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
             "plan.generator is empty; name the file of the job that trains the model, as in "
             "configs/uvit.py:h"
         )
-    model, job = _read("plan.generator", file, overrides)
-    if job != "train" or not model.objective:
+    model = _read("plan.generator", file, overrides)
+    if model.job != "train" or not model.objective:
         raise UserError(
             f"plan.generator={file!r} trains no diffusion model; name a file that does, as "
             "configs/uvit.py:h"
@@ -113,30 +116,31 @@ def _sampling(config: Any, file: str, overrides: tuple[str, ...]) -> Any:
             f"sample.sampler={s.sampler!r}: dopri5 decides as it runs how often it evaluates the "
             "network; plan with 'sample.sampler=heun' and as many 'sample.steps' as you expect"
         )
-    for key in ("job", "dtype", "mesh", "sample"):
-        model[key] = config[key]
-    model.batch_size, model.accumulate = s.batch_size, 1
-    return model
+    return config_lib.replace(
+        model,
+        job=config.job,
+        dtype=config.dtype,
+        mesh=config.mesh,
+        sample=config.sample,
+        batch_size=s.batch_size,
+        accumulate=1,
+    )
 
 
-def _read(key: str, file: str, overrides: tuple[str, ...]) -> tuple[Any, str]:
-    """(configuration, its job) of a file that the user named as `key`. Raises UserError."""
-    values = flags.FlagValues()
-    argv = ["plan", f"--config={file}", *(f"--config.{override}" for override in overrides)]
-    flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
+def _read(key: str, file: str, overrides: tuple[str, ...]) -> Config:
+    """The configuration of a file that the user named as `key`. Raises UserError."""
     try:
-        values(argv)
-        return flag.value, flag.value.job
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{key}={file!r}: {config_lib.explain(error, argv)}") from error
+        raw = config_lib.parse_file(file, overrides)
+        # A chain of phases has no keys but its phases.
+        return config_lib.validate(raw) if raw.job != "phases" else Config(job=raw.job)
+    except UserError as error:
+        raise UserError(f"{key}={file!r}: {error}") from error
 
 
 # --- its program ----------------------------------------------------------------------------------
 
 
-def compiled(plan_config: Any, text: str, size: int, batch: int) -> Facts:
+def compiled(plan_config: Config, text: str, size: int, batch: int) -> Facts:
     """What the compiler says of the step at `size` on topology `text`; see `measure`."""
     key = "sample.batch_size" if plan_config.generator else "batch_size"
     request = {
@@ -149,7 +153,7 @@ def compiled(plan_config: Any, text: str, size: int, batch: int) -> Facts:
     }
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "dcae_jax.program", json.dumps(request)],
+        [sys.executable, "-m", "dcae_jax.planner.compile", json.dumps(request)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -177,7 +181,7 @@ def answer(request: Facts) -> Facts:
         return {"error": str(error)}
 
 
-def measure(config: Any, text: str, size: int) -> Facts:
+def measure(config: Config, text: str, size: int) -> Facts:
     """Compiles the step of `config` at `size`, or its sampling of a batch, for topology `text`.
 
     Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is
@@ -186,10 +190,9 @@ def measure(config: Any, text: str, size: int) -> Facts:
     """
     mesh = mesh_lib.make_mesh(config.mesh, chips.devices(text))
     if config.job == "sample":
-        config_lib.check(config)
         mesh_lib.check_batch(config.batch_size, mesh, key="sample.batch_size")
     else:
-        preflight.check(config, mesh)
+        resolve.check_training(config, mesh)
     batch = config.batch_size
     facts = {
         "topology": text,
@@ -261,7 +264,7 @@ def needed_bytes(error: BaseException, arguments: float) -> float | None:
     return None
 
 
-def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
+def step_and_arguments(config: Config, mesh: Mesh, size: int) -> tuple[Any, tuple]:
     """train.py's step, jitted, and its abstract arguments, laid out on `mesh`; or a sampler's."""
     if config.job == "sample":
         s = config.sample
@@ -271,23 +274,25 @@ def step_and_arguments(config: Any, mesh: Mesh, size: int) -> tuple[Any, tuple]:
         return generator_lib.abstract_generator(config, mesh).program(config.batch_size, settings)
     spec = state_lib.train_spec(config, mesh)
     state = state_lib.abstract_state(config, mesh, spec)
-    batch = preflight.abstract_batch(config, size, mesh)
+    batch = run_lib.abstract_batch(config, size, mesh)
     step = step_lib.jit_step(config, spec, state)
     return step, (state, batch, abstract_lpips(config, mesh))
 
 
-def flops(config: Any, mesh: Mesh, size: int) -> float:
+def flops(config: Config, mesh: Mesh, size: int) -> float:
     """FLOPs of a step over all chips, as XLA counts them.
 
     XLA counts the body of a loop once, so a step's loops are laid out in a row here, and the rounds
     of a sampler's are added. The program is that of the mesh's platform, and lowered only; the
     counting is this host's.
     """
-    config = config.copy_and_resolve_references()
-    config.unroll = True
-    config.dtype = mesh_lib.compute_dtype(config, mesh)
-    config.model.depthwise = dcae.depthwise_form(config.model, mesh_lib.platform(mesh))
-    config.mesh = config_lib.default().mesh
+    config = config_lib.replace(
+        config,
+        unroll=True,
+        dtype=mesh_lib.compute_dtype(config, mesh),
+        model={"depthwise": dcae.depthwise_form(config.model, mesh_lib.platform(mesh))},
+        mesh=MeshSizes(),
+    )
     here = mesh_lib.make_mesh(config.mesh, jax.devices("cpu")[:1])
     step, arguments = step_and_arguments(config, here, size)
     traced, platform = step.trace(*arguments), mesh_lib.platform(mesh)
@@ -317,8 +322,8 @@ def repeated_flops(jaxpr: Any, platform: str) -> float:
     return total
 
 
-def abstract_lpips(config: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `preflight.load_lpips` loads."""
+def abstract_lpips(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `setup.run.lpips_weights` loads."""
     if not config.loss.lpips_weight or config.objective:
         return {}
     place = mesh_lib.replicated(mesh)

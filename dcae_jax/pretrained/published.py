@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dcae_jax import config as config_lib
 from dcae_jax import models
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import (
     Arrays,
@@ -97,14 +97,13 @@ def _guess(
     )
 
 
-def model_settings(arch: "AutoencoderArchitecture") -> dict[str, Any]:
+def model_settings(arch: "AutoencoderArchitecture") -> Model:
     """All of config.model for the architecture `arch`, its scaling factor included."""
     module = models.owner(arch)
-    settings = config_lib.default().model
-    settings.update(models.autoencoder_names(module).settings_of(arch))
+    settings = Model(**models.autoencoder_names(module).settings_of(arch))
     if module.architecture(settings).scaling_factor != arch.scaling_factor:
-        settings.scaling_factor = arch.scaling_factor or 1.0
-    return settings.to_dict()
+        return dataclasses.replace(settings, scaling_factor=arch.scaling_factor or 1.0)
+    return settings
 
 
 # --- diffusion models -----------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def read_generator(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any
         inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
         settings["autoencoder"] = path if inside else f"{HUB_OWNER}/{autoencoder}"
     model = settings["model"]
-    logging.info("read %s %s weights from %s", model["name"], model["variant"], path)
+    logging.info("read %s %s weights from %s", model.name, model.variant, path)
     return weights, settings
 
 
@@ -216,14 +215,17 @@ def _generator_settings(
 ) -> dict[str, Any]:
     rows = module.VARIANTS
     variant = variant or next(name for name, row in rows.items() if row.width == arch.width)
-    model = config_lib.default().model
-    model.name, model.variant = module.__name__.rpartition(".")[2], variant
-    for key in ("depth", "width", "heads"):
-        size = getattr(arch, key)
-        model[key] = 0 if size == getattr(rows[variant], key) else size
-    model.latent_size, model.latent_channels = arch.latent_size, arch.latent_channels
-    model.num_classes = arch.num_classes
-    return {"model": model.to_dict(), "patch_size": arch.patch_size}
+    sizes = {key: getattr(arch, key) for key in ("depth", "width", "heads")}
+    row = rows[variant]
+    model = Model(
+        name=module.__name__.rpartition(".")[2],
+        variant=variant,
+        latent_size=arch.latent_size,
+        latent_channels=arch.latent_channels,
+        num_classes=arch.num_classes,
+        **{key: size for key, size in sizes.items() if size != getattr(row, key)},
+    )
+    return {"model": model, "patch_size": arch.patch_size}
 
 
 def _autoencoder_of(model_name: str) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads weights that others published for PyTorch, and writes them as this package's safetensors.
 
-    python -m dcae_jax.torch_io INPUT [LINEAR] --out=X.safetensors
+    python -m dcae_jax.pretrained.torch_io INPUT [LINEAR] --out=X.safetensors
 
 INPUT is one of the judges' files, recognised by its names: torchvision's vgg16 or alexnet (LPIPS),
 or the Inception of FID from pytorch-fid or torch-fidelity. LINEAR is PerceptualSimilarity's
@@ -173,7 +173,7 @@ def _check_sum(path, digest, kind, allow_unknown):
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit status: 0 done, 2 a mistake of the user, told in one line."""
     parser = argparse.ArgumentParser(
-        "python -m dcae_jax.torch_io",
+        "python -m dcae_jax.pretrained.torch_io",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

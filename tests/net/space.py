@@ -81,8 +81,8 @@ class Space:
         save_file(state, source)
         arguments = [source, f"--out={out}", "--allow_unknown_checksum"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if importlib.util.find_spec("dcae_jax.torch_io"):
-                status = importlib.import_module("dcae_jax.torch_io").main(arguments)
+            if importlib.util.find_spec("dcae_jax.pretrained.torch_io"):
+                status = importlib.import_module("dcae_jax.pretrained.torch_io").main(arguments)
             else:  # its name as a sub-command
                 status, _ = run(["convert", *arguments])
         assert status == 0, f"{name} was not converted"

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from support import run_job
 
 from dcae_jax import config as config_lib
 from dcae_jax import files as files_lib
@@ -108,7 +109,7 @@ def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
         _damage(_files(workdir / "checkpoints" / str(step) / "weights")[0], "zeroed")
     before = sorted(str(p) for p in workdir.rglob("*"))
     with pytest.raises(MachineError, match="no checkpoint .* is whole .6: .*; 4: .*; 2: "):
-        train.run(small, str(workdir))
+        run_job(train, small, str(workdir))
     assert sorted(str(p) for p in workdir.rglob("*")) == before
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint_weights.load_weights(str(workdir))
@@ -117,10 +118,10 @@ def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_end(small, alone, tmp_path, caplog):
     """Catches a step that cannot be saved again since its damaged folder is in the way."""
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    assert train.run(small, str(whole)) == train.DONE
+    assert run_job(train, small, str(whole)) == train.DONE
     shutil.copytree(whole, hurt)
     _damage(_files(hurt / "checkpoints" / "4")[0], "one bit")
-    assert train.run(small, str(hurt)) == train.DONE
+    assert run_job(train, small, str(hurt)) == train.DONE
     assert "moved to" in caplog.text and checkpoints.saved_steps(str(hurt)) == [2, 4]
     a, b = (checkpoint_weights.load_weights(str(d))[0] for d in (whole, hurt))
     for name, value in a.items():

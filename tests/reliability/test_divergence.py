@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 from dcae_jax import config as config_lib
 from dcae_jax.checkpoints import manager as checkpoints
@@ -18,7 +18,7 @@ from dcae_jax.training import step as step_lib
 def _stopped(config, workdir, before):
     """Runs until Diverged; asserts that checkpoints are finite and the first bad batch is kept."""
     with pytest.raises(nan_guard.Diverged) as stopped:
-        train.run(config, str(workdir))
+        run_job(train, config, str(workdir))
     (*_, newest) = checkpoints.saved_steps(str(workdir))
     assert newest >= before
     for which in ("raw", "ema"):
@@ -36,7 +36,7 @@ def test_an_exploding_gan_stops_with_good_checkpoints(small, alone, tmp_path):
     small.loss.gan_weight, small.loss.gan_channels, small.loss.gan_layers = 1.0, 8, 2
     small.loss.gan_warmup_steps = 0
     workdir = tmp_path / "run"
-    train.run(small, str(workdir))
+    run_job(train, small, str(workdir))
     small.steps, small.max_skipped, small.save_every, small.keep = 40, 5, 1, 2
     small.optimizer.learning_rate, small.loss.gan_learning_rate = 1e36, 1e36
     small.allow_change = ("optimizer", "loss")
@@ -77,11 +77,12 @@ def test_latents_that_are_not_finite_are_skipped(one_device, bad):
 
 def test_the_first_batch_of_a_row_is_kept_and_one_good_step_forgives(tmp_path):
     """Catches the last batch written instead of the one where it began."""
-    watch = nan_guard.Watch(str(tmp_path), 3)
+    guard = nan_guard.NanGuard(str(tmp_path), 3)
     batches = [{"image": np.full((1, 8, 8, 3), i, np.uint8)} for i in range(7)]
     for step, count in enumerate((1, 2, 0, 1, 2)):
-        watch.look(step, jnp.float32(count), batches[step])
+        guard.add(step, jnp.float32(count), batches[step])
     with pytest.raises(nan_guard.Diverged, match="step0000003.npz"):
-        watch.look(5, jnp.float32(3), batches[5])
+        guard.add(5, jnp.float32(3), batches[5])
+        guard.drain()
     with np.load(tmp_path / "diverged" / "step0000003.npz") as kept:
         assert (kept["image"] == 3).all()

@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dcae_jax import config as config_lib
@@ -103,13 +104,13 @@ def test_a_configuration_that_cannot_be(tmp_path, saved, words):
     with pytest.raises(UserError) as caught:
         values, config = checkpoint_weights.load_weights(str(tmp_path))
         del values
-        api.create_autoencoder(config["model"]["variant"])
+        api.create_autoencoder(config["model"].variant)
     said = str(caught.value)
     if "models" in words:  # seen where the model is built, which needs weights; not reached here
         with pytest.raises(UserError, match=words):
             from dcae_jax import models
 
-            models.find(config_lib.ConfigDict(saved["config"]["model"]))
+            models.find(ConfigDict(saved["config"]["model"]))
     else:
         assert words in said, said
 

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from support import run_job
 
 from dcae_jax import config as config_lib
 from dcae_jax.api import autoencoder
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 
-FLAT = config_lib._flatten(config_lib.default().to_dict())
+FLAT = config_lib.flatten(config_lib.default().to_dict())
 NUMBERS = [key for key, value in FLAT.items() if type(value) in (int, float)]
 TUPLES = [key for key, value in FLAT.items() if isinstance(value, tuple)]
 
@@ -28,7 +29,7 @@ def _refuses(key, value):
     except TypeError:
         return
     with pytest.raises(UserError) as refused:
-        config_lib.check(config)
+        config_lib.validate(config)
     assert key in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -73,13 +74,13 @@ def test_an_allowed_change_is_recorded(small, alone, tmp_path):
     """Catches a run whose config.json says it always had its last configuration."""
     workdir = tmp_path / "run"
     small.steps = 2
-    train.run(small, str(workdir))
+    run_job(train, small, str(workdir))
     small.steps, small.ema_decay = 4, 0.5
     with pytest.raises(UserError, match="ema_decay was 0.99, is 0.5"):
-        train.run(small, str(workdir))
+        run_job(train, small, str(workdir))
     small.allow_change = ("ema_decay",)
-    train.run(small, str(workdir))
+    run_job(train, small, str(workdir))
     small.steps = 5
-    train.run(small, str(workdir))
+    run_job(train, small, str(workdir))
     changes = json.loads((workdir / "config.json").read_text())["changes"]
     assert changes == [{"step": 2, "key": "ema_decay", "before": 0.99, "now": 0.5}]

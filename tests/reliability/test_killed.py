@@ -57,7 +57,7 @@ def test_sigterm_before_the_first_step_is_resumable(forks, data, tmp_path):
     """Catches a job in its start-up that dies of the signal, as if it had failed for good."""
     workdir = tmp_path / "run"
     argv = killing.arguments(workdir, data)
-    more = [("dcae_jax.preflight", "parameter_table", "table")]
+    more = [("dcae_jax.setup.tables", "parameters", "table")]
     signals = [("table", 1, 0.0, signal.SIGTERM)]
     status, _, said = forks(argv, signals, stderr=f"{workdir}.log", more=more)
     assert status == preemption.STATUS and "the same command" in said, said[-2000:]

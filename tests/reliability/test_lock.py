@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from support import run_job
 
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
@@ -36,7 +37,7 @@ def test_the_second_is_refused_and_names_the_first(small, alone, tmp_path):
     owner = _owner(workdir)
     try:
         with pytest.raises(UserError) as refused:
-            train.run(small, str(workdir))
+            run_job(train, small, str(workdir))
         said = str(refused.value)
         assert f"process {owner.pid} on {socket.gethostname()} since 20" in said, said
         assert not (workdir / "checkpoints").exists()
@@ -102,7 +103,7 @@ def test_a_refused_run_leaves_no_folder_behind(small, alone, tmp_path):
     """Catches an empty workdir for each mistake in a command."""
     small.init_from = str(tmp_path / "none")
     with pytest.raises(UserError):
-        train.run(small, str(tmp_path / "run"))
+        run_job(train, small, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

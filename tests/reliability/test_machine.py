@@ -13,10 +13,10 @@ import pytest
 from support import killing
 
 from dcae_jax import errors as errors_lib
-from dcae_jax import main
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.runtime import process
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def small_disk(tmp_path):
 def _one_line(status, said, *words):
     """Asserts status 1, no traceback, and one line of error with `words`."""
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert status == main.FAILED, said[-3000:]
+    assert status == process.FAILED, said[-3000:]
     assert len(errors) == 1 and "Traceback" not in said, said[-3000:]
     assert all(word in errors[0] for word in words), errors[0]
 

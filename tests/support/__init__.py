@@ -18,3 +18,33 @@ NARROW = {
 def flags(settings):
     """{key: value} as arguments of the command line."""
     return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+def run_job(job, config, workdir):
+    """The exit status of the job (a module of dcae_jax.jobs) with a ConfigDict, as in main."""
+    from dcae_jax import config as config_lib
+
+    return job.run(config_lib.validate(config), workdir)
+
+
+def run_chain(config, workdir):
+    """Likewise of the job `phases`."""
+    from dcae_jax import config as config_lib
+    from dcae_jax.config.loading import PHASES
+    from dcae_jax.jobs import train
+
+    phases = {phase: config_lib.validate(config[phase]) for phase in PHASES}
+    return train.run_phases(phases, workdir)
+
+
+def on_latents(config):
+    """(the ConfigDict of a diffusion run with what its latents determine, the latents)."""
+    import dataclasses
+
+    from ml_collections import ConfigDict
+
+    from dcae_jax import config as config_lib
+    from dcae_jax.setup import resolve
+
+    config, latents = resolve.on_latents(config_lib.validate(config))
+    return ConfigDict(dataclasses.asdict(config)), latents

@@ -16,7 +16,7 @@ from PIL import Image
 from dcae_jax import files as files_lib
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.jobs import train
-from support import CONFIGS, NARROW, ROOT, flags, small_models
+from support import CONFIGS, NARROW, ROOT, flags, run_job, small_models
 
 HERE = pathlib.Path(__file__).parent
 TIMES = ("_s", "_per_s")
@@ -38,7 +38,7 @@ SETTINGS = {
 # Places of a kill in the jobs encode and sample: each file that a job writes whole; the moment when
 # a file is complete and has not its name yet; the result of `sample`, begun and not complete.
 WATCHED = [
-    ("dcae_jax.report", "write_file", "file"),
+    ("dcae_jax.files", "write_file", "file"),
     ("os", "replace", "rename"),
     ("numpy.lib.format", "write_array_header_1_0", "result"),
 ]
@@ -191,7 +191,7 @@ def commands(folder):
     small_models.write_latents(latents, autoencoder, images)
     config = small_models.diffusion_config(latents)
     config.steps, config.batch_size = 1, 8
-    assert train.run(config, str(folder / "uvit")) == train.DONE
+    assert run_job(train, config, str(folder / "uvit")) == train.DONE
     settings = {
         "encode": {
             "init_from": autoencoder,

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 
-import dcae_jax
+from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.data import sources
 from dcae_jax.evaluation import reconstruction
 from dcae_jax.jobs import evaluate
@@ -15,7 +15,7 @@ from dcae_jax.training import state as state_lib
 def judge(config, devices=1, source=None):
     """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
-    model = dcae_jax.api.build_autoencoder(config, dict(model_weights(config)), mesh)
+    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config)
     source = source or sources.evaluation_source(config.data)
     return reconstruction.evaluate(config, model.graph, model.weights, mesh, source)[32]

@@ -12,7 +12,7 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.jobs import encode
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
-from support import CONFIGS
+from support import CONFIGS, run_job
 
 CLASSES = 3
 
@@ -43,7 +43,7 @@ def write_latents(folder, autoencoder, pictures):
     config.init_from, config.resolution = autoencoder, 32
     config.data.source, config.data.path = "folder", pictures
     config.encode.batch_size = 8
-    assert encode.run(config, folder) == encode.DONE
+    assert run_job(encode, config, folder) == encode.DONE
     return folder
 
 

@@ -16,7 +16,7 @@ from dcae_jax import files
 from dcae_jax.errors import UserError
 from dcae_jax.planner import chips, compile
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import preflight
+from dcae_jax.setup import run as run_lib
 
 Row = dict[str, Any]
 MEAN = "mean"  # the row of a job that draws its resolution, after one row for each
@@ -46,7 +46,7 @@ def shares(job: Any) -> dict[int, float]:
     if job.job == "sample":
         return {job.resolution: 1.0}
     if job.objective:
-        return dict.fromkeys(preflight.batch_sizes(job), 1.0)
+        return dict.fromkeys(run_lib.batch_sizes(job), 1.0)
     drawn = config_lib.training_resolutions(job)
     return {size: count / len(drawn) for size, count in collections.Counter(drawn).items()}
 

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run does beside its steps: evaluation, checkpoints, a profile, a progress bar.
+
+What an evaluation needs is opened before anything is compiled, so that a missing file ends the
+run at once.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dcae_jax import files
+from dcae_jax.api import autoencoder as autoencoder_lib
+from dcae_jax.api import generator
+from dcae_jax.checkpoints import weights as weights_lib
+from dcae_jax.data import sources
+from dcae_jax.diffusion import latent_spec
+from dcae_jax.evaluation import networks, reconstruction
+from dcae_jax.jobs import sample
+from dcae_jax.jobs.metric_writer import Clock, MetricWriter, Tracker
+from dcae_jax.setup.run import Run
+from dcae_jax.training import state as state_lib
+from dcae_jax.training.state import TrainState
+
+LOWER_IS_BETTER = ("lpips", "rfid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that was made."""
+
+    number: int
+    state: TrainState
+    metrics: dict[str, jax.Array]
+    batch: dict[str, np.ndarray]  # on the host
+    index: int  # of the next example
+    last: bool  # of the run
+    stopping: bool  # a signal asked the run to stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """A function called after some steps, in the order of the loop's list."""
+
+    every: tuple[int, ...]  # intervals, any of which makes it due; 0: never
+    call: Callable[[Step], None]
+    on_stop: bool = False  # also due when a signal ends the run
+    slow: bool = False  # its time is left out of the step's
+    polls: bool = False  # a signal that came meanwhile counts for the hooks after it
+
+    def due(self, step: Step) -> bool:
+        regular = any(interval and step.number % interval == 0 for interval in self.every)
+        return regular or step.last or (self.on_stop and step.stopping)
+
+    def __call__(self, step: Step, clock: Clock, stopped: Callable[[], bool]) -> Step:
+        """Calls the function if it is due; returns the step for the hooks that follow."""
+        if not self.due(step):
+            return step
+        with clock.paused() if self.slow else contextlib.nullcontext():
+            self.call(step)
+        if self.polls and not step.stopping:
+            return dataclasses.replace(step, stopping=stopped())
+        return step
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+# (step, its state, writer, whether a signal came) -> whether it was not cut short by the signal.
+Evaluate = Callable[[int, TrainState, MetricWriter, Callable[[], bool]], bool]
+
+
+def evaluation(run: Run) -> Evaluate:
+    """The evaluation of a run's averaged weights. Raises UserError."""
+    return _samples(run) if run.latents else _reconstructions(run)
+
+
+def _reconstructions(run: Run) -> Evaluate:
+    """Scores on the held-out images, into the row of the step."""
+    config, mesh = run.config, run.mesh
+    held_out = sources.held_out_source(config.data)
+    metric_networks = networks.load_judges(config, mesh)
+
+    def evaluate(
+        step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
+    ) -> bool:
+        weights = state_lib.averaged(state)
+        try:
+            results = reconstruction.evaluate(
+                config, run.spec.graphdef, weights, mesh, held_out, metric_networks, stopped
+            )
+        except reconstruction.Stopped:
+            return False
+        writer.scores(step, reconstruction.row_values(results))
+        if jax.process_index() == 0:
+            logging.info("step %d\n%s", step, reconstruction.score_table(results))
+            reconstruction.write_grids(results, run.workdir, f"step{step:07d}")
+            for size, result in results.items():
+                writer.image(step, f"reconstruction_{size}", result.grid())
+            if step and step == config.steps:
+                _compare_with_start(run.workdir, reconstruction.flat_scores(results))
+        return True
+
+    return evaluate
+
+
+def _samples(run: Run) -> Evaluate:
+    """Samples of the same noise and labels at every step, as a grid."""
+    assert run.latents is not None
+    config, mesh = run.config, run.mesh
+    autoencoder = autoencoder_lib.load_autoencoder(config.autoencoder, config.dtype, mesh)
+    found = weights_lib.encoder_checksum(autoencoder.weights)
+    latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
+    arch = state_lib.architecture(config)
+
+    def evaluate(
+        step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
+    ) -> bool:
+        if stopped():
+            return False
+        model = generator.Generator(
+            run.spec.graphdef,
+            state_lib.averaged(state),
+            arch,
+            config.model,
+            config.objective,
+            autoencoder,
+            mesh,
+        )
+        images = sample.pictures(config, model, range(config.sample.count))
+        writer.scores(step, {})
+        if jax.process_index() == 0:
+            grid = sample.grid(images)
+            files.write_png(_samples_file(run.workdir, step), grid)
+            writer.image(step, "samples", grid)
+            logging.info("step %d: %d samples in images/", step, len(images))
+        return True
+
+    return evaluate
+
+
+def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
+    """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
+    due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
+    if due and config.objective:
+        return not os.path.exists(_samples_file(workdir, step))
+    row = next((row for row in files.read_rows(workdir) if row["step"] == step), {})
+    return bool(due) and not all(f"psnr_{size}" in row for size in config.evaluate.resolutions)
+
+
+def _samples_file(workdir: str, step: int) -> str:
+    return os.path.join(workdir, "images", f"step{step:07d}_samples.png")
+
+
+def _compare_with_start(workdir: str, scores: dict[str, float]) -> None:
+    """Logs which figures rose and which fell since the evaluation before the first step."""
+    rows = files.read_rows(workdir)
+    before = rows[0] if rows and rows[0]["step"] == 0 else {}
+    pairs = {name: (before[name], score) for name, score in scores.items() if name in before}
+    if pairs:
+        logging.info("%s", changes(pairs))
+
+
+def changes(pairs: dict[str, tuple[float, float]]) -> str:
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
+
+    A score that did not move stands on neither side.
+    """
+    sides: dict[str, list[str]] = {"worse": [], "better": []}
+    for name, (before, after) in pairs.items():
+        text = f"{name} {before:.4g} -> {after:.4g} ({after - before:+.2g})"
+        loss = (before - after) * (-1 if name.startswith(LOWER_IS_BETTER) else 1)
+        if loss:
+            sides["worse" if loss > 0 else "better"].append(text)
+    return "; ".join(f"{side}: {', '.join(texts) or 'nothing'}" for side, texts in sides.items())
+
+
+# --- around the steps -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def profile(steps: tuple[int, ...], workdir: str) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step: traces the steps (first, last) to WORKDIR/profile."""
+
+    def before(step: int) -> None:
+        if steps and step == steps[0]:
+            jax.profiler.start_trace(os.path.join(workdir, "profile"))
+        elif steps and step == steps[1] + 1:
+            jax.profiler.stop_trace()
+
+    try:
+        yield before
+    finally:
+        if steps:  # also where the run ends before the last step of the window
+            with contextlib.suppress(RuntimeError):  # there is none
+                jax.profiler.stop_trace()
+
+
+def progress_bar(total: int, start: int) -> Any:
+    """A bar when a person watches; otherwise the log lines are enough."""
+    from tqdm.auto import tqdm
+
+    watched = sys.stderr.isatty() and jax.process_index() == 0
+    return tqdm(total=total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
+
+
+def show(bar: Any) -> Tracker:
+    """A tracker: the loss and the speed on the bar, or in a log line where there is no bar."""
+
+    def track(step: int, row: Mapping[str, float]) -> None:
+        shown = {name: f"{row[name]:.4g}" for name in ("loss", "images_per_s") if name in row}
+        if not bar.disable:
+            bar.set_postfix(shown, refresh=False)
+        elif shown:
+            logging.info("step %d  %s", step, "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    return track

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a validated configuration meets the model, the data and the devices of a run."""
+
+from jax.sharding import Mesh
+
+from dcae_jax import config as config_lib
+from dcae_jax import models
+from dcae_jax.config import Config, check_resolution
+from dcae_jax.data import sources
+from dcae_jax.data.latents import Latents
+from dcae_jax.diffusion import latent_spec
+from dcae_jax.errors import UserError
+from dcae_jax.models import patchgan
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import sharding
+
+
+def training(config: Config, mesh: Mesh) -> tuple[Config, Latents | None]:
+    """The configuration of a training run with what its latents fix, and those latents.
+
+    The latents are None for an autoencoder. Raises UserError where the configuration does not fit
+    itself, the model, the data or the devices.
+    """
+    latents = None
+    if config.objective:
+        config, latents = on_latents(config)
+    check_training(config, mesh)
+    return config, latents
+
+
+def on_latents(config: Config) -> tuple[Config, Latents]:
+    """(configuration, latents) of a diffusion run, the first with what the latents fix.
+
+    Raises UserError without latents, and where they do not fit.
+    """
+    if config.data.source != "latents":
+        raise UserError(
+            f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
+            "run configs/encode.py, then set data.source=latents and data.path to its workdir"
+        )
+    latents = sources.training_source(config.data)
+    return latent_spec.resolve_latent_spec(config, latents.manifest), latents
+
+
+def check_training(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the configuration does not fit itself, the model or the devices."""
+    sharding.check_rules(config.sharding)
+    mesh_lib.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
+    if config.objective:
+        if config.mesh.spatial > 1:
+            raise UserError(
+                f"mesh.spatial={config.mesh.spatial} splits images, which a diffusion model has "
+                "none of; use mesh.data, mesh.fsdp and mesh.tensor"
+            )
+        return
+    f = models.find(config.model).architecture(config.model).compression
+    sizes = config_lib.training_resolutions(config)
+    key = "resolutions" if config.resolutions else "resolution"
+    for size in sizes:
+        check_resolution(size, f, key)
+        mesh_lib.check_height(size, mesh, key=key, compression=f)
+    if not config.evaluate.resolutions:
+        raise UserError(
+            "evaluate.resolutions=() names no size to evaluate training at; give "
+            f"evaluate.resolutions=({config.resolution},)"
+        )
+    for size in config.evaluate.resolutions:
+        check_resolution(size, f, "evaluate.resolutions")
+        mesh_lib.check_height(size, mesh, key="evaluate.resolutions", compression=f)
+    if config.loss.gan_weight:
+        least = patchgan.smallest_input(config.loss.gan_layers)
+        if min(sizes) < least:
+            raise UserError(
+                f"loss.gan_layers={config.loss.gan_layers} needs pictures of {least} pixels; "
+                "use fewer layers or a higher resolution"
+            )
+    mesh_lib.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run before its first step: what it is made of, and where it starts."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as weights_lib
+from dcae_jax.config import Config
+from dcae_jax.data import sources
+from dcae_jax.data.latents import Latents
+from dcae_jax.errors import UserError
+from dcae_jax.models import lpips_torch
+from dcae_jax.models.weights import Weights
+from dcae_jax.runtime import distributed, sharding
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.training import state as state_lib
+from dcae_jax.training import step as step_lib
+from dcae_jax.training.state import TrainSpec, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loop needs and never changes."""
+
+    config: Config  # resolved
+    workdir: str
+    mesh: Mesh
+    spec: TrainSpec  # model, what is trained, optimizer
+    abstract: TrainState  # the state's shapes and shardings
+    source: Any  # of images or latents
+    latents: Latents | None  # the source of a diffusion model
+    lpips: Weights  # of the perceptual loss, {} for a loss without it
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A checkpoint to resume from."""
+
+    step: int
+    changes: list[dict[str, Any]]  # identity keys that allow_change lets differ
+    record: dict[str, Any]  # config.json of the run so far
+
+    @property
+    def origin(self) -> str:
+        """Where the run's first weights came from."""
+        return self.record["weights"]
+
+    @property
+    def changed(self) -> str:
+        """What differs, for the log."""
+        keys = ", ".join(change["key"] for change in self.changes)
+        return f", changed: {keys}" if keys else ""
+
+
+def find(config: Config, workdir: str) -> Found | None:
+    """The newest whole checkpoint in `workdir`, None where nothing was saved yet.
+
+    Raises UserError if it is of another run, allow_change aside.
+    """
+    step = checkpoints.resume_step(workdir)
+    distributed.assert_same_config({"step": step or 0})
+    if step is None:
+        return None
+    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG))
+    if record is None or not isinstance(record.get("config"), dict):
+        raise UserError(
+            f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
+        )
+    changes = config_lib.identity_changes(record["config"], config_lib.to_json(config))
+    allowed = {key for key in changes if _allows(config.allow_change, key)}
+    refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
+    if refused:
+        raise UserError(
+            f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
+            "the keys in --config.allow_change"
+        )
+    changed = [
+        {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
+        for key in sorted(allowed)
+    ]
+    return Found(step, changed, record)
+
+
+def _allows(allow_change: tuple[str, ...], key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in allow_change)
+
+
+def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> Run:
+    """The run of a resolved configuration. Raises UserError."""
+    spec = state_lib.train_spec(config, mesh)
+    sharding.check_tensor(spec.params, config.sharding, mesh)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        spec=spec,
+        abstract=state_lib.abstract_state(config, mesh, spec),
+        source=latents or sources.training_source(config.data),
+        latents=latents,
+        lpips=lpips_weights(config, mesh),
+    )
+
+
+def lpips_weights(config: Config, mesh: Mesh) -> Weights:
+    """The weights of the perceptual loss, on the mesh; {} for a loss without it.
+
+    Raises UserError where the loss needs a file that is not there.
+    """
+    if not config.loss.lpips_weight or config.objective:
+        return {}
+    if not config.loss.lpips_weights:
+        raise UserError(
+            f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
+            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.pretrained.torch_io vgg16-397923af.pth "
+            "--out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
+        )
+    try:
+        weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
+    except (OSError, ValueError) as error:
+        raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
+    everywhere = mesh_lib.replicated(mesh)
+    return {name: mesh_lib.host_to_global(value, everywhere) for name, value in weights.items()}
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def trace_steps(run: Run) -> dict[int, Any]:
+    """{size per side, in pixels or latents: the traced train step}."""
+    step = step_lib.jit_step(run.config, run.spec, run.abstract)
+    return {
+        size: step.trace(run.abstract, abstract_batch(run.config, size, run.mesh), run.lpips)
+        for size in batch_sizes(run.config)
+    }
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """Sizes per side, in pixels or latents, that a step is compiled for."""
+    if config.objective:
+        return [config.model.latent_size]
+    return sorted(set(config_lib.training_resolutions(config)))
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """The size per side of a batch's images or latents [B, H, W, C]."""
+    return next(x.shape[1] for x in batch.values() if x.ndim == 4)
+
+
+def abstract_batch(config: Config, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch of images or latents of `size` per side, as `data` delivers it."""
+    count = config.batch_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((count,), jnp.int32)}
+    if config.objective:
+        channels = config.model.latent_channels
+        shapes["latent"] = (count, size, size, channels), jnp.dtype(config.encode.dtype)
+    else:
+        shapes["image"] = (count, size, size, 3), jnp.uint8
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.batch_sharding(mesh, len(shape)))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+# --- the first state ------------------------------------------------------------------------------
+
+
+def initialise(run: Run) -> tuple[TrainState, str]:
+    """(the state before step 1, where its weights are from). Raises UserError."""
+    config = run.config
+    if not config.init_from:
+        if config.needs_weights:
+            before = "phase2" if config.loss.gan_weight else "phase1"
+            raise UserError(
+                "init_from is empty, and this configuration starts from weights; run "
+                f"configs/{before}.py first and name its workdir with --config.init_from"
+            )
+        state = state_lib.init_state(config, run.mesh, run.spec)
+        return state, f"random, seed {config.seed}"
+    kind = "generator" if config.objective else "autoencoder"
+    weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
+    theirs, ours = saved["model"].variant, config.model.variant
+    try:
+        state = state_lib.init_state(config, run.mesh, run.spec, weights)
+    except UserError as error:
+        if theirs == ours:
+            raise
+        raise UserError(
+            f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
+            f"--config=...:{theirs}"
+        ) from error
+    theirs, ours = saved["model"].scaling_factor, config.model.scaling_factor
+    if config.objective and theirs and theirs != ours:
+        raise UserError(
+            f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
+            f"{ours}; encode with the autoencoder that it was trained on"
+        )
+    return state, f"{config.weights} weights of {files.whole_path(config.init_from)}"
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def write_record(run: Run, found: Found | None, origin: str) -> None:
+    """Writes WORKDIR/config.json, and drops the rows that the run is going to write again."""
+    if jax.process_index():
+        return
+    # Row 0 is the evaluation before the first step.
+    files.drop_rows_after(run.workdir, found.step if found else -1)
+    manifest = run.latents and run.latents.manifest
+    record = {
+        "config": config_lib.to_json(run.config),
+        "weights": origin,
+        # Identity keys that allow_change let differ, with the step where they did.
+        "changes": [*found.record.get("changes", []), *found.changes] if found else [],
+        "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
+        "versions": versions(run.mesh),
+        "mesh": dict(run.mesh.shape),
+    }
+    files.write_json(os.path.join(run.workdir, checkpoints.CONFIG), record)
+
+
+def versions(mesh: Mesh) -> dict[str, str]:
+    """What the run ran on, for config.json."""
+    packages = ("dcae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"python": platform.python_version(), "platform": mesh_lib.platform(mesh)}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
