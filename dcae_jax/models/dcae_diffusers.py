@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dcae_jax.errors import UserError
-from dcae_jax.models import blocks
+from dcae_jax.models.blocks import HEAD_DIM
 from dcae_jax.models.dcae import Variant
 
 CLASS_NAME = "AutoencoderDC"
@@ -58,7 +58,7 @@ def config_of(arch: Variant) -> dict[str, Any]:
         "_class_name": CLASS_NAME,
         "in_channels": 3,
         "latent_channels": arch.latent_channels,
-        "attention_head_dim": blocks.HEAD_DIM,
+        "attention_head_dim": HEAD_DIM,
         "encoder_block_types": [there[kind] for kind in arch.encoder_blocks],
         "decoder_block_types": [there[kind] for kind in arch.decoder_blocks],
         "encoder_block_out_channels": list(arch.widths),
@@ -95,7 +95,7 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
         if key not in DIFFUSERS_DEFAULTS:
             raise _bad(key, value, "AutoencoderDC has no such field")
     c = {**DIFFUSERS_DEFAULTS, **given}
-    for key, only in (("in_channels", 3), ("attention_head_dim", blocks.HEAD_DIM)):
+    for key, only in (("in_channels", 3), ("attention_head_dim", HEAD_DIM)):
         if c[key] != only:
             raise _bad(key, c[key], f"only {only} is supported")
     widths = _counts(c, "encoder_block_out_channels", 1)
@@ -150,7 +150,7 @@ def _check_widths(arch: Variant) -> None:
     key, value = "encoder_block_out_channels", list(arch.widths)
     for i, width in enumerate(arch.widths):
         blocks = [arch.encoder_blocks[i], arch.decoder_blocks[i]]
-        multiple = 4 if blocks == ["res", "res"] else blocks.HEAD_DIM
+        multiple = 4 if blocks == ["res", "res"] else HEAD_DIM
         if width % multiple:
             raise _bad(key, value, f"{width} in stage {i} is no multiple of {multiple}")
     pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]

@@ -30,7 +30,7 @@ def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
 
 def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
     """Devices along each axis of config.mesh, of so many. Raises UserError if they don't fit."""
-    shape = [sizes[axis] for axis in AXES]
+    shape = [getattr(sizes, axis) for axis in AXES]
     text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh ({text}): sizes must be positive, and one at most may be -1")
