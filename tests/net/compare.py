@@ -22,7 +22,8 @@ def differences(recorded: dict[str, Any], found: dict[str, Any], exact: bool) ->
     if "error" in found:
         return [found["error"]]
     lines = []
-    for kind, compare in {"exact": _exact, "rows": _rows, "tensors": _tensors}.items():
+    kinds = {"exact": _exact, "rows": _rows, "tensors": _tensors, "recipes": _recipes}
+    for kind, compare in kinds.items():
         lines += compare(kind, recorded.get(kind), found.get(kind))
     arrays = recorded.get("arrays"), found.get("arrays")
     lines += _tensors("arrays", *arrays, tolerance=ARRAY)
@@ -38,6 +39,19 @@ def _exact(where: str, a: Any, b: Any) -> Iterator[str]:
             yield from _exact(f"{where}: {key}", a.get(key), b.get(key))
     elif a != b:
         yield f"{where}:\n  recorded {a!r}\n  found    {b!r}"
+
+
+def _recipes(where: str, a: dict | None, b: dict | None) -> Iterator[str]:
+    """Of configurations, told by what is not ':', the default: new keys may come."""
+    a, b = a or {}, b or {}
+    for name in a:
+        if name not in b:
+            yield f"{where}: {name} is gone"
+            continue
+        before, now = ({**side[":"], **side[name]} for side in (a, b))
+        for key, value in before.items():
+            if now.get(key) != value:
+                yield f"{where}: {name}: {key} was {value!r}, is {now.get(key)!r}"
 
 
 def _near(a: float, b: float, rtol: float, atol: float) -> bool:

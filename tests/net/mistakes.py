@@ -171,10 +171,11 @@ IMPOSSIBLE = {
 
 
 def told(space: Space, arguments: list[str]) -> dict[str, Any]:
-    """What a command line ends in: its status, and the last line that it wrote."""
+    """What a command line ends in: its status, and the lines of error that it wrote."""
     status, said = net.run(arguments)
     lines = net.without_paths(said, space).splitlines()
-    return {"status": status, "error": lines[-1] if lines else "", "lines": len(lines)}
+    errors = [line for line in lines if line.startswith(("error: ", "Traceback"))]
+    return {"status": status, "error": "\n".join(errors)}
 
 
 def _real(argument: str, space: Space) -> str:

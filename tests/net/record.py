@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 
 # Before the first import of jax: as in tests/conftest.py, but on one device.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,8 +35,8 @@ from cases import CASES  # noqa: E402
 from space import Space  # noqa: E402
 
 
-def run(names: list[str], root: str) -> dict[str, dict]:
-    """{case: its result, or {'error': traceback}, with 'seconds'}."""
+def run(names: list[str], root: str, keep: Callable[[dict], None]) -> dict[str, dict]:
+    """{case: its result, or {'error': traceback}, with 'seconds'}; `keep` takes what is there."""
     space, results = Space(root), {}
     for name in names:
         began = time.perf_counter()
@@ -44,6 +45,7 @@ def run(names: list[str], root: str) -> dict[str, dict]:
         except Exception:
             results[name] = {"error": traceback.format_exc()}
         results[name]["seconds"] = round(time.perf_counter() - began, 1)
+        keep(results)
         sys.stderr.write(f"{name}: {results[name]['seconds']} s\n")
         sys.stderr.write(results[name].get("error", ""))
     return results
@@ -91,7 +93,8 @@ def main() -> int:
             known = json.load(file)
     names = [name for name in CASES if re.search(options.only, name)]
     with tempfile.TemporaryDirectory(prefix="dcae_net") as root:
-        results = run(names, root)
+        keep = (lambda _: None) if options.out == RECORD else (lambda r: write(r, options.out))
+        results = run(names, root, keep)
     failed = [name for name, result in results.items() if "error" in result]
     if options.out == RECORD:
         if failed:

@@ -165,5 +165,7 @@ def without_paths(text: str, space: Space) -> str:
     text = re.sub(r"Traceback \(most recent call last\).*\b(\w+Error: )", r"... \1", text)
     # Our own names of parameters may change.
     text = re.sub(r"'(?:encoder|decoder)\.[\w.]+'", "'PATH'", text)
+    text = re.sub(r"\((?:[\w.*]+, )+\.\.\.\)", "(NAMES, ...)", text)
+    text = re.sub(r"\d+\.\d{9,}", lambda number: f"{float(number[0]):.4g}", text)
     text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S*", "TIME", text)
     return text.replace(os.path.realpath(sys.prefix), "PYTHON").replace(sys.prefix, "PYTHON")

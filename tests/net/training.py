@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases: twenty steps of each recipe from weights in a file."""
 
+import importlib.util
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +11,23 @@ import inputs
 import space as net
 from space import Space
 
+VARIANTS = {
+    "evaluate.py": [""],
+    **{f"phase{n}.py": ["tiny", "f32c32", "f64c128", "f128c512", "sd-vae-f8"] for n in (1, 2, 3)},
+    "phases.py": ["tiny"],
+    "finetune.py": ["tiny", "f32c32", "tiny,decoder"],
+    "mix.py": ["f32c32,phase1", "f32c32,phase2", "f32c32,phase3"],
+    "uvit.py": ["tiny", "s", "h", "2b"],
+    "usit.py": ["tiny", "s", "h", "2b"],
+    "dit.py": ["tiny", "s", "b", "l", "xl"],
+    "encode.py": ["", "tiny"],
+    "export.py": [""],
+    "sample.py": [""],
+    "plan.py": [""],
+}
+# Keys that may be deleted (no shipped file needs the last four), or hold our names of parameters.
+GOING = ("phase", "needs_weights", "gan_norm", "gan_diff_augment", "gan_lecam", "gan_r1")
+GOING += ("trainable", "sharding")
 AUTOENCODER = {
     "model.widths": "(8,8,16,32,32)",
     "model.latent_channels": 8,
@@ -121,6 +141,40 @@ def finetune(space: Space) -> dict[str, Any]:
     return autoencoder(space, "finetune", "finetune.py:tiny,decoder", settings)
 
 
+def decay(space: Space) -> dict[str, Any]:
+    """Catches another weight decay, or one that takes norms and biases too."""
+    settings = {"steps": 4, "optimizer.weight_decay": 20.0, "optimizer.schedule": "constant"}
+    return autoencoder(space, "decay", "phase1.py:tiny", settings)
+
+
+def recipes(space: Space) -> dict[str, Any]:
+    """Catches a value of a shipped configuration that moves with its file or key."""
+    found = {}
+    for name, variants in VARIANTS.items():
+        spec = importlib.util.spec_from_file_location("recipe", os.path.join(net.CONFIGS, name))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for variant in variants:
+            config = module.get_config(variant) if variant else module.get_config()
+            flat = _flat(json.loads(json.dumps(config.to_dict())))
+            kept = {k: v for k, v in sorted(flat.items()) if not k.endswith(GOING)}
+            found[f"{name}:{variant}"] = kept
+    plain = found[":"] = found["evaluate.py:"]
+    for name, values in found.items():
+        if name != ":":  # what the file changes
+            found[name] = {k: v for k, v in values.items() if k not in plain or plain[k] != v}
+    return {"recipes": found}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+        )
+    return flat
+
+
 def _diffusion(space: Space, name: str, settings: Mapping[str, Any] | None = None) -> dict:
     changes = DIFFUSION | {"data.path": space.latents(), "init_from": space.model(name)}
     if name == "usit":
@@ -145,12 +199,14 @@ def usit(space: Space) -> dict[str, Any]:
 
 
 CASES = {
+    "recipes": recipes,
     "train phase1": phase1,
     "train lpips": lpips,
     "train phase2": phase2,
     "train phase3": phase3,
     "train gan": gan,
     "train accumulated": accumulated,
+    "train decay": decay,
     "train finetune": finetune,
     "train uvit": uvit,
     "train dit": dit,
