@@ -52,8 +52,9 @@ def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     if jax.process_count() > 1:
         name += f"_process{jax.process_index()}"
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in batch.items()}
     with report.atomic(path) as beside, open(beside, "wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
+        np.savez(file, **arrays)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
         report.write_png(path.replace(".npz", ".png"), report.image_grid((images,)))
