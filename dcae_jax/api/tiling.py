@@ -36,8 +36,8 @@ def plan(tile: int, overlap: int | None, reach: int | None) -> Tiles:
     overlap = tile // 4 if overlap is None else overlap
     if overlap >= tile:
         raise ValueError(f"overlap={overlap} must be less than tile={tile}, both in latents")
-    covered = reach is not None and overlap >= 2 * reach
-    return Tiles(tile, overlap, reach if covered else 0)
+    margin = reach if reach is not None and overlap >= 2 * reach else 0
+    return Tiles(tile, overlap, margin)
 
 
 def run(

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, flo
     return scores
 
 
-def _held_out_batches(config: Any, source: Any, size: int):
+def _held_out_batches(config: Any, source: Any, size: int) -> Iterator[data.Batch]:
     settings = config.evaluate
     return pipeline.evaluation_batches(
         source,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a picture or a set of pictures is worth: PSNR, SSIM, FID, IS, KID, precision and recall.
+"""Image quality metrics: PSNR, SSIM, FID, Inception score, KID, precision and recall.
 
 Every function works on arrays: images, or the features that `models/inception.py` makes of them.
 FID and rFID follow mseitzer/pytorch-fid; the Inception score, KID, precision and recall follow
@@ -60,7 +60,7 @@ def ssim_map(x: Array, y: Array) -> jax.Array:
     return luminance * (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _pair(x, y):
+def _pair(x: Array, y: Array) -> tuple[jax.Array, jax.Array]:
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(
@@ -69,14 +69,16 @@ def _pair(x, y):
     return x, y
 
 
-def _gaussian_blur(x):
+def _gaussian_blur(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> the same shape, 11 taps of sigma 1.5 along H and W, reflect padding."""
     taps = np.exp(-np.square(np.arange(-5, 6) / 1.5) / 2)
     taps = (taps / taps.sum()).tolist()
     x = jnp.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
     for axis in (1, 2):  # sums of slices, not a convolution: exact float32 on every platform
-        size = x.shape[axis] - 10
-        x = sum(w * jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i, w in enumerate(taps))
+        padded, size = x, x.shape[axis] - 10
+        x = jnp.zeros((), x.dtype)
+        for i, tap in enumerate(taps):
+            x = x + tap * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
     return x
 
 
@@ -106,12 +108,12 @@ def moments_update(state: Moments, features: Array, weight: Array | None = None)
     compensation (Knuth's two-sum), so the error does not grow with their number.
     """
     x = jnp.asarray(features, jnp.float32)
-    weight = jnp.ones(x.shape[0], bool) if weight is None else jnp.asarray(weight) > 0
-    count = jnp.sum(weight.astype(jnp.float32))
-    x = jnp.where(weight[:, None], x, 0.0)
+    counts = jnp.ones(x.shape[0], bool) if weight is None else jnp.asarray(weight) > 0
+    count = jnp.sum(counts.astype(jnp.float32))
+    x = jnp.where(counts[:, None], x, 0.0)
     mean = jnp.sum(x, axis=0) / jnp.maximum(count, 1.0)
     shift = jnp.where(state["count"] == 0, mean, state["shift"])
-    x = jnp.where(weight[:, None], x - shift, 0.0)
+    x = jnp.where(counts[:, None], x - shift, 0.0)
     outer = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
     total, total_low = _two_sum(state["sum"], jnp.sum(x, axis=0))
     outer, outer_low = _two_sum(state["outer"], outer)
@@ -125,7 +127,7 @@ def moments_update(state: Moments, features: Array, weight: Array | None = None)
     }
 
 
-def _two_sum(a, b):
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """a + b rounded, and what the rounding lost."""
     total = a + b
     b_part = total - a
@@ -254,10 +256,10 @@ def kernel_distance(
 
 
 @jax.jit
-def _kernel_sums(x, y):
+def _kernel_sums(x: Array, y: Array) -> tuple[jax.Array, ...]:
     """Row sums of the three kernel matrices, those of x and of y without their diagonals."""
 
-    def kernel(a, b):
+    def kernel(a: Array, b: Array) -> jax.Array:
         root = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST) / a.shape[1] + 1.0
         return root * root * root
 
@@ -289,7 +291,7 @@ def precision_recall(
     return precision, recall
 
 
-def _covered(queries, points, k, block):
+def _covered(queries: jax.Array, points: jax.Array, k: int, block: int) -> float:
     """Share of the queries within reach of a point: its distance to its k-th other point."""
     radii = jnp.concatenate(
         [_kth_distance(points[i : i + block], points, k) for i in range(0, len(points), block)]
@@ -302,23 +304,23 @@ def _covered(queries, points, k, block):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _kth_distance(rows, points, k):
+def _kth_distance(rows: jax.Array, points: jax.Array, k: int) -> jax.Array:
     nearest = -jax.lax.top_k(-_squared_distances(rows, points), k + 1)[0]
     # On CPUs a slice fused into top_k turns it into a full sort, five times slower.
     return jax.lax.optimization_barrier(nearest)[:, -1]
 
 
 @jax.jit
-def _inside(rows, points, radii):
+def _inside(rows: jax.Array, points: jax.Array, radii: jax.Array) -> jax.Array:
     return jnp.any(_squared_distances(rows, points) <= radii, axis=1)
 
 
-def _squared_distances(a, b):
+def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1) - 2 * product
 
 
-def _feature_pair(a, b):
+def _feature_pair(a: Array, b: Array) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(

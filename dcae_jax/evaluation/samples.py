@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good samples are: FID, Inception score, KID, precision and recall, against a reference.
+"""Quality of samples: FID, Inception score, KID, precision and recall, against a reference.
 
 The FID is computed on features that are preprocessed as pytorch-fid does, the other scores as
 torch-fidelity does. Sets of images are folders, or arr_0 of an .npz; a reference may also be the
@@ -68,6 +68,8 @@ class Pixels:
 
 def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str, float]:
     """FID, Inception score, KID, precision and recall, as far as the reference allows them."""
+    if samples.features is None or samples.logits is None:
+        raise ValueError("process 0 alone has the features of the samples; compute scores there")
     scores = {}
     if reference is not None:
         found = samples.mu, samples.sigma
@@ -76,9 +78,10 @@ def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str
     scores["is"], scores["is_std"] = metrics.inception_score(samples.logits, splits)
     if reference is not None and reference.features is not None:
         pair = samples.features, reference.features
-        subset = min(KID_SUBSET, *map(len, pair))
+        fewest = min(map(len, pair))
+        subset = min(KID_SUBSET, fewest)
         scores["kid"], scores["kid_std"] = metrics.kernel_distance(*pair, subset_size=subset)
-        if min(map(len, pair)) > 3:
+        if fewest > 3:
             scores["precision"], scores["recall"] = metrics.precision_recall(*pair)
     return scores
 
@@ -89,7 +92,9 @@ def features_fn(mesh: Mesh) -> Callable:
     logits [B, classes], mask): the moments as pytorch-fid, the others as torch-fidelity."""
     rows = NamedSharding(mesh, P(mesh_lib.BATCH_AXES))
 
-    def features(weights: Weights, moments: metrics.Moments, images: Array, mask: Array):
+    def features(
+        weights: Weights, moments: metrics.Moments, images: Array, mask: Array
+    ) -> tuple[Any, ...]:
         images = jax.lax.with_sharding_constraint(images, rows)
         moments = metrics.moments_update(
             moments, networks.pool3(weights, images, "pytorch-fid")[0], mask
@@ -118,9 +123,9 @@ def statistics(
     stride = math.ceil(total / keep) if keep else 1
     features, logits, read, waiting = [], [], 0, None
 
-    def look(pool3, unnormalised, mask):
+    def look(pool3: Array, unnormalised: Array, mask_of: Array) -> None:
         nonlocal read
-        mask = np.asarray(mask) > 0
+        mask = np.asarray(mask_of) > 0
         # Every process has all rows: it counts them alike.
         numbers = read + np.cumsum(mask) - 1
         read += int(mask.sum())
@@ -147,11 +152,12 @@ def statistics(
 
 def reference_statistics(
     config: Any, mesh: Mesh, judges: networks.Judges, size: int, workdir: str
-) -> Statistics:
+) -> Statistics | None:
     """Statistics of evaluate.reference: from the file, from WORKDIR/reference, or computed.
 
     What is computed is kept there under a name that is made of the images, their size, the
-    preprocessings and the network's weights. Whole on process 0 alone. Raises UserError.
+    preprocessings and the network's weights. Whole on process 0 alone; others may get None. Raises
+    UserError.
     """
     path, key = config.evaluate.reference, "evaluate.reference"
     names = array_names(path, key)
@@ -194,7 +200,7 @@ def _given_moments(path: str, judges: networks.Judges) -> tuple[np.ndarray, np.n
     """mu and sigma of the .npz `path`. Raises UserError."""
     try:
         with np.load(path) as arrays:
-            mu, sigma = np.float64(arrays["mu"]), np.float64(arrays["sigma"])
+            mu, sigma = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"evaluate.reference={path!r}: mu or sigma cannot be read ({error}); fetch it again"
@@ -270,8 +276,7 @@ def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
 
 def _write_statistics(path: str, stats: Statistics) -> None:
     buffer = io.BytesIO()
-    arrays = {"mu": stats.mu, "sigma": stats.sigma, "count": stats.count}
-    np.savez(buffer, **arrays, features=stats.features)
+    np.savez(buffer, **{key: getattr(stats, key) for key in ("mu", "sigma", "count", "features")})
     files_lib.write_file(path, buffer.getvalue())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU chips that need not be here: what their vendor publishes, and compile-only devices."""
+"""TPU slices you don't have: what their vendor publishes, and compile-only devices."""
 
 import dataclasses
 import importlib.util

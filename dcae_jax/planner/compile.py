@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiler says of one program: a job's step, or its sampling, on chips not here.
+"""Compiler statistics of one program: a job's step, or its sampling, on devices you don't have.
 
 A compile-only TPU client, or this host's own processor, compiles the very step that train.py runs,
 or what the job `sample` runs for a batch. Each compile runs in a process of its own,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `plan`: what a job costs on chips that need not be here.
+"""The job `plan`: the cost of a job on TPU slices you don't have.
 
 What the compiler says of a TPU's program (program.py) is of the real run: memory, FLOPs and
 collectives. Its time is an estimate from the chip's published peaks.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program's text says that XLA's own analysis does not: loops and collectives."""
+"""Loops and collectives of a compiled program, read from its text; XLA's analysis omits them."""
 
 import collections
 import dataclasses
