@@ -28,7 +28,7 @@ from goldens import judges as goldens
 
 from dcae_jax import config as config_lib
 from dcae_jax import evaluate, judge_samples, sharding
-from dcae_jax.models import inception
+from dcae_jax.models import inception, inception_torch
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 
@@ -83,7 +83,7 @@ def small():
 def small_inception(monkeypatch, tmp_path):
     """Puts a fast network in Inception's place; -> the file that has its weights."""
     monkeypatch.setattr(inception, "features", small_judges.small_features)
-    monkeypatch.setattr(inception, "load", small_judges.small_weights)
+    monkeypatch.setattr(inception_torch, "load", small_judges.small_weights)
     evaluate.judge_fn.cache_clear()
     judge_samples.features_fn.cache_clear()
     path = tmp_path / "inception.safetensors"
