@@ -29,7 +29,7 @@ from support import CONFIGS, NARROW, small_judges
 from dcae_jax import config as config_lib
 from dcae_jax import main
 from dcae_jax.evaluation import reconstruction, samples
-from dcae_jax.models import inception
+from dcae_jax.models import inception, inception_torch
 from dcae_jax.runtime import mesh as mesh_lib
 
 
@@ -79,7 +79,7 @@ def small():
 def small_inception(monkeypatch, tmp_path):
     """Puts a fast network in Inception's place; -> the file that has its weights."""
     monkeypatch.setattr(inception, "features", small_judges.small_features)
-    monkeypatch.setattr(inception, "load", small_judges.small_weights)
+    monkeypatch.setattr(inception_torch, "load", small_judges.small_weights)
     reconstruction.judge_fn.cache_clear()
     samples.features_fn.cache_clear()
     path = tmp_path / "inception.safetensors"
