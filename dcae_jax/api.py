@@ -235,7 +235,7 @@ def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
     for name in list(weights):
         # A copy, since a device array may alias a host array, and a file's pages can change.
         value = host_memory.owned(weights.pop(name))
-        placed[name] = sharding.put(value, sharding.replicated(mesh)).block_until_ready()
+        placed[name] = sharding.host_to_global(value, sharding.replicated(mesh)).block_until_ready()
     return placed
 
 
@@ -342,9 +342,11 @@ class Generator:
         out, finite = run(
             self.weights,
             self.autoencoder.weights,
-            sharding.put(labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)),
-            sharding.put(keys, place),
-            sharding.put(np.float32(guidance), sharding.replicated(self.mesh)),
+            sharding.host_to_global(
+                labels[rows].astype(np.int32), sharding.batch_sharding(self.mesh, 1)
+            ),
+            sharding.host_to_global(keys, place),
+            sharding.host_to_global(np.float32(guidance), sharding.replicated(self.mesh)),
         )
         return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
@@ -420,7 +422,11 @@ def _sample_fn(
     """
     s = settings
 
-    def run(weights, decoder_weights, labels, keys, guidance):
+    def run(*arguments):
+        with sharding.on_mesh(mesh):
+            return generate(*arguments)
+
+    def generate(weights, decoder_weights, labels, keys, guidance):
         keys = jax.random.wrap_key_data(keys)
         noise = sampling.initial_noise(keys, s.shape)
         model = sampling.guided(

@@ -86,7 +86,7 @@ def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
     rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
 
     def judge(weights: Weights, judges: Judges, moments: Any, images: Array, mask: Array):
-        model = layers.merge(graph, sharding.whole(weights, mesh))
+        model = layers.merge(graph, sharding.replicate_weights(weights, mesh))
         target = images.astype(jnp.float32)
         # From here on levels in float32, whatever the model computes in. An image stays on one
         # device, where the judges' resizing and pooling need no neighbour's rows.

@@ -55,7 +55,7 @@ def load_judges(config: Any, mesh: Mesh) -> Judges:
         except ValueError as error:
             raise UserError(f"{key}={path!r}: {' '.join(str(error).split())}") from error
         place = sharding.replicated(mesh)
-        judges[name] = {k: sharding.put(v, place) for k, v in weights.items()}
+        judges[name] = {k: sharding.host_to_global(v, place) for k, v in weights.items()}
     return judges
 
 
@@ -90,7 +90,7 @@ def batches(
     settings = config.evaluate
     sharding.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
     sharding.check_height(size, mesh, key="evaluate.resolutions")
-    process, processes = sharding.share(mesh)
+    process, processes = sharding.process_batch_slice(mesh)
     found = data.evaluation_batches(
         source,
         size=size,

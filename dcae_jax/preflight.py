@@ -72,7 +72,11 @@ def load_judges(config: Any, mesh: Mesh) -> dict[str, Any]:
         weights = lpips.load(config.loss.lpips_weights, "vgg")
     except (OSError, ValueError) as error:
         raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
-    return {"lpips": {k: sharding.put(v, sharding.replicated(mesh)) for k, v in weights.items()}}
+    return {
+        "lpips": {
+            k: sharding.host_to_global(v, sharding.replicated(mesh)) for k, v in weights.items()
+        }
+    }
 
 
 def lpips_share(config: Any, judges: dict[str, Any], compiled: dict[int, Any]) -> float:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of devices, where each array of a run lies on it, and how a program uses it there.
+"""The device mesh, the sharding of every array, and the sharding constraints inside a program.
 
-Weights lie split (`state_shardings`) and are put together where they are used (`Layout`). Left to
-itself, XLA may as well gather the activations of the whole batch, or compute with replicas.
+Weights are stored sharded (`state_shardings`) and all-gathered at use (`all_gather_weights`).
+Without these constraints XLA may gather the activations of the whole batch instead.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -14,8 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dcae_jax.config import UserError
@@ -138,7 +139,7 @@ def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     return {process: tuple(sorted(places)) for process, places in found.items()}
 
 
-def share(mesh: Mesh) -> tuple[int, int]:
+def process_batch_slice(mesh: Mesh) -> tuple[int, int]:
     """(this process's share of each global batch, number of shares).
 
     Processes among which tensor or spatial is split have the same share. Raises UserError where
@@ -156,15 +157,15 @@ def share(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's `share` of a global batch, as global arrays."""
+    """This process's slice of a global batch, as global arrays."""
     return {key: _put_rows(np.asarray(value), mesh) for key, value in batch.items()}
 
 
 def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
-    places, shares = _places(mesh)[jax.process_index()], share(mesh)[1]
+    places, shares = _places(mesh)[jax.process_index()], process_batch_slice(mesh)[1]
     rows = len(value) // len(places)  # at one place
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:  # of slices
         first = places.index((index[0].start or 0) // rows) * rows
         return value[(slice(first, first + rows), *index[1:])]
 
@@ -172,17 +173,19 @@ def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
 
 
-def put(value: Any, place: NamedSharding) -> jax.Array:
-    """A host array that every process has whole, laid out as `place` says."""
+def host_to_global(value: Any, where: NamedSharding) -> jax.Array:
+    """A global array with the sharding `where`, of a host array that every process has whole."""
     value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+    return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
 
 RULES = ("fsdp", "rows", "columns", "replicate")
 
 
-def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh, stacked: bool = False) -> P:
-    """Where a weight of `shape` lies.
+def weight_spec(
+    shape: tuple[int, ...], rule: str, mesh: Mesh | AbstractMesh, stacked: bool = False
+) -> P:
+    """The PartitionSpec of a weight of `shape`.
 
     'fsdp' splits its largest axis that divides over that mesh axis. 'rows' splits a kernel's
     inputs over the mesh axis tensor and 'columns' its outputs, after which fsdp splits as before.
@@ -191,7 +194,8 @@ def weight_spec(shape: tuple[int, ...], rule: str, mesh: Mesh, stacked: bool = F
     if rule not in RULES:
         raise UserError(f"sharding rule {rule!r} is not known; choose one of {', '.join(RULES)}")
     first = 1 if stacked else 0
-    left, names = list(shape), [() for _ in shape]
+    left = list(shape)
+    names: list[tuple[str, ...]] = [() for _ in shape]
     axis = len(shape) - {"rows": 2, "columns": 1}.get(rule, len(shape) + 1)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     if axis >= first and tensor > 1 and left[axis] % tensor == 0:
@@ -238,6 +242,16 @@ def check_rules(rules: Sequence[Sequence[str]]) -> None:
             raise UserError(f"sharding has the pattern {pair[0]!r}: {error}; mend it") from error
 
 
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises UserError unless a transformer's heads can be split over mesh.tensor."""
+    parts = mesh.shape["tensor"]
+    if heads % parts:
+        raise UserError(
+            f"mesh.tensor={parts} does not divide the {heads} heads; take "
+            f"{math.gcd(heads, parts)} or another divisor"
+        )
+
+
 def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> Any:
     """The tree `state` (arrays or shapes) with a NamedSharding for each leaf.
 
@@ -245,14 +259,14 @@ def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> A
     the first of `rules` (pattern, rule) that matches the path; everything else is replicated.
     """
 
-    def place(path, leaf):
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         if not names or not leaf.shape:
             return replicated(mesh)
         spec = weight_spec(leaf.shape, _rule(names[-1], rules), mesh, "*" in names[-1])
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def chip_bytes(tree: Any) -> int:
@@ -264,77 +278,103 @@ def chip_bytes(tree: Any) -> int:
 
 
 # --- in a program ---------------------------------------------------------------------------------
+# The functions below act under the mesh that the program has entered (`on_mesh`). Without one, or
+# where every device has all weights whole, they change nothing.
+
+ACTIVATION = "activation"  # the checkpoint_name of what a block's backward pass may keep
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The mesh and the rules of a run, as a value that models and steps take along."""
+def on_mesh(mesh: Mesh) -> Any:
+    """A context to enter inside a jitted function: what is traced in it is constrained to `mesh`.
 
-    mesh: Mesh
-    rules: tuple[tuple[str, str], ...]
-
-    def use(self, weights: dict[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
-        """`weights` put together over fsdp for use, still split over tensor.
-
-        Their gradients are brought back to where the weights lie, so that neither stays whole.
-        Stacked ones are left for the loop over layers, which passes one layer's weights and the
-        `prefix` of their paths ('blocks.*.').
-        """
-        return {
-            name: value if "*" in name else self._use(value, prefix + name)
-            for name, value in weights.items()
-        }
-
-    def _use(self, value: jax.Array, path: str) -> jax.Array:
-        stored = weight_spec(value.shape, _rule(path, self.rules), self.mesh)
-        if not any(stored):
-            return value
-        used = P(*(_without_fsdp(names) for names in stored))
-        return _moved(value, NamedSharding(self.mesh, used), NamedSharding(self.mesh, stored))
-
-    def by_head(self, kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A kernel [inputs, 3 C] in 'rows' -> `shape` [inputs, 3, heads, D], split in its heads.
-
-        A part of the 3 C channels in a row would hold, say, all heads of q and none of k.
-        """
-        kernel = _pin(kernel, self.mesh, P("tensor"))  # its gradient passes here on its way back
-        return _pin(kernel.reshape(shape), self.mesh, P(None, None, "tensor"))
+    Entered there and not around the call, it also serves meshes of devices that are not here
+    (the planner's), and no operation outside the program is touched.
+    """
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def whole(weights: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """`weights` of a model that is not split, put together for use, as in `Layout.use`."""
+def weights_mesh() -> AbstractMesh | None:
+    """The mesh of the program, if it splits weights or heads; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if max(mesh.shape.get("fsdp", 1), mesh.shape.get("tensor", 1)) > 1 else None
+
+
+def set_rules(model: nnx.Module, rules: Sequence[Sequence[str]]) -> nnx.Module:
+    """`model` with its rule of config.sharding in each parameter's metadata, in place.
+
+    Metadata is part of the graph definition, so a layer that is merged by itself inside a loop
+    still knows the rule of its full path.
+    """
+    for path, param in nnx.iter_graph(model):
+        if isinstance(param, nnx.Param):
+            param.set_metadata(sharding_rule=_rule(".".join(map(str, path)), rules))
+    return model
+
+
+def all_gather_weights(model: nnx.Module) -> nnx.Module:
+    """`model` with its weights all-gathered over fsdp, in place; over tensor they stay split.
+
+    Their gradients are brought back to the sharding of the stored weights, so that neither stays
+    whole. Stacked layers ('*' in the path) are left for the loop over them, which passes one
+    layer at a time.
+    """
+    mesh = weights_mesh()
+    if mesh is None:
+        return model
+    for path, param in nnx.iter_graph(model):
+        rule = isinstance(param, nnx.Param) and param.get_metadata("sharding_rule", None)
+        if not rule or "*" in path:
+            continue
+        stored = weight_spec(param.shape, rule, mesh)
+        if any(stored):
+            used = P(*(_without_fsdp(names) for names in stored))
+            param.set_value(reshard_with_grad(param.get_value(), used, stored))
+    return model
+
+
+def reshard_with_grad(x: jax.Array, forward: P, backward: P) -> jax.Array:
+    """x constrained to `forward`; its gradient, to `backward`."""
+    resharded = jax.custom_vjp(lambda x: constrain(x, forward))
+    resharded.defvjp(
+        lambda x: (constrain(x, forward), None), lambda _, grad: (constrain(grad, backward),)
+    )
+    return resharded(x)
+
+
+def split_qkv_heads(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A kernel [inputs, 3 C] with the rule 'rows' -> `shape` [inputs, 3, heads, D], split in heads.
+
+    A part of the 3 C channels in a row would hold, say, all heads of q and none of k.
+    """
+    kernel = constrain(kernel, P("tensor"))  # its gradient passes here on its way back
+    return constrain(kernel.reshape(shape), P(None, None, "tensor"))
+
+
+def constrain_activations(x: jax.Array, axis: int = 0) -> jax.Array:
+    """x [B, ...], split in its batch, and in `axis` > 0 over tensor: heads or hidden channels.
+
+    Also names it as one of the values that the backward pass of a block may keep.
+    """
+    if weights_mesh() is None:
+        return x
+    spec = P(BATCH_AXES, *[None] * (axis - 1), *["tensor"] * (axis > 0))
+    return checkpoint_name(constrain(x, spec), ACTIVATION)
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """x with a sharding constraint under the mesh of the program."""
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def replicate_weights(weights: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """`weights` of a model that is not split, all-gathered for use."""
     if mesh.size == 1:
         return weights
-    return {name: _pin(value, mesh, P()) for name, value in weights.items()}
-
-
-def tokens(layout: Layout | None, x: jax.Array, axis: int = 0) -> jax.Array:
-    """x [B, ...], split in its batch, and in `axis` > 0 over tensor: heads or hidden channels."""
-    if layout is None:
-        return x
-    return _pin(x, layout.mesh, P(BATCH_AXES, *[None] * (axis - 1), *["tensor"] * (axis > 0)))
-
-
-def _pin(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def layout(config: Any, mesh: Mesh) -> Layout | None:
-    """The Layout of a run; None where every device has all weights whole."""
-    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-        return None
-    return Layout(mesh, tuple((pattern, rule) for pattern, rule in config.sharding))
+    everywhere = replicated(mesh)
+    return {k: jax.lax.with_sharding_constraint(v, everywhere) for k, v in weights.items()}
 
 
 def _without_fsdp(names: str | tuple[str, ...] | None) -> str | None:
     """One entry of a PartitionSpec with fsdp left out."""
     names = (names,) if isinstance(names, str) else names or ()
     return "tensor" if "tensor" in names else None
-
-
-def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
-    """x, laid out as `there`; its gradient, laid out as `back`."""
-    move = jax.lax.with_sharding_constraint
-    moved = jax.custom_vjp(lambda x: move(x, there))
-    moved.defvjp(lambda x: (move(x, there), None), lambda _, gradient: (move(gradient, back),))
-    return moved(x)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import dcae, patchgan, sdvae
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Weights
 
@@ -70,7 +70,6 @@ class Blueprint:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorBlueprint | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
-    layout: sharding.Layout | None = None  # where weights lie split
 
 
 def model_module(model_config: Any) -> Any:
@@ -91,18 +90,16 @@ def model_module(model_config: Any) -> Any:
 def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
     dtype, remat = sharding.compute_dtype(config, mesh), config.remat == "blocks"
-    if config.objective:
-        return model_module(config.model).create(
-            architecture(config),
-            dtype=dtype,
-            init=layers.drawn(rngs),
-            remat=remat,
-            unroll=config.unroll,
-            layout=sharding.layout(config, mesh),
-        )
-    return model_module(config.model).create(
-        config.model, platform=sharding.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
+    create = functools.partial(
+        model_module(config.model).create, remat=remat, dtype=dtype, rngs=rngs
     )
+    if config.objective:
+        arch = architecture(config)
+        sharding.check_heads(arch.heads, mesh)
+        model = create(arch, unroll=config.unroll)
+    else:
+        model = create(config.model, platform=sharding.platform(mesh))
+    return sharding.set_rules(model, config.sharding)
 
 
 def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
@@ -111,8 +108,13 @@ def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
 
 
 def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
-    """Parameters and statistics of the model of `config`, drawn on the host."""
-    return _joined(create_model(config, mesh, nnx.Rngs(seed)))
+    """Initial parameters and statistics of the model of `config`.
+
+    A transformer's few draws, of stacked blocks, are compiled. An autoencoder's hundreds would
+    take XLA minutes: its layers draw on the host (`layers.on_host`).
+    """
+    create = functools.partial(create_model, config, mesh)
+    return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
 
 
 def architecture(config: Any) -> Any:
@@ -144,11 +146,10 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
         raise UserError("trainable=() trains nothing; name at least one pattern")
     optimizer = optim.optimizer(config, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
-    layout = sharding.layout(config, mesh)
     moved = trained | moving
     averaged = moved if config.ema_decay else frozenset()
     if config.objective:
-        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "", layout)
+        return Blueprint(graph, params, stats, moved, averaged, optimizer, None, "")
     last_layer = model_module(config.model).last_layer(arch)
     if config.loss.gan_weight and last_layer not in trained:
         raise UserError(
@@ -156,7 +157,7 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
             "gradients weigh the GAN loss"
         )
     other = discriminator_blueprint(config, mesh) if config.loss.gan_weight else None
-    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer, layout)
+    return Blueprint(graph, params, stats, moved, averaged, optimizer, other, last_layer)
 
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
@@ -166,9 +167,11 @@ def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
     return DiscriminatorBlueprint(graph, params, stats, optim.discriminator_optimizer(config))
 
 
-def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> patchgan.PatchGAN:
+def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The PatchGAN of config.loss for the devices of `mesh`."""
-    return patchgan.create(config.loss, dtype=sharding.compute_dtype(config, mesh), rngs=rngs)
+    dtype = sharding.compute_dtype(config, mesh)
+    model = patchgan.create(config.loss, dtype=dtype, rngs=rngs)
+    return sharding.set_rules(model, config.sharding)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -222,9 +225,11 @@ def abstract_state(config: Any, mesh: Mesh, plan: Blueprint) -> TrainState:
         {**plan.params, **plan.stats},
         {**other.params, **other.stats} if other else {},
     )
-    places = sharding.state_shardings(shapes, config.sharding, mesh)
+    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
     return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
     )
 
 
@@ -247,8 +252,8 @@ def init_state(
         # Another key than the model's, or both would start from the same draws.
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
         other = _place(_joined(create_discriminator(config, mesh, rngs)), {**d.params, **d.stats})
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    start = jax.jit(functools.partial(fresh, plan), out_shardings=places, donate_argnums=(0, 1))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(functools.partial(fresh, plan), out_shardings=shardings, donate_argnums=(0, 1))
     return start(weights, other)
 
 
@@ -258,7 +263,10 @@ def _joined(model: nnx.Module) -> Weights:
 
 
 def _place(weights: Weights, abstract: Weights) -> Weights:
-    return {name: sharding.put(weights[name], leaf.sharding) for name, leaf in abstract.items()}
+    return {
+        name: sharding.host_to_global(weights[name], leaf.sharding)
+        for name, leaf in abstract.items()
+    }
 
 
 def check_weights(weights: Weights, wanted: Weights) -> None:

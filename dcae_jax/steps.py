@@ -81,19 +81,19 @@ def make_step(config: Any, plan: Blueprint) -> Step:
 
 
 def jit_step(config: Any, plan: Blueprint, abstract: TrainState) -> Any:
-    """The step, jitted; the state that it is given is given up, and stays where it lies.
+    """Jitted train step. Donates the state; the new one keeps its sharding.
 
     abstract: the state as `state.abstract_state` gives it.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    everywhere = sharding.replicated(places.step.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    mesh = shardings.step.mesh
     step = make_step(config, plan)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
 
+    def run(state: TrainState, batch: Batch, judges: Judges) -> tuple[TrainState, Metrics]:
+        with sharding.on_mesh(mesh):
+            return step(state, batch, judges)
 
-def use(plan: Blueprint, weights: Weights) -> Weights:
-    """Weights that lie split, as a program computes with them."""
-    return plan.layout.use(weights) if plan.layout else weights
+    return jax.jit(run, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def to_float(images: Array) -> Array:
@@ -174,7 +174,8 @@ def _denoising(config: Any, plan: Blueprint, state: TrainState, batch: Batch, ke
     labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
 
     def loss_fn(params):
-        model = layers.merge(plan.graph, use(plan, _constant_where_frozen(plan, params)))
+        model = layers.merge(plan.graph, _constant_where_frozen(plan, params))
+        model = sharding.all_gather_weights(model)
         return diffusion.loss(config.objective, lambda x, t: model(x, t, labels), x0, key)
 
     (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -205,8 +206,8 @@ def _reconstruction(
     """
 
     def forward(params):
-        weights = use(plan, _constant_where_frozen(plan, params))
-        model = layers.merge(plan.graph, {**weights, **state.stats})
+        weights = {**_constant_where_frozen(plan, params), **state.stats}
+        model = sharding.all_gather_weights(layers.merge(plan.graph, weights))
         model = layers.training_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
@@ -258,8 +259,9 @@ class _Gan:
 
     def logits(self, params: Weights, pictures: Array) -> tuple[Array, Weights]:
         """(logits [B, h, w], statistics after this pass)."""
-        weights = {**use(self.plan, params), **self.state.stats}
+        weights = {**params, **self.state.stats}
         model = layers.merge(self.plan.discriminator.graph, weights)
+        model = sharding.all_gather_weights(model)
         if self.config.loss.gan_diff_augment:
             pictures = losses.diff_augment(self.key, pictures)
         return model(pictures), layers.split(model)[2]

@@ -222,7 +222,7 @@ def _loop(
     position: tuple[TrainState, Totals, int, int],
 ) -> int:
     state, totals, start, index = position
-    batches = data.training_batches(config, source, index, *sharding.share(mesh))
+    batches = data.training_batches(config, source, index, *sharding.process_batch_slice(mesh))
     accumulate = jax.jit(add_metrics, donate_argnums=0)
     # Of (step, a number still on the device, the batch on the host).
     in_flight: collections.deque = collections.deque()

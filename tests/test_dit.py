@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiT: sizes, costs, positions and initial values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
+from transformer_costs import dit_macs, num_parameters
 
 from dcae_jax.config import UserError
-from dcae_jax.models import dit, layers
+from dcae_jax.models import dit, weights
 
 
 def architecture(variant, learn_sigma=True, patch_size=1, **changes):
@@ -17,19 +21,20 @@ def architecture(variant, learn_sigma=True, patch_size=1, **changes):
     return dit.architecture(config, patch_size=patch_size, learn_sigma=learn_sigma)
 
 
-def weights_of(arch, unroll=False, init=layers.shapes):
-    return layers.split(dit.create(arch, dtype="float32", init=init, remat=False, unroll=unroll))
+def weights_of(arch):
+    return weights.split(dit.create(arch, dtype="float32", rngs=nnx.Rngs(0)))
 
 
 def test_parameters_and_cost_of_xl_are_the_published_ones():
     """Catches a positions table that is counted, a bias left out, a modulation per token."""
     arch = architecture("xl", latent_size=16, latent_channels=32, num_classes=1000)
-    assert round(dit.count_parameters(arch) / 1e6, 2) == 674.89
+    assert round(num_parameters(dit, arch) / 1e6, 2) == 674.89
     # The published count also has one operation for each value of a softmax and of a LayerNorm.
-    assert abs(dit.forward_macs(arch) / 118.68e9 - 1) < 1e-3
-    graph, weights, _ = weights_of(arch, unroll=True)
-    program = jax.jit(lambda weights, *inputs: layers.merge(graph, weights)(*inputs)).lower(
-        weights,
+    assert abs(dit_macs(arch) / 118.68e9 - 1) < 1e-3
+    create = functools.partial(dit.create, arch, dtype="float32", unroll=True)
+    graph, params, _ = weights.split(weights.abstract(lambda rngs: create(rngs=rngs)))
+    program = jax.jit(lambda params, *inputs: weights.merge(graph, params)(*inputs)).lower(
+        params,
         jax.ShapeDtypeStruct((1, 16, 16, 32), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -42,7 +47,7 @@ def test_parameters_and_cost_of_xl_are_the_published_ones():
 def test_sizes_have_about_the_parameters_of_the_paper(variant, millions):
     """Catches a depth or a width of another row."""
     arch = architecture(variant, patch_size=2, latent_size=32, latent_channels=4, num_classes=1000)
-    assert abs(dit.count_parameters(arch) / 1e6 - millions) < 1
+    assert abs(num_parameters(dit, arch) / 1e6 - millions) < 1
 
 
 @pytest.mark.parametrize(
@@ -76,9 +81,9 @@ def test_positions_name_the_column_before_the_row():
 def test_initial_values():
     """Catches blocks that do not begin as the identity, or a bound taken from one side alone."""
     arch = architecture("tiny", learn_sigma=False, num_classes=100)
-    weights = {k: np.asarray(v) for k, v in weights_of(arch, init=layers.random(0))[1].items()}
-    assert sum(value.size for value in weights.values()) == dit.count_parameters(arch)
-    for name, value in weights.items():
+    params = {k: np.asarray(v) for k, v in weights_of(arch)[1].items()}
+    assert sum(value.size for value in params.values()) == num_parameters(dit, arch)
+    for name, value in params.items():
         if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
             assert (value == 0).all(), name
         elif name.startswith(("t_embedder", "y_embedder")):
@@ -90,8 +95,8 @@ def test_initial_values():
 
 def test_a_fresh_model_predicts_zero():
     """Catches a gate or a last layer that does not start at zero."""
-    graph, weights, _ = weights_of(architecture("tiny", depth=2), init=layers.random(0))
-    y = layers.merge(graph, weights)(
+    graph, params, _ = weights_of(architecture("tiny", depth=2))
+    y = weights.merge(graph, params)(
         np.ones((2, 4, 4, 8), np.float32), np.ones(2, np.float32), np.array([0, 10], np.int32)
     )
     assert y.shape == (2, 4, 4, 16) and (np.asarray(y) == 0).all()

@@ -50,7 +50,7 @@ def test_jax_takes_an_owned_copy_over_as_it_is():
     mesh = sharding.make_mesh(config_lib.default().mesh, jax.devices()[:1])
     value = np.arange(12.0, dtype=np.float16).reshape(3, 4).T
     copy = host_memory.owned(value)
-    placed = sharding.put(copy, sharding.replicated(mesh))
+    placed = sharding.host_to_global(copy, sharding.replicated(mesh))
     assert placed.addressable_data(0).unsafe_buffer_pointer() == copy.ctypes.data
     value += 1
     np.testing.assert_array_equal(placed, value.astype(np.float32) - 1)

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from dcae_jax import published
 from dcae_jax.config import UserError
-from dcae_jax.models import dit, layers, uvit
+from dcae_jax.models import dit, uvit
+from dcae_jax.models import weights as weights_lib
 
 SIZES = dict(latent_size=4, latent_channels=8, patch_size=2, num_classes=10)
 UVIT = uvit.Architecture(depth=2, width=128, heads=4, out_channels=8, **SIZES)
@@ -20,11 +21,9 @@ BOTH = [(uvit, UVIT), (dit, DIT)]
 
 
 def random_weights(module, arch):
-    shapes = module.create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
     rng = np.random.default_rng(0)
     return {
-        name: rng.standard_normal(leaf.shape, np.float32)
-        for name, leaf in layers.split(shapes)[1].items()
+        name: rng.standard_normal(shape, np.float32) for name, shape in module.shapes(arch).items()
     }
 
 
@@ -252,12 +251,12 @@ def test_full_size_models_give_the_same_numbers(module, variant):
     torch.manual_seed(0)
     net = make_diffusion.network(dataclasses.asdict(arch), module.__name__.rpartition(".")[2])
     weights = module.from_torch({k: v.numpy() for k, v in net.state_dict().items()}, arch)
-    graph, _, _ = layers.split(
-        module.create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
+    graph, _, _ = weights_lib.split(
+        weights_lib.abstract(lambda rngs: module.create(arch, dtype="float32", rngs=rngs))
     )
     x = np.random.default_rng(0).standard_normal((2, 16, 16, 32), np.float32)
     inputs = (x, np.array([999.0, 30.5], np.float32), np.array([1000, 7], np.int32))
     want = make_diffusion.run(net, *inputs)
-    y = np.asarray(jax.jit(lambda w, *args: layers.merge(graph, w)(*args))(weights, *inputs))
+    y = np.asarray(jax.jit(lambda w, *args: weights_lib.merge(graph, w)(*args))(weights, *inputs))
     error = np.abs(y - want) / want.std()
     assert error.max() <= 1e-3 and error.mean() <= 1e-4

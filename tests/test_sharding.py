@@ -8,6 +8,7 @@ import re
 from unittest import mock
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,6 +173,36 @@ def test_fsdp_puts_one_layer_together_at_a_time(kind):
     assert sum(_collectives(text, "all-to-all")) <= 0.01 * total
 
 
+def _scans(jaxpr):
+    """All loops over layers in a program, also those inside others."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _scans(inner)
+
+
+@pytest.mark.parametrize("kind", ["uvit", "dit"])
+def test_the_backward_pass_keeps_activations_and_gathers_weights_again(kind):
+    """Catches a remat policy that keeps whole weights of all layers, or computes all again."""
+    config, mesh = _config(kind), _mesh(FSDP)
+    with mock.patch.object(sharding, "SMALL", SPLIT):
+        plan = state.blueprint(config, mesh)
+        abstract = state.abstract_state(config, mesh, plan)
+        (size,) = preflight.batch_sizes(config)
+        batch = preflight.abstract_batch(config, size, mesh)
+        program = steps.jit_step(config, plan, abstract).trace(abstract, batch, {}).jaxpr
+    stacks = {leaf.shape for name, leaf in plan.params.items() if "*" in name and leaf.ndim > 2}
+    forward = [scan for scan in _scans(program.jaxpr) if not scan.params["reverse"]]
+    kept = {out.aval.shape for scan in forward for out in scan.outvars}
+    assert forward and not kept & stacks
+    c, heads = config.model.width, config.model.heads
+    tokens = config.model.latent_size**2 + (2 if kind == "uvit" else 0)
+    layers = config.model.depth // (2 if kind == "uvit" else 1)
+    rows = (layers, config.batch_size, tokens)
+    assert {(*rows, 3, heads, c // heads), (*rows, 4 * c)} <= kept
+
+
 def test_tensor_adds_up_twice_a_block_and_direction():
     """Catches activations that are gathered between a block's halves, and heads split so that
     the products of q and k need another device."""
@@ -280,7 +311,7 @@ def test_processes_read_the_images_that_their_devices_have(shape, share, places,
     devices = np.array([_Device(i // 2) for i in range(8)], object).reshape(shape)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     mesh = _Hosts(devices)
-    assert sharding.share(mesh) == share
+    assert sharding.process_batch_slice(mesh) == share
     assert sharding._places(mesh)[1] == places
 
 
@@ -288,7 +319,7 @@ def test_shares_that_overlap_in_part_are_refused():
     """Catches batches of different sizes on different processes, which would hang."""
     devices = np.array([_Device(i // 2) for i in range(6)], object).reshape(2, 1, 3, 1)
     with pytest.raises(UserError, match="part of each other's images"):
-        sharding.share(_Hosts(devices))
+        sharding.process_batch_slice(_Hosts(devices))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from goldens import make_diffusion
 
-from dcae_jax.models import dit, layers, transformer, uvit
+from dcae_jax.config import UserError
+from dcae_jax.models import dit, transformer, uvit
+from dcae_jax.models import weights as weights_lib
 
 MODELS = list(make_diffusion.MODELS)
 
@@ -29,9 +32,13 @@ def weights_of(model):
 @functools.cache
 def forward(model, *, dtype="float32", remat=False, unroll=False):
     """A function (weights, x, t, labels) -> prediction."""
-    form = dict(dtype=dtype, init=layers.shapes, remat=remat, unroll=unroll)
-    graph, _, _ = layers.split(module_of(model).create(arch_of(model), **form))
-    return lambda weights, *inputs: layers.merge(graph, weights)(*inputs)
+    form = dict(dtype=dtype, remat=remat, unroll=unroll)
+    graph, _, _ = weights_lib.split(
+        weights_lib.abstract(
+            lambda rngs: module_of(model).create(arch_of(model), rngs=rngs, **form)
+        )
+    )
+    return lambda weights, *inputs: weights_lib.merge(graph, weights)(*inputs)
 
 
 def error(ours, theirs):
@@ -88,12 +95,39 @@ def test_bfloat16_stays_close_to_float32(model):
     assert largest < 0.1 and mean < 0.02
 
 
+def attention_of(kind):
+    """One head of four channels in bfloat16."""
+    return transformer.Attention(
+        4,
+        1,
+        qkv_bias=False,
+        kernel_init=nnx.initializers.normal(1.0),
+        attention=kind,
+        dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def test_cudnn_is_given_what_plain_attention_computes(monkeypatch):
+    """Catches heads and tokens swapped for the fused kernel, another scale, an unknown name."""
+    fused, asked = jax.nn.dot_product_attention, []
+
+    def run(q, k, v, *, implementation):
+        asked.append(implementation)
+        return fused(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", run)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    want, found = (attention_of(kind)(x).astype(jnp.float32) for kind in ("plain", "cudnn"))
+    np.testing.assert_allclose(found, want, atol=0.05 * float(jnp.abs(want).max()))
+    assert asked == ["cudnn"]
+    with pytest.raises(UserError, match="'flash'.*plain, cudnn"):
+        attention_of("flash")
+
+
 def test_scores_and_softmax_are_float32():
     """Catches scores rounded to bfloat16, where 256.5 is 256, or exponentials taken in it."""
-    fills = dict(fill_qkv=layers.zeros, fill_proj=layers.zeros)
-    attention = transformer.Attention(
-        4, 1, qkv_bias=False, **fills, dtype=jnp.bfloat16, init=layers.random(0)
-    )
+    attention = attention_of("plain")
     qkv = np.zeros((4, 12), np.float32)  # of two tokens: their q, k and v, exact in bfloat16
     qkv[0, [0, 1, 4]] = 16, 1, 16
     qkv[1, [0, 1, 4, 5, 8]] = 16, 1, 16, 0.5, 1
@@ -110,20 +144,31 @@ def test_scores_and_softmax_are_float32():
 def test_patches_are_cut_and_joined_in_the_same_order():
     """Catches rows swapped with columns, or channels before positions, in one direction only."""
     x = np.arange(2 * 6 * 6 * 5, dtype=np.float32).reshape(2, 6, 6, 5)
-    patches = transformer.to_patches(x, 3)
-    assert patches.shape == (2, 4, 45)
+    init = nnx.initializers.zeros
+    embed = transformer.patch_embed(5, 45, 3, kernel_init=init, bias_init=init, rngs=nnx.Rngs(0))
+    embed.kernel.set_value(jnp.eye(45).reshape(3, 3, 5, 45))
+    patches = embed(x).reshape(2, 4, 45)
     np.testing.assert_array_equal(patches[1, 1].reshape(3, 3, 5), x[1, :3, 3:])
     np.testing.assert_array_equal(transformer.from_patches(patches, 3, 2), x)
 
 
 def test_each_stacked_layer_has_its_own_draws():
     """Catches one draw repeated for all layers, and a fan-in that counts them."""
-    kernel = transformer.stacked(layers.random(3), 40)((30, 20), transformer.xavier(30, 20))
+    rngs = nnx.Rngs(3)
+
+    def stack(rngs):
+        def create(rngs):
+            return nnx.Linear(30, 20, kernel_init=dit.XAVIER, rngs=rngs)
+
+        return transformer.Stacked(20, create, remat=False, unroll=False, rngs=rngs)
+
+    stacks = [weights_lib.split(stack(rngs))[1]["*.kernel"] for _ in range(2)]
+    kernel = np.concatenate([np.asarray(value) for value in stacks])
     assert kernel.shape == (40, 30, 20) and kernel.dtype == np.float32
     assert np.abs(np.corrcoef(kernel.reshape(40, -1))[np.triu_indices(40, 1)]).max() < 0.25
     assert abs(kernel.std() - (2 / 50) ** 0.5) < 0.003
-    shape = transformer.stacked(layers.shapes, 40)((30, 20), layers.zeros)
-    assert shape.shape == (40, 30, 20)
+    shape = weights_lib.split(weights_lib.abstract(stack))[1]["*.kernel"]
+    assert shape.shape == (20, 30, 20)
 
 
 @pytest.mark.parametrize("model", ["uvit", "dit"])

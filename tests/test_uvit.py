@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """UViT: sizes, costs and initial values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
+from transformer_costs import num_parameters, uvit_macs
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, uvit
+from dcae_jax.models import uvit, weights
 
 
 def settings(variant, **changes):
@@ -37,13 +41,13 @@ PUBLISHED = [
 def test_parameters_and_cost_are_the_published_ones(variant, side, channels, millions, giga):
     """Catches a block, a bias or a skip too many, attention's products left out, tokens lost."""
     arch = architecture(variant, latent_size=side, latent_channels=channels, num_classes=1000)
-    assert round(uvit.count_parameters(arch) / 1e6, 2) == millions
+    assert round(num_parameters(uvit, arch) / 1e6, 2) == millions
     # The table counts also one operation for each value of a softmax and of a LayerNorm.
-    assert abs(uvit.forward_macs(arch) / (giga * 1e9) - 1) < 1.2e-3
-    model = uvit.create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=True)
-    graph, weights, _ = layers.split(model)
-    program = jax.jit(lambda weights, *inputs: layers.merge(graph, weights)(*inputs)).lower(
-        weights,
+    assert abs(uvit_macs(arch) / (giga * 1e9) - 1) < 1.2e-3
+    create = functools.partial(uvit.create, arch, dtype="float32", unroll=True)
+    graph, params, _ = weights.split(weights.abstract(lambda rngs: create(rngs=rngs)))
+    program = jax.jit(lambda params, *inputs: weights.merge(graph, params)(*inputs)).lower(
+        params,
         jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -53,7 +57,7 @@ def test_parameters_and_cost_are_the_published_ones(variant, side, channels, mil
 
 def test_tokens_are_label_time_and_patches():
     """Catches a sequence without the two extra tokens, or with patches of the wrong size."""
-    assert architecture("tiny", latent_size=8, patch_size=2).tokens == 2 + 16
+    assert uvit.tokens(architecture("tiny", latent_size=8, patch_size=2)) == 2 + 16
 
 
 def test_sizes_beside_the_variant_replace_its_own():
@@ -87,11 +91,11 @@ def test_sizes_that_do_not_fit_are_told_in_a_line(changes, words):
 def test_initial_values():
     """Catches PyTorch's defaults left in the Linears, or the label table shrunk to 0.02."""
     arch = architecture("tiny", latent_channels=32, num_classes=100)
-    model = uvit.create(arch, dtype="float32", init=layers.random(0), remat=False, unroll=False)
-    weights = {name: np.asarray(value) for name, value in layers.split(model)[1].items()}
-    assert sum(value.size for value in weights.values()) == uvit.count_parameters(arch)
-    for name, value in weights.items():
-        if name == "label_emb.table":
+    model = uvit.create(arch, dtype="float32", rngs=nnx.Rngs(0))
+    params = {name: np.asarray(value) for name, value in weights.split(model)[1].items()}
+    assert sum(value.size for value in params.values()) == num_parameters(uvit, arch)
+    for name, value in params.items():
+        if name == "label_emb.embedding":
             assert abs(value.std() - 1) < 0.02
         elif name.startswith("patch_embed"):
             assert 0.95 * 32**-0.5 < np.abs(value).max() <= 32**-0.5
@@ -106,7 +110,7 @@ def test_initial_values():
 def test_time_and_label_are_heard():
     """Catches a token that is built and then dropped: each must change the prediction."""
     arch = architecture("tiny", depth=2)
-    model = uvit.create(arch, dtype="float32", init=layers.random(0), remat=False, unroll=False)
+    model = uvit.create(arch, dtype="float32", rngs=nnx.Rngs(0))
     x = np.ones((4, 4, 4, 8), np.float32)
     t = np.array([1.0, 1.0, 1.0, 2.0], np.float32)
     labels = np.array([0, 0, 10, 0], np.int32)

@@ -13,7 +13,7 @@ is computed and no parameter.
 | label table, weights of the time's MLP  | N(0, 0.02^2)                            |
 """
 
-import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -23,24 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn import initializers
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names, transformer
-from dcae_jax.models.layers import Array, Weights
-from dcae_jax.sharding import Layout, tokens
+from dcae_jax.models import names, transformer
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
+from dcae_jax.models.weights import Array, Weights
+from dcae_jax.sharding import constrain_activations
 
 FREQUENCIES = 256  # features of the time
 EPS = 1e-6  # of every LayerNorm; none has parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A size; depth counts blocks."""
-
-    depth: int
-    width: int
-    heads: int
-
+NORMAL = initializers.normal(0.02)
+XAVIER = initializers.xavier_uniform()
 
 VARIANTS = {
     "tiny": Variant(depth=4, width=128, heads=4),
@@ -49,25 +44,6 @@ VARIANTS = {
     "l": Variant(depth=24, width=1024, heads=16),
     "xl": Variant(depth=28, width=1152, heads=16),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Everything that fixes the parameters and the positions."""
-
-    depth: int
-    width: int
-    heads: int
-    latent_size: int  # positions a side
-    latent_channels: int
-    out_channels: int  # latent_channels, or twice as many with a learned sigma
-    patch_size: int
-    num_classes: int  # without the label that means "none"
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole sequence: the patches."""
-        return (self.latent_size // self.patch_size) ** 2
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
@@ -102,180 +78,147 @@ def positions(side: int, width: int) -> np.ndarray:
     return table.reshape(side * side, width).astype(np.float32)
 
 
-def linear(inputs: int, outputs: int, *, fill: layers.Fill, init) -> transformer.Linear:
-    """A Linear in float32, for what acts on all tokens alike and for the prediction.
-
-    It costs nothing beside the tokens' products, and rounding there is an error of the whole
-    picture: bfloat16 would double the error of the prediction.
-    """
-    return transformer.Linear(inputs, outputs, fill=fill, dtype=jnp.float32, init=init)
+# What acts on all tokens alike and the prediction are in float32: they cost nothing beside the
+# tokens' products, and rounding there is an error of the whole image. bfloat16 would double the
+# error of the prediction.
+Linear = functools.partial(nnx.Linear, dtype=jnp.float32)
+ZeroLinear = functools.partial(Linear, kernel_init=initializers.zeros)
 
 
 class TimeEmbedder(nnx.Module):
-    """[B] -> [B, width] float32: sinusoidal features, Linear, SiLU, Linear."""
+    """Sinusoidal features, Linear, SiLU, Linear."""
 
-    def __init__(self, width, *, init):
-        fill = transformer.normal(0.02)
-        self.fc1 = linear(FREQUENCIES, width, fill=fill, init=init)
-        self.fc2 = linear(width, width, fill=fill, init=init)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(FREQUENCIES, width, kernel_init=NORMAL, rngs=rngs)
+        self.fc2 = Linear(width, width, kernel_init=NORMAL, rngs=rngs)
 
     def __call__(self, t: Array) -> Array:
-        features = transformer.time_features(t, FREQUENCIES)
-        return self.fc2(jax.nn.silu(self.fc1(features)))
+        x = transformer.time_features(t, FREQUENCIES)  # [B, 256]
+        return self.fc2(jax.nn.silu(self.fc1(x)))  # [B, C] float32
 
 
 class Modulation(nnx.Module):
-    """[B, width] -> `count` vectors [B, 1, width] float32: SiLU, then a Linear that begins at 0."""
+    """`count` vectors from the conditioning: SiLU, then a Linear that begins at 0."""
 
-    def __init__(self, width, count, *, init):
-        self.linear = linear(width, count * width, fill=layers.zeros, init=init)
+    def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
+        self.linear = ZeroLinear(width, count * width, rngs=rngs)
         self.count = count
 
     def __call__(self, c: Array) -> list[Array]:
-        vectors = self.linear(jax.nn.silu(c))
-        return jnp.split(vectors[:, None], self.count, axis=-1)
+        vectors = constrain_activations(self.linear(jax.nn.silu(c)))  # [B, count C] float32
+        return jnp.split(vectors[:, None], self.count, axis=-1)  # count of [B, 1, C]
+
+
+def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        width,
+        epsilon=EPS,
+        use_scale=False,
+        use_bias=False,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """The normalised x, scaled and shifted, float32."""
-    return transformer.normalize(x, EPS) * (1 + scale) + shift
+    return x * (1 + scale) + shift  # [B, N, C]
 
 
 class Block(nnx.Module):
     """Attention, then MLP, each on the modulated input, gated, and added to it."""
 
-    def __init__(self, arch: Architecture, *, dtype, init, layout):
-        width, hidden = arch.width, transformer.MLP_RATIO * arch.width
-        xavier = transformer.xavier
-        self.attn = transformer.Attention(
-            width,
+    def __init__(self, arch: Architecture, *, attention: str = "plain", dtype: Any, rngs: nnx.Rngs):
+        c = arch.width
+        self.norm1 = layer_norm(c, rngs=rngs)
+        self.attn = Attention(
+            c,
             arch.heads,
             qkv_bias=True,
-            fill_qkv=xavier(width, 3 * width),
-            fill_proj=xavier(width, width),
+            kernel_init=XAVIER,
+            attention=attention,
             dtype=dtype,
-            init=init,
-            layout=layout,
+            rngs=rngs,
         )
-        fill = xavier(width, hidden)  # the same bound in both directions
-        self.mlp = transformer.MLP(
-            width,
-            approximate=True,
-            fill_in=fill,
-            fill_out=fill,
-            dtype=dtype,
-            init=init,
-            layout=layout,
-        )
-        self.adaLN_modulation = Modulation(width, 6, init=init)
-        self.layout = layout
+        self.norm2 = layer_norm(c, rngs=rngs)
+        self.mlp = MLP(c, approximate=True, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.adaLN_modulation = Modulation(c, 6, rngs=rngs)
 
     def __call__(self, x: Array, c: Array) -> Array:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
-        x = x + (gate1 * self.attn(modulate(x, shift1, scale1))).astype(x.dtype)
-        x = tokens(self.layout, x)
-        x = x + (gate2 * self.mlp(modulate(x, shift2, scale2))).astype(x.dtype)
-        return tokens(self.layout, x)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # [B, 1, C]
+        h = gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # [B, N, C] float32
+        x = constrain_activations(x + h.astype(x.dtype))  # [B, N, C]
+        h = gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # [B, N, C] float32
+        return constrain_activations(x + h.astype(x.dtype))  # [B, N, C]
 
 
 class FinalLayer(nnx.Module):
     """LayerNorm, modulation, Linear to the patches' values; float32."""
 
-    def __init__(self, arch: Architecture, *, init):
-        outputs = arch.patch_size**2 * arch.out_channels
-        self.adaLN_modulation = Modulation(arch.width, 2, init=init)
-        self.linear = linear(arch.width, outputs, fill=layers.zeros, init=init)
+    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+        self.norm = layer_norm(arch.width, rngs=rngs)
+        self.adaLN_modulation = Modulation(arch.width, 2, rngs=rngs)
+        self.linear = ZeroLinear(arch.width, arch.patch_size**2 * arch.out_channels, rngs=rngs)
 
     def __call__(self, x: Array, c: Array) -> Array:
-        return self.linear(modulate(x, *self.adaLN_modulation(c)))
+        shift, scale = self.adaLN_modulation(c)  # [B, 1, C]
+        return self.linear(modulate(self.norm(x), shift, scale))  # [B, N, p^2 out_channels]
 
 
 class DiT(nnx.Module):
-    """The network: (noisy latents, time, labels) -> prediction. See `create`."""
+    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, out_channels] float32.
+
+    h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels are 0 ..
+    num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`; neither changes a
+    number beyond rounding. attention: see `Attention`.
+    """
 
     def __init__(
-        self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool, layout: Layout | None
+        self,
+        arch: Architecture,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        remat: bool = False,
+        unroll: bool = False,
+        attention: str = "plain",
     ):
-        width, patch = arch.width, arch.patch_size
-        self.x_embedder = transformer.PatchEmbed(
+        self.arch, self.dtype = arch, jnp.dtype(dtype)
+        c, patch = arch.width, arch.patch_size
+        self.x_embedder = transformer.patch_embed(
             arch.latent_channels,
-            width,
-            size=patch,
-            fill=transformer.xavier(arch.latent_channels * patch**2, width),
-            fill_bias=layers.zeros,
-            dtype=dtype,
-            init=init,
+            c,
+            patch,
+            # Xavier of the patch as a vector, as if it were a Linear.
+            kernel_init=transformer.uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
+            bias_init=initializers.zeros,
+            rngs=rngs,
         )
-        self.t_embedder = TimeEmbedder(width, init=init)
-        self.y_embedder = transformer.Embedding(
-            arch.num_classes + 1, width, fill=transformer.normal(0.02), init=init
+        self.t_embedder = TimeEmbedder(c, rngs=rngs)
+        self.y_embedder = nnx.Embed(arch.num_classes + 1, c, embedding_init=NORMAL, rngs=rngs)
+        block = functools.partial(Block, arch, attention=attention, dtype=self.dtype)
+        self.blocks = Stacked(
+            arch.depth, lambda rngs: block(rngs=rngs), remat=remat, unroll=unroll, rngs=rngs
         )
-        several = transformer.stacked(init, arch.depth)
-        self.blocks = nnx.Dict({"*": Block(arch, dtype=dtype, init=several, layout=layout)})
-        self.final_layer = FinalLayer(arch, init=init)
-        self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
-        self.layout = layout
+        self.final_layer = FinalLayer(arch, rngs=rngs)
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
-        side = self.arch.latent_size // self.arch.patch_size
-        x = self.x_embedder(x) + positions(side, self.arch.width)
-        x = x.astype(self.dtype)  # [B, N, C]
-        c = self.t_embedder(t) + self.y_embedder(labels)  # [B, C]
-        x, _ = transformer.run_blocks(
-            self.blocks["*"],
-            x,
-            lambda block, x, _: (block(x, c), None),
-            remat=self.remat,
-            unroll=self.unroll,
-            layout=self.layout,
-            prefix="blocks.*.",
-        )
-        return transformer.from_patches(self.final_layer(x, c), self.arch.patch_size, side)
+        b, arch = len(x), self.arch
+        x = self.x_embedder(x).reshape(b, arch.patches, arch.width)  # [B, N, C]
+        x = (x + positions(arch.side, arch.width)).astype(self.dtype)  # [B, N, C]
+        c = self.t_embedder(t) + self.y_embedder(labels)  # [B, C] float32
+        x, _ = self.blocks.scan(lambda block, x, _: (block(x, c), None), x)  # [B, N, C]
+        x = self.final_layer(x, c)  # [B, N, p^2 out_channels] float32
+        return transformer.from_patches(x, arch.patch_size, arch.side)  # [B, h, w, out_channels]
 
 
-def create(
-    arch: Architecture,
-    *,
-    dtype: Any,
-    init: layers.Init,
-    remat: bool,
-    unroll: bool,
-    layout: Layout | None = None,
-) -> DiT:
-    """The network of `arch`, computing in `dtype`.
-
-    It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
-    float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
-    are 0 .. num_classes - 1, and num_classes means "none".
-    remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
-    layout: where weights lie split. Raises UserError if it cannot split the heads.
-    """
-    transformer.check_layout(layout, arch.heads)
-    return DiT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
+create = DiT  # the name by which every file of models/ offers its model
 
 
-def _shapes(arch: Architecture) -> names.Shapes:
-    model = create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
-    return {path: tuple(leaf.shape) for path, leaf in layers.split(model)[1].items()}
-
-
-def count_parameters(arch: Architecture) -> int:
-    """The number of parameters, without allocating them and without the fixed positions."""
-    return transformer.count_parameters(_shapes(arch))
-
-
-def forward_macs(arch: Architecture) -> int:
-    """Multiply-adds of the matrix products of one forward pass of one sample."""
-    width = arch.width
-    patch = arch.patch_size**2 * (arch.latent_channels + arch.out_channels)
-    modulation = (6 * arch.depth + 2) * width**2
-    return (
-        arch.depth * transformer.block_macs(arch.tokens, width)
-        + modulation
-        + FREQUENCIES * width
-        + width**2  # the time's MLP
-        + arch.tokens * width * patch  # embedding and prediction
-    )
+def shapes(arch: Architecture) -> names.Shapes:
+    """{path: shape} of the parameters; the fixed positions are none."""
+    model = weights_lib.abstract(lambda rngs: create(arch, dtype="float32", rngs=rngs))
+    return {path: tuple(leaf.shape) for path, leaf in weights_lib.split(model)[1].items()}
 
 
 # --- the authors' weights -------------------------------------------------------------------------
@@ -302,8 +245,8 @@ def to_torch(weights: Mapping, arch: Architecture, prefix: str = "") -> dict[str
 
     The positions are among them.
     """
-    out = transformer.to_torch(weights, _TABLE, _shapes(arch))
-    out[_POSITIONS] = positions(arch.latent_size // arch.patch_size, arch.width)[None]
+    out = transformer.to_torch(weights, _TABLE, shapes(arch))
+    out[_POSITIONS] = positions(arch.side, arch.width)[None]
     return {prefix + name: value for name, value in out.items()}
 
 
@@ -317,10 +260,10 @@ def from_torch(tensors: Mapping, arch: Architecture, prefix: str = "") -> Weight
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     found = own.pop(_POSITIONS, None)
     weights = transformer.from_torch(
-        own, _TABLE, _shapes(arch), f"these are not weights of the DiT {arch}"
+        own, _TABLE, shapes(arch), f"these are not weights of the DiT {arch}"
     )
     if found is not None:
-        here = positions(arch.latent_size // arch.patch_size, arch.width)[None]
+        here = positions(arch.side, arch.width)[None]
         # Half precision rounds them by up to 2^-9.
         if here.shape != found.shape or np.abs(np.asarray(found, np.float32) - here).max() > 4e-3:
             raise UserError(

@@ -8,7 +8,6 @@ running variance of BatchNorm, RMSNorm's bias, 1x1 convolutions in groups.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -325,59 +324,3 @@ def run(blocks: Iterable[nnx.Module], x: Array, *, remat: bool) -> Array:
     for block in blocks:
         x = call(block, x)
     return x
-
-
-# --- initial values of the transformers, until they take rngs -------------------------------------
-# Drawn on the host: the same on every platform and mesh, and without compiling a program of
-# hundreds of random draws, which takes XLA longer than the draws.
-
-Fill = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
-Init = Callable[[tuple[int, ...], Fill], Any]  # makes each parameter: `shapes` or `random(seed)`
-
-
-def drawn(rngs: nnx.Rngs) -> Init:
-    """An Init from `rngs`: host draws, or shapes while it is traced."""
-
-    def init(shape: tuple[int, ...], fill: Fill) -> Any:
-        key = rngs.params()
-        if isinstance(key, jax.core.Tracer):
-            return jnp.zeros(shape)
-        rng = np.random.Generator(
-            np.random.Philox(key=np.asarray(jax.random.key_data(key)).view(np.uint64)[0])
-        )
-        return fill(rng, shape).astype(np.float32, copy=False)
-
-    return init
-
-
-def shapes(shape: tuple[int, ...], fill: Fill) -> jax.ShapeDtypeStruct:
-    """An Init that allocates nothing."""
-    del fill
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def random(seed: int) -> Init:
-    """An Init whose n-th parameter depends on (seed, n) alone."""
-    numbers = itertools.count()
-
-    def init(shape: tuple[int, ...], fill: Fill) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(key=[seed, next(numbers)]))
-        return fill(rng, shape).astype(np.float32, copy=False)
-
-    return init
-
-
-def uniform(fan_in: int) -> Fill:
-    """PyTorch's default for weights and biases of a convolution: U(-1, 1) / sqrt(fan_in)."""
-    bound = np.float32(fan_in**-0.5)
-    return lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1)
-
-
-def ones(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    del rng
-    return np.ones(shape, np.float32)
-
-
-def zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    del rng
-    return np.zeros(shape, np.float32)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the diffusion transformers UViT and DiT share: layers, stacked blocks, foreign names.
+"""What the diffusion transformers UViT and DiT share: attention, MLP, patches, stacked blocks.
 
-The parameters of repeated blocks are stored stacked, one array for all layers with the layer as
-its leading axis, under a path that says so: `blocks.*.attn.qkv.kernel`. One compiled loop then
-serves every layer. Parameters are float32, layers compute in their `dtype`; LayerNorm and the
-softmax are float32 whatever the dtype is.
+Parameters are float32, layers compute in their `dtype`; LayerNorm and the softmax are float32
+whatever the dtype is.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,163 +15,238 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn.initializers import Initializer
 
+from dcae_jax import sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names
-from dcae_jax.models.layers import Array, Fill, Init
-from dcae_jax.sharding import Layout, tokens
+from dcae_jax.models import names
+from dcae_jax.models.weights import Array
+from dcae_jax.sharding import constrain_activations
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
 MLP_RATIO = 4  # hidden channels of an MLP over its input's
+ATTENTIONS = ("plain", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A size."""
+
+    depth: int  # blocks; of a UViT, without the one in the middle
+    width: int
+    heads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes the parameters (and a DiT's positions)."""
+
+    depth: int
+    width: int
+    heads: int
+    latent_size: int  # positions a side
+    latent_channels: int
+    out_channels: int  # latent_channels, or twice as many with a learned sigma
+    patch_size: int
+    num_classes: int  # without the label that means "none"
+
+    @property
+    def side(self) -> int:
+        """Patches a side."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.side**2
+
 
 # --- initial values -------------------------------------------------------------------------------
 
 
-def normal(deviation: float) -> Fill:
-    """N(0, deviation^2)."""
-    return lambda rng, shape: np.float32(deviation) * rng.standard_normal(shape, np.float32)
+def uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
 
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-def xavier(inputs: int, outputs: int) -> Fill:
-    """U(-1, 1) * sqrt(6 / (inputs + outputs)) (Glorot and Bengio 2010)."""
-    bound = np.float32(math.sqrt(6 / (inputs + outputs)))
-    return lambda rng, shape: bound * (2 * rng.random(shape, np.float32) - 1)
-
-
-def stacked(init: Init, count: int) -> Init:
-    """An Init of `count` layers at once: a leading axis more, and each layer has its own draws."""
-
-    def init_all(shape: tuple[int, ...], fill: Fill) -> Any:
-        def fill_all(rng: np.random.Generator, full: tuple[int, ...]) -> np.ndarray:
-            return np.stack([fill(rng, full[1:]) for _ in range(count)])
-
-        return init((count, *shape), fill_all)
-
-    return init_all
+    return init
 
 
 # --- layers ---------------------------------------------------------------------------------------
 
 
-class Linear(nnx.Module):
-    """A matrix product. kernel [in, out], bias [out], which starts at 0."""
-
-    def __init__(self, inputs, outputs, *, fill, use_bias=True, dtype, init):
-        self.kernel = nnx.Param(init((inputs, outputs), fill))
-        self.bias = nnx.Param(init((outputs,), layers.zeros)) if use_bias else None
-        self.dtype = dtype
-
-    def __call__(self, x: Array) -> Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-def normalize(x: Array, eps: float) -> Array:
-    """(x - mean) / deviation over the channels, in float32 and returned so."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-
-
-class LayerNorm(nnx.Module):
-    """`normalize`, then * scale + bias."""
-
-    def __init__(self, channels, *, dtype, init, eps=1e-5):
-        self.scale = nnx.Param(init((channels,), layers.ones))
-        self.bias = nnx.Param(init((channels,), layers.zeros))
-        self.eps, self.dtype = eps, dtype
-
-    def __call__(self, x: Array) -> Array:
-        return (normalize(x, self.eps) * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
 class Attention(nnx.Module):
-    """Multi-head softmax attention. The qkv channels are (q, k, v), each of them (head, channel).
+    """Multi-head softmax attention. The 3 C channels of qkv are (q, k, v), each (head, channel).
 
-    [B, N, C] -> [B, N, C]. With a `layout`, each device of its tensor axis has some of the heads.
+    attention: 'plain' is the softmax written out, which any transformation can pass; 'cudnn' is
+    cuDNN's fused one, for half precision on NVIDIA GPUs. Under a mesh with an axis tensor, each
+    of its devices has some of the heads.
     """
 
-    def __init__(self, width, heads, *, qkv_bias, fill_qkv, fill_proj, dtype, init, layout=None):
-        self.qkv = Linear(
-            width, 3 * width, fill=fill_qkv, use_bias=qkv_bias, dtype=dtype, init=init
-        )
-        self.proj = Linear(width, width, fill=fill_proj, dtype=dtype, init=init)
-        self.heads, self.layout = heads, layout
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        kernel_init: Initializer,
+        attention: str = "plain",
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        if attention not in ATTENTIONS:
+            raise UserError(
+                f"attention={attention!r} is not known; choose one of {', '.join(ATTENTIONS)}"
+            )
+        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
+        self.proj = linear(width, width)
+        self.heads, self.attention = heads, attention
 
     def __call__(self, x: Array) -> Array:
-        b, n, width = x.shape
-        qkv = self._by_head(x) if self.layout else self.qkv(x)
-        qkv = qkv.reshape(b, n, 3, self.heads, width // self.heads)
+        b, n, c = x.shape
+        qkv = project_to_heads(self.qkv, x, self.heads)  # [B, N, 3, heads, D]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D]
-        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * (width // self.heads) ** -0.5, axis=-1)
-        mixed = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
-        return tokens(self.layout, self.proj(mixed.reshape(b, n, width)))
+        if self.attention == "cudnn":
+            mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        else:
+            mixed = plain_attention(q, k, v)
+        mixed = constrain_activations(mixed, 2)  # [B, N, heads, D]
+        return constrain_activations(self.proj(mixed.reshape(b, n, c)))  # [B, N, C]
 
-    def _by_head(self, x: Array) -> Array:
-        """self.qkv(x) as [B, N, 3, heads, D], whose heads can be split where 3 C cannot."""
-        x, width, dtype = tokens(self.layout, x), x.shape[-1], self.qkv.dtype
-        shape = (3, self.heads, width // self.heads)
-        kernel = self.layout.by_head(self.qkv.kernel[...], (width, *shape))
-        y = jnp.einsum("bnc,ckhd->bnkhd", x.astype(dtype), kernel.astype(dtype))
-        if self.qkv.bias is not None:
-            y += self.qkv.bias[...].reshape(shape).astype(dtype)
-        return tokens(self.layout, y, 3)
+
+def plain_attention(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(D)) v, [B, N, heads, D] each; scores and softmax in float32."""
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    scores = constrain_activations(scores, 1)  # [B, heads, N, N]
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
+
+
+def project_to_heads(qkv: nnx.Linear, x: Array, heads: int) -> Array:
+    """qkv(x), [B, N, C] -> [B, N, 3, heads, D], whose heads can be split where 3 C cannot."""
+    b, n, c = x.shape
+    shape = (3, heads, c // heads)
+    if sharding.weights_mesh() is None:
+        return qkv(x).reshape(b, n, *shape)
+    kernel = sharding.split_qkv_heads(qkv.kernel[...], (c, *shape)).astype(qkv.dtype)
+    y = jnp.einsum("bnc,ckhd->bnkhd", constrain_activations(x).astype(qkv.dtype), kernel)
+    if qkv.bias is not None:
+        y += qkv.bias[...].reshape(shape).astype(qkv.dtype)
+    return constrain_activations(y, 3)
 
 
 class MLP(nnx.Module):
     """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C.
 
-    With a `layout`, each device of its tensor axis has some of the 4 C.
+    Under a mesh with an axis tensor, each of its devices has some of the 4 C.
     """
 
-    def __init__(self, width, *, approximate, fill_in, fill_out, dtype, init, layout=None):
-        self.fc1 = Linear(width, MLP_RATIO * width, fill=fill_in, dtype=dtype, init=init)
-        self.fc2 = Linear(MLP_RATIO * width, width, fill=fill_out, dtype=dtype, init=init)
-        self.approximate, self.layout = approximate, layout
+    def __init__(
+        self,
+        width: int,
+        *,
+        approximate: bool,
+        kernel_init: Initializer,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, MLP_RATIO * width)
+        self.fc2 = linear(MLP_RATIO * width, width)
+        self.approximate = approximate
 
     def __call__(self, x: Array) -> Array:
-        hidden = tokens(self.layout, self.fc1(tokens(self.layout, x)), 2)
-        hidden = jax.nn.gelu(hidden, approximate=self.approximate)
-        return tokens(self.layout, self.fc2(hidden))
+        x = constrain_activations(x)  # [B, N, C]
+        x = constrain_activations(self.fc1(x), 2)  # [B, N, 4 C]
+        x = jax.nn.gelu(x, approximate=self.approximate)
+        return constrain_activations(self.fc2(x))  # [B, N, C]
 
 
-class PatchEmbed(nnx.Module):
-    """A convolution whose stride is its size: [B, h, w, c] -> [B, h w / size^2, width].
+class Stacked(nnx.Module):
+    """`count` layers of one kind, whose arrays are stacked on a leading layer axis.
 
-    kernel [size, size, c, width], bias [width].
+    The stack is a module of that kind under the path '*', as in 'blocks.*.attn.qkv.kernel'. It
+    cannot be called itself; `scan` runs the layers one after the other, which one compiled loop
+    does for all of them.
+
+    create(rngs) -> one layer. remat: the backward pass computes a layer again instead of keeping
+    what is inside it. unroll: one copy of the layer's program a layer instead of one loop.
     """
 
-    def __init__(self, channels, width, *, size, fill, fill_bias, dtype, init):
-        self.kernel = nnx.Param(init((size, size, channels, width), fill))
-        self.bias = nnx.Param(init((width,), fill_bias))
-        self.dtype = dtype
+    def __init__(
+        self,
+        count: int,
+        create: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        remat: bool,
+        unroll: bool,
+        rngs: nnx.Rngs,
+    ):
+        setattr(self, "*", nnx.split_rngs(splits=count)(nnx.vmap(create))(rngs))
+        self.count, self.remat, self.unroll = count, remat, unroll
 
-    def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...].astype(self.dtype)
-        patches = to_patches(x.astype(self.dtype), kernel.shape[0])
-        return patches @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...].astype(self.dtype)
+    def scan(
+        self,
+        call: Callable[[Any, Array, Any], tuple[Array, Any]],
+        x: Array,
+        each: Any = None,
+    ) -> tuple[Array, Any]:
+        """(x after the last layer, the second results of all, stacked).
+
+        call(layer, x, one layer's part of `each`) -> (x, second result).
+        """
+        graph, stack = nnx.split(getattr(self, "*"))
+
+        def one(x: Array, inputs: tuple[nnx.State, Any]) -> tuple[Array, Any]:
+            state, part = inputs
+            layer = sharding.all_gather_weights(nnx.merge(graph, state))
+            return call(layer, constrain_activations(x), part)
+
+        split = sharding.weights_mesh() is not None
+        if self.remat or split:
+            # Weights that were kept from the forward pass would be whole for all layers at once.
+            names = () if self.remat else (sharding.ACTIVATION,)
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            # Inside `scan`, prevent_cse is unnecessary.
+            one = jax.checkpoint(one, prevent_cse=self.unroll, policy=policy)
+        if not self.unroll:
+            return jax.lax.scan(one, x, (stack, each))
+        results = []
+        for i in range(self.count):
+            x, result = one(x, jax.tree.map(lambda a, i=i: a[i], (stack, each)))
+            results.append(result)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
-class Embedding(nnx.Module):
-    """A learned vector for each label. table [labels, width]; [B] -> [B, width] float32."""
+def patch_embed(
+    channels: int,
+    width: int,
+    size: int,
+    *,
+    kernel_init: Initializer,
+    bias_init: Initializer,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A convolution whose stride is its size: [B, h, w, c] -> [B, h / size, w / size, width].
 
-    def __init__(self, count, width, *, fill, init):
-        self.table = nnx.Param(init((count, width), fill))
-
-    def __call__(self, labels: Array) -> Array:
-        return self.table[...][labels]
-
-
-def to_patches(x: Array, size: int) -> Array:
-    """[B, h, w, c] -> [B, h w / size^2, size^2 c]; row by row, channels (row, column, c)."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // size) * (w // size), size * size * c)
+    In float32: it costs nothing beside a block, and the tokens are rounded once instead of thrice.
+    """
+    return nnx.Conv(
+        channels,
+        width,
+        (size, size),
+        strides=size,
+        padding="VALID",
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
 
 
 def from_patches(x: Array, size: int, side: int) -> Array:
-    """The inverse of `to_patches` for a square of `side` patches a side."""
+    """[B, side^2, size^2 c] -> [B, h, w, c]; row by row, channels (row, column, c)."""
     b, c = x.shape[0], x.shape[-1] // size**2
     x = x.reshape(b, side, side, size, size, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, side * size, side * size, c)
@@ -182,82 +257,8 @@ def time_features(t: Array, width: int) -> Array:
     half = width // 2
     scale = np.float32(-math.log(MAX_PERIOD))
     frequencies = np.exp(scale * np.arange(half, dtype=np.float32) / np.float32(half))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * frequencies  # [B, width / 2]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def run_blocks(
-    blocks: nnx.Module,
-    x: Array,
-    call: Callable[[nnx.Module, Array, Any], tuple[Array, Any]],
-    each: Any = None,
-    *,
-    remat: bool,
-    unroll: bool,
-    layout: Layout | None = None,
-    prefix: str = "",
-) -> tuple[Array, Any]:
-    """Runs stacked blocks one after the other: (x after the last, their second results stacked).
-
-    blocks: the module that holds the parameters of all layers, each with a leading axis.
-    call(block, x, one layer's part of `each`) -> (x, second result).
-    remat: the backward pass computes a block again instead of keeping what is inside it.
-    unroll: one copy of the block's program a layer instead of one loop over the layers.
-    layout: where the weights lie split, with the `prefix` of their paths ('blocks.*.'). A layer's
-    are put together when its turn comes.
-    """
-    graph, weights, _ = layers.split(blocks)
-
-    def one(x, inputs):
-        layer, part = inputs
-        if layout:
-            x, layer = tokens(layout, x), layout.use(layer, prefix)
-        return call(layers.merge(graph, layer), x, part)
-
-    if remat or layout:
-        # A loop's body needs no barrier against the merging of what is computed twice.
-        keep = None if remat else _of_tokens(x.shape[0])
-        one = jax.checkpoint(one, prevent_cse=unroll, policy=keep)
-    if not unroll:
-        return jax.lax.scan(one, x, (weights, each))
-    results = []
-    for i in range(next(iter(weights.values())).shape[0]):
-        x, result = one(x, jax.tree.map(lambda a, i=i: a[i], (weights, each)))
-        results.append(result)
-    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
-
-
-def _of_tokens(batch: int) -> Callable[..., bool]:
-    """What the backward pass keeps of a block: all but weights, which are put together again.
-
-    Kept, the weights of all layers would be whole at once. A result is told by its inputs: of the
-    activations, [batch, N, ...], some are of such a shape.
-    """
-
-    def keep(primitive: Any, *inputs: Any, **settings: Any) -> bool:
-        del primitive, settings
-        return any(value.ndim >= 3 and value.shape[0] == batch for value in inputs)
-
-    return keep
-
-
-def run_block(block: nnx.Module, x: Array, *, remat: bool) -> Array:
-    """block(x), computed again by the backward pass if `remat`."""
-    graph, weights, _ = layers.split(block)
-
-    def run(layer, x):
-        return layers.merge(graph, layer)(x)
-
-    return (jax.checkpoint(run) if remat else run)(weights, x)
-
-
-def check_layout(layout: Layout | None, heads: int) -> None:
-    """Raises UserError unless the heads can be split over mesh.tensor."""
-    if layout and heads % layout.mesh.shape["tensor"]:
-        raise UserError(
-            f"mesh.tensor={layout.mesh.shape['tensor']} does not divide the {heads} heads; take "
-            f"{math.gcd(heads, layout.mesh.shape['tensor'])} or another divisor"
-        )
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -303,25 +304,12 @@ def heads_of(width: int, variants: Mapping[str, Any]) -> int:
     )
 
 
-def block_macs(tokens: int, width: int) -> int:
-    """Multiply-adds of one block's attention and MLP for one sample.
-
-    The products of queries with keys and of weights with values count.
-    """
-    matrices = (3 + 1 + 2 * MLP_RATIO) * width**2
-    return tokens * matrices + 2 * tokens**2 * width
-
-
-def count_parameters(shapes: names.Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
 # --- names and shapes of the PyTorch originals ----------------------------------------------------
 # A table maps each of our layers ('blocks.*.attn.qkv') to theirs ('blocks.{}.attn.qkv'), where {}
 # is the layer's number. Kernels are [out, in] there, patch embeddings [out, c, rows, columns], and
 # a table of positions has a leading axis of 1.
 
-LEAVES = {"kernel": "weight", "scale": "weight", "table": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def has(shapes: names.Shapes, ranks: Mapping[str, int]) -> bool:

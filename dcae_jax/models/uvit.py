@@ -3,7 +3,7 @@
 
 Label, time and patches are all tokens. The first half of the blocks keep their outputs, and the
 second half take them back, last in, first out. The sizes S, H and 2B are those that DC-AE was
-judged with (arXiv:2410.10733); USiT there is this network with another objective.
+evaluated with (arXiv:2410.10733); USiT there is this network with another objective.
 
 | initial values            |                                             |
 |---------------------------|---------------------------------------------|
@@ -14,7 +14,7 @@ judged with (arXiv:2410.10733); USiT there is this network with another objectiv
 | LayerNorm                 | scale 1, bias 0                             |
 """
 
-import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -23,24 +23,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn import initializers
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names, transformer
-from dcae_jax.models.layers import Array, Weights
-from dcae_jax.sharding import Layout, tokens
+from dcae_jax.models import names, transformer
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
+from dcae_jax.models.weights import Array, Weights
+from dcae_jax.sharding import constrain_activations
 
 EXTRAS = 2  # tokens before the patches: the label and the time
-FILL = transformer.normal(0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A size. depth counts the blocks with and without skips, not the one in the middle."""
-
-    depth: int
-    width: int
-    heads: int
-
+EPS = 1e-5  # of every LayerNorm
+NORMAL = initializers.normal(0.02)
 
 VARIANTS = {
     "tiny": Variant(depth=4, width=128, heads=4),
@@ -48,25 +42,6 @@ VARIANTS = {
     "h": Variant(depth=28, width=1152, heads=16),
     "2b": Variant(depth=28, width=2048, heads=32),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Everything that fixes the parameters."""
-
-    depth: int
-    width: int
-    heads: int
-    latent_size: int  # positions a side
-    latent_channels: int
-    out_channels: int  # latent_channels, or twice as many with a learned sigma
-    patch_size: int
-    num_classes: int  # without the label that means "none"
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole sequence: label, time and patches."""
-        return EXTRAS + (self.latent_size // self.patch_size) ** 2
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
@@ -82,7 +57,16 @@ def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Ar
     return Architecture(**sizes, out_channels=sizes["latent_channels"] * (2 if learn_sigma else 1))
 
 
+def tokens(arch: Architecture) -> int:
+    """Of the whole sequence: label, time and patches."""
+    return EXTRAS + arch.patches
+
+
 # --- the model ------------------------------------------------------------------------------------
+
+
+def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=EPS, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -91,151 +75,109 @@ class Block(nnx.Module):
     With `skip`, first a Linear brings x and a kept output, side by side, back to the width.
     """
 
-    def __init__(self, arch: Architecture, *, skip=False, dtype, init, layout):
-        width = arch.width
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        skip: bool = False,
+        attention: str = "plain",
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        c = arch.width
         if skip:
-            self.skip_linear = transformer.Linear(
-                2 * width, width, fill=FILL, dtype=dtype, init=init
-            )
-        self.norm1 = transformer.LayerNorm(width, dtype=dtype, init=init)
-        self.attn = transformer.Attention(
-            width,
+            self.skip_linear = nnx.Linear(2 * c, c, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        self.norm1 = layer_norm(c, rngs=rngs)
+        self.attn = Attention(
+            c,
             arch.heads,
             qkv_bias=False,
-            fill_qkv=FILL,
-            fill_proj=FILL,
+            kernel_init=NORMAL,
+            attention=attention,
             dtype=dtype,
-            init=init,
-            layout=layout,
+            rngs=rngs,
         )
-        self.norm2 = transformer.LayerNorm(width, dtype=dtype, init=init)
-        self.mlp = transformer.MLP(
-            width,
-            approximate=False,
-            fill_in=FILL,
-            fill_out=FILL,
-            dtype=dtype,
-            init=init,
-            layout=layout,
-        )
-        self.layout = layout
+        self.norm2 = layer_norm(c, rngs=rngs)
+        self.mlp = MLP(c, approximate=False, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, skip: Array | None = None) -> Array:
         if skip is not None:
-            x = tokens(self.layout, self.skip_linear(jnp.concatenate([x, skip], axis=-1)))
-        x = tokens(self.layout, x + self.attn(self.norm1(x)))
-        return tokens(self.layout, x + self.mlp(self.norm2(x)))
+            x = jnp.concatenate([x, skip], axis=-1)  # [B, N, 2 C]
+            x = constrain_activations(self.skip_linear(x))  # [B, N, C]
+        x = constrain_activations(x + self.attn(self.norm1(x)))  # [B, N, C]
+        return constrain_activations(x + self.mlp(self.norm2(x)))  # [B, N, C]
 
 
 class UViT(nnx.Module):
-    """The network: (noisy latents, time, labels) -> prediction. See `create`."""
+    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, out_channels] float32.
+
+    h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels are 0 ..
+    num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`; neither changes a
+    number beyond rounding. attention: see `Attention`.
+    """
 
     def __init__(
-        self, arch: Architecture, *, dtype, init, remat: bool, unroll: bool, layout: Layout | None
+        self,
+        arch: Architecture,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        remat: bool = False,
+        unroll: bool = False,
+        attention: str = "plain",
     ):
-        half, width = arch.depth // 2, arch.width
-        fan_in = arch.latent_channels * arch.patch_size**2
-        patch_fill = layers.uniform(fan_in)
-        self.patch_embed = transformer.PatchEmbed(
+        self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
+        c, patch, half = arch.width, arch.patch_size, arch.depth // 2
+        block = functools.partial(Block, arch, attention=attention, dtype=self.dtype)
+        stacked = functools.partial(Stacked, half, remat=remat, unroll=unroll, rngs=rngs)
+        init = transformer.uniform((arch.latent_channels * patch**2) ** -0.5)
+        self.patch_embed = transformer.patch_embed(
             arch.latent_channels,
-            width,
-            size=arch.patch_size,
-            fill=patch_fill,
-            fill_bias=patch_fill,
-            dtype=dtype,
-            init=init,
+            c,
+            patch,
+            kernel_init=init,
+            bias_init=init,
+            rngs=rngs,
         )
-        labels = arch.num_classes + 1
-        self.label_emb = transformer.Embedding(
-            labels, width, fill=transformer.normal(1.0), init=init
+        self.label_emb = nnx.Embed(
+            arch.num_classes + 1, c, embedding_init=initializers.normal(1.0), rngs=rngs
         )
-        self.pos_embed = nnx.Param(init((arch.tokens, width), FILL))
-        several = transformer.stacked(init, half)
-        form = dict(dtype=dtype, layout=layout)
-        self.in_blocks = nnx.Dict({"*": Block(arch, init=several, **form)})
-        self.mid_block = Block(arch, init=init, **form)
-        self.out_blocks = nnx.Dict({"*": Block(arch, skip=True, init=several, **form)})
-        self.norm = transformer.LayerNorm(width, dtype=jnp.float32, init=init)
+        self.pos_embed = nnx.Param(NORMAL(rngs.params(), (tokens(arch), c)))
+        self.in_blocks = stacked(lambda rngs: block(rngs=rngs))
+        self.mid_block = block(rngs=rngs)
+        self.out_blocks = stacked(lambda rngs: block(skip=True, rngs=rngs))
+        self.norm = layer_norm(c, rngs=rngs)
         # In float32: it costs nothing beside a block, and the prediction is not rounded.
-        self.decoder_pred = transformer.Linear(
-            width,
-            arch.patch_size**2 * arch.out_channels,
-            fill=FILL,
-            dtype=jnp.float32,
-            init=init,
+        self.decoder_pred = nnx.Linear(
+            c, patch**2 * arch.out_channels, kernel_init=NORMAL, dtype=jnp.float32, rngs=rngs
         )
-        self.arch, self.dtype, self.remat, self.unroll = arch, dtype, remat, unroll
-        self.layout = layout
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:
-        form = dict(remat=self.remat, unroll=self.unroll, layout=self.layout)
-        time = transformer.time_features(t, self.arch.width)
-        extras = jnp.stack([self.label_emb(labels), time], axis=1)  # [B, 2, C] float32
-        x = jnp.concatenate([extras, self.patch_embed(x).astype(jnp.float32)], axis=1)
-        x = (x + self.pos_embed[...]).astype(self.dtype)  # [B, 2 + N, C]
+        b, arch = len(x), self.arch
+        label = self.label_emb(labels)  # [B, C] float32
+        time = transformer.time_features(t, arch.width)  # [B, C] float32
+        x = self.patch_embed(x).reshape(b, arch.patches, arch.width)  # [B, P, C] float32
+        extras = jnp.stack([label, time], axis=1)  # [B, 2, C] float32
+        x = jnp.concatenate([extras, x], axis=1)  # [B, N = 2 + P, C]
+        x = (x + self.pos_embed[...]).astype(self.dtype)  # [B, N, C]
 
-        x, kept = transformer.run_blocks(
-            self.in_blocks["*"],
-            x,
-            lambda block, x, _: (block(x),) * 2,
-            prefix="in_blocks.*.",
-            **form,
-        )
-        x = transformer.run_block(self.mid_block, x, remat=self.remat)
-        x, _ = transformer.run_blocks(
-            self.out_blocks["*"],
-            x,
-            lambda block, x, skip: (block(x, skip), None),
-            kept[::-1],  # [depth / 2, B, 2 + N, C], the last kept is the first taken
-            prefix="out_blocks.*.",
-            **form,
-        )
-        x = self.decoder_pred(self.norm(x)[:, EXTRAS:])
-        return transformer.from_patches(
-            x, self.arch.patch_size, self.arch.latent_size // self.arch.patch_size
-        )
+        x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)  # kept [L/2, B, N, C]
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        x = call(self.mid_block, x)  # [B, N, C]
+        # The last output that was kept is the first one taken.
+        x, _ = self.out_blocks.scan(lambda block, x, skip: (block(x, skip), None), x, kept[::-1])
+
+        x = self.decoder_pred(self.norm(x)[:, EXTRAS:])  # [B, P, p^2 out_channels]
+        return transformer.from_patches(x, arch.patch_size, arch.side)  # [B, h, w, out_channels]
 
 
-def create(
-    arch: Architecture,
-    *,
-    dtype: Any,
-    init: layers.Init,
-    remat: bool,
-    unroll: bool,
-    layout: Layout | None = None,
-) -> UViT:
-    """The network of `arch`, computing in `dtype`.
-
-    It maps (x [B, h, w, c] float32, t [B] float32, labels [B] int32) to [B, h, w, out_channels]
-    float32, where h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels
-    are 0 .. num_classes - 1, and num_classes means "none".
-    remat, unroll: see `transformer.run_blocks`; neither changes a number beyond rounding.
-    layout: where weights lie split. Raises UserError if it cannot split the heads.
-    """
-    transformer.check_layout(layout, arch.heads)
-    return UViT(arch, dtype=jnp.dtype(dtype), init=init, remat=remat, unroll=unroll, layout=layout)
+create = UViT  # the name by which every file of models/ offers its model
 
 
-def _shapes(arch: Architecture) -> names.Shapes:
-    model = create(arch, dtype="float32", init=layers.shapes, remat=False, unroll=False)
-    return {path: tuple(leaf.shape) for path, leaf in layers.split(model)[1].items()}
-
-
-def count_parameters(arch: Architecture) -> int:
-    """The number of parameters, without allocating them."""
-    return transformer.count_parameters(_shapes(arch))
-
-
-def forward_macs(arch: Architecture) -> int:
-    """Multiply-adds of the matrix products of one forward pass of one sample."""
-    width, half = arch.width, arch.depth // 2
-    patch = arch.patch_size**2 * (arch.latent_channels + arch.out_channels)
-    return (
-        (arch.depth + 1) * transformer.block_macs(arch.tokens, width)
-        + half * arch.tokens * 2 * width**2  # skips
-        + (arch.tokens - EXTRAS) * width * patch  # embedding and prediction
-    )
+def shapes(arch: Architecture) -> names.Shapes:
+    """{path: shape} of the parameters."""
+    model = weights_lib.abstract(lambda rngs: create(arch, dtype="float32", rngs=rngs))
+    return {path: tuple(leaf.shape) for path, leaf in weights_lib.split(model)[1].items()}
 
 
 # --- the authors' weights -------------------------------------------------------------------------
@@ -247,7 +189,7 @@ _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 def to_torch(weights: Mapping, arch: Architecture, prefix: str = "") -> dict[str, np.ndarray]:
     """{our path: array} -> {prefix + name in DC-AE's repository: float32 array}."""
-    out = transformer.to_torch(weights, _table(), _shapes(arch))
+    out = transformer.to_torch(weights, _table(), shapes(arch))
     return {prefix + name: value for name, value in out.items()}
 
 
@@ -259,7 +201,7 @@ def from_torch(tensors: Mapping, arch: Architecture, prefix: str = "") -> Weight
     """
     tensors = _own(tensors, prefix)
     return transformer.from_torch(
-        tensors, _table(), _shapes(arch), f"these are not weights of the UViT {arch}"
+        tensors, _table(), shapes(arch), f"these are not weights of the UViT {arch}"
     )
 
 
