@@ -282,6 +282,7 @@ def decoder_stage(
 
     [B, H/2^(i+1), W/2^(i+1), C(i+1)] -> [B, H/2^i, W/2^i, Ci]
     """
+    kind, norm = arch.decoder_blocks[i], arch.decoder_norms[i]
     width, depth = arch.widths[i], arch.decoder_depths[i]
     stage: list[nnx.Module] = []
     if depth and i + 1 < len(arch.widths):
@@ -295,7 +296,6 @@ def decoder_stage(
                 rngs=rngs,
             )
         )
-    kind, norm = arch.decoder_blocks[i], arch.decoder_norms[i]
     for _ in range(depth):
         stage.append(blocks.block(kind, width, norm, depthwise=depthwise, dtype=dtype, rngs=rngs))
     return nnx.List(stage)
@@ -371,8 +371,7 @@ def depthwise_form(model_config: Model, platform: str) -> DepthwiseForm:
 def reach(arch: Variant) -> tuple[int | None, int | None]:
     """Latents on each side that a result of (encode, decode) depends on; None: on all, attention.
 
-    How far the zeros around a tile spread, in positions of the current size: a 3x3 convolution
-    carries them one further, a residual block two.
+    In positions of the current size: a 3x3 convolution reaches one further, a residual block two.
     """
     encode, n = None, 0
     if not _attends(arch.encoder_blocks, arch.encoder_depths):
@@ -387,8 +386,7 @@ def reach(arch: Variant) -> tuple[int | None, int | None]:
             n += 2 * arch.decoder_depths[i]
             if i > 0:
                 n = 2 * (n + 1) if arch.upsample == "c2s" else 2 * n + 1
-        n += 1 if arch.decoder_depths[0] else 0
-        decode = -(-n // arch.compression)
+        decode = -(-(n + bool(arch.decoder_depths[0])) // arch.compression)
     return encode, decode
 
 

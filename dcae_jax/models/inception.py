@@ -9,6 +9,8 @@ pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception of th
 """
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Weights = dict[str, Array]
+Convolution = Callable[..., jax.Array]  # (x, name, stride=1, same=True)
+Pool = Callable[[jax.Array], jax.Array]
 
 SIZE = 299  # pixels a side that the network sees
 PREPROCESSINGS = ("pytorch-fid", "torch-fidelity")
@@ -40,7 +44,7 @@ def preprocess(levels: Array, kind: str) -> jax.Array:
     return x / 127.5 - 1.0 if half_pixel else (x - 128.0) / 128.0
 
 
-def _resize(x, axis, half_pixel):
+def _resize(x: jax.Array, axis: int, half_pixel: bool) -> jax.Array:
     """Linear interpolation of one axis to `SIZE`, the outermost pixels repeated."""
     length = x.shape[axis]
     if length == SIZE:
@@ -89,7 +93,7 @@ def features(weights: Weights, x: Array, fc_bias: bool = False) -> tuple[jax.Arr
     return pool3, logits + weights["fc.bias"] if fc_bias else logits
 
 
-def _block_a(conv, x, name):
+def _block_a(conv: Convolution, x: jax.Array, name: str) -> jax.Array:
     a = conv(x, f"{name}.branch1x1")
     b = _chain(conv, x, f"{name}.branch5x5_", "12")
     c = _chain(conv, x, f"{name}.branch3x3dbl_", "123")
@@ -97,14 +101,14 @@ def _block_a(conv, x, name):
     return jnp.concatenate([a, b, c, d], axis=3)
 
 
-def _block_b(conv, x, name):
+def _block_b(conv: Convolution, x: jax.Array, name: str) -> jax.Array:
     a = conv(x, f"{name}.branch3x3", 2, same=False)
     b = _chain(conv, x, f"{name}.branch3x3dbl_", "12")
     b = conv(b, f"{name}.branch3x3dbl_3", 2, same=False)
     return jnp.concatenate([a, b, _max_pool(x, 2)], axis=3)
 
 
-def _block_c(conv, x, name):
+def _block_c(conv: Convolution, x: jax.Array, name: str) -> jax.Array:
     a = conv(x, f"{name}.branch1x1")
     b = _chain(conv, x, f"{name}.branch7x7_", "123")
     c = _chain(conv, x, f"{name}.branch7x7dbl_", "12345")
@@ -112,7 +116,7 @@ def _block_c(conv, x, name):
     return jnp.concatenate([a, b, c, d], axis=3)
 
 
-def _block_d(conv, x, name):
+def _block_d(conv: Convolution, x: jax.Array, name: str) -> jax.Array:
     a = conv(x, f"{name}.branch3x3_1")
     a = conv(a, f"{name}.branch3x3_2", 2, same=False)
     b = _chain(conv, x, f"{name}.branch7x7x3_", "123")
@@ -120,7 +124,7 @@ def _block_d(conv, x, name):
     return jnp.concatenate([a, b, _max_pool(x, 2)], axis=3)
 
 
-def _block_e(conv, x, name, pool):
+def _block_e(conv: Convolution, x: jax.Array, name: str, pool: Pool) -> jax.Array:
     a = conv(x, f"{name}.branch1x1")
     b = conv(x, f"{name}.branch3x3_1")
     b = [conv(b, f"{name}.branch3x3_2{side}") for side in "ab"]
@@ -130,13 +134,15 @@ def _block_e(conv, x, name, pool):
     return jnp.concatenate([a, *b, *c, d], axis=3)
 
 
-def _chain(conv, x, prefix, steps):
+def _chain(conv: Convolution, x: jax.Array, prefix: str, steps: str) -> jax.Array:
     for step in steps:
         x = conv(x, prefix + step)
     return x
 
 
-def _conv(weights, x, name, stride=1, same=True):
+def _conv(
+    weights: Weights, x: jax.Array, name: str, stride: int = 1, same: bool = True
+) -> jax.Array:
     kernel = weights[f"{name}.kernel"]
     x = jax.lax.conv_general_dilated(
         x,
@@ -149,7 +155,7 @@ def _conv(weights, x, name, stride=1, same=True):
     return jax.nn.relu(x + weights[f"{name}.bias"])
 
 
-def _max_pool(x, stride):
+def _max_pool(x: jax.Array, stride: int) -> jax.Array:
     """3x3: stride 2 without padding, or stride 1 with one pixel of it."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0)) if stride == 1 else "VALID"
     return jax.lax.reduce_window(
@@ -157,7 +163,7 @@ def _max_pool(x, stride):
     )
 
 
-def _mean_pool(x):
+def _mean_pool(x: jax.Array) -> jax.Array:
     """3x3, stride 1, the mean over the pixels inside the picture alone, as in TensorFlow."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0))
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), pad)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
@@ -63,7 +64,7 @@ def on_host(
     def init(key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
         del out_sharding
         shape, dtype = tuple(shape), jnp.float32 if dtype is None else dtype
-        if isinstance(key, jax.core.Tracer):
+        if isinstance(key, Tracer):
             return traced(key, shape).astype(dtype)
         words = np.asarray(jax.random.key_data(key)).view(np.uint64)
         return draw(np.random.Generator(np.random.Philox(key=words[0])), shape).astype(dtype)

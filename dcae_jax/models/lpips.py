@@ -97,13 +97,13 @@ def distance(
     return total
 
 
-def _taps(weights, x, net, precision):
-    """Pictures [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
+def _taps(weights: Weights, x: Array, net: str, precision: jax.lax.Precision) -> list[jax.Array]:
+    """Images [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
     x = (x.astype(jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
     taps = []
     for layer in _LAYERS[net]:
         if layer == _TAP:
-            taps.append(x)
+            taps.append(x)  # [B, H/2^i, W/2^i, c] of VGG
         elif layer == _POOL:
             window = (1, _POOL_WINDOW[net], _POOL_WINDOW[net], 1)
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
@@ -121,7 +121,8 @@ def _taps(weights, x, net, precision):
     return taps
 
 
-def _unit(x, normalize):
+def _unit(x: jax.Array, normalize: str) -> jax.Array:
+    """[B, h, w, c] -> the same, each vector of channels of length 1."""
     square = jnp.sum(jnp.square(x), axis=3, keepdims=True)
     if normalize == "torchmetrics":
         return x * jax.lax.rsqrt(square + 1e-8)
@@ -162,6 +163,6 @@ def linear_layers(net: str) -> dict[str, np.ndarray]:
     return {f"lin{i}": arrays[f"{net}.lin{i}"] for i in range(5)}
 
 
-def _known(net):
+def _known(net: str) -> None:
     if net not in _LAYERS:
         raise ValueError(f"net={net!r}: LPIPS knows 'vgg' (training) and 'alex' (the reported one)")

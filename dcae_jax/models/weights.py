@@ -45,7 +45,7 @@ def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
 
     def one_key() -> nnx.Module:
         rngs = nnx.Rngs(0)
-        rngs.default = _OneKey(0, tag="default")
+        rngs.default = _OneKey(0, tag="default")  # pyright: ignore[reportAttributeAccessIssue]
         return create(rngs)
 
     return nnx.eval_shape(one_key)

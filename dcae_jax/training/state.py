@@ -90,9 +90,12 @@ def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
 
 
 def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
-    """Parameters and statistics of the model of `config`, as random as `seed` makes them."""
+    """Initial parameters and statistics of the model of `config`.
+
+    A transformer's few draws, of stacked blocks, are compiled. An autoencoder's hundreds would
+    take XLA minutes: its layers draw on the host (`layers.on_host`).
+    """
     create = functools.partial(create_model, config, mesh)
-    # An autoencoder draws on the host; a transformer, with fewer layers, in one program.
     return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
 
 
