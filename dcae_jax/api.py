@@ -175,9 +175,7 @@ def create_autoencoder(
     config = _config(dtype)
     config.model.variant = variant
     mesh = mesh or sharding.make_mesh(config.mesh)
-    model = state.create_model(config, mesh, layers.random(seed))
-    _, params, stats = layers.split(model)
-    return build_autoencoder(config, {**params, **stats}, mesh)
+    return build_autoencoder(config, state.random_weights(config, mesh, seed), mesh)
 
 
 def load_autoencoder(
@@ -215,7 +213,7 @@ def build_autoencoder(config: Any, weights: Weights | None, mesh: Mesh) -> Autoe
     Empties `weights` on the way, so that they are never in memory twice. None: their shapes
     instead, for planning.
     """
-    graph, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
+    graph, params, stats = layers.split(state.abstract_model(config, mesh))
     placed = _placed(weights, {**params, **stats}, mesh)
     arch = state.model_module(config.model).architecture(config.model)
     return Autoencoder(graph, placed, arch, config.model.to_dict(), mesh)
@@ -525,7 +523,7 @@ def build_generator(
             f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
             f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
         )
-    graph, params, _ = layers.split(state.create_model(config, mesh, layers.shapes))
+    graph, params, _ = layers.split(state.abstract_model(config, mesh))
     placed = _placed(weights, params, mesh)
     return Generator(
         graph, placed, arch, config.model.to_dict(), config.objective, autoencoder, mesh

@@ -91,7 +91,7 @@ def write(config: Any, weights: Weights, folder: str) -> float:
     """
     arch = state.model_module(config.model).architecture(config.model)
     mesh = sharding.make_mesh(_one(config.mesh), jax.devices()[:1])
-    _, params, stats = layers.split(state.create_model(config, mesh, layers.shapes))
+    _, params, stats = layers.split(state.abstract_model(config, mesh))
     state.check_weights(weights, {**params, **stats})
     meta = _autoencoder_meta(config, config.model, arch)
     if config.export.format == "stablehlo":
@@ -348,7 +348,7 @@ def _write_stablehlo(config: Any, weights: Weights, meta: dict[str, Any], folder
     if config.model.depthwise == "auto":
         config.model.depthwise = "grouped"
     mesh = sharding.make_mesh(_one(config.mesh), jax.devices()[:1])
-    graph, _, _ = layers.split(state.create_model(config, mesh, layers.shapes))
+    graph, _, _ = layers.split(state.abstract_model(config, mesh))
     arch = state.model_module(config.model).architecture(config.model)
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ from jax.sharding import Mesh
 
 from dcae_jax import optim, sharding
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import dcae, patchgan, sdvae
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.layers import Weights
+from dcae_jax.models.weights import Weights
 
 
 def _pytree(cls):
@@ -88,33 +87,31 @@ def model_module(model_config: Any) -> Any:
     return module
 
 
-def create_model(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
+def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
-    dtype = sharding.compute_dtype(config, mesh)
+    dtype, remat = sharding.compute_dtype(config, mesh), config.remat == "blocks"
     if config.objective:
         arch = architecture(config)
         sharding.check_heads(arch.heads, mesh)
-        create = functools.partial(
-            model_module(config.model).create,
-            arch,
-            dtype=dtype,
-            remat=config.remat == "blocks",
-            unroll=config.unroll,
+        model = model_module(config.model).create(
+            arch, dtype=dtype, rngs=rngs, remat=remat, unroll=config.unroll
         )
-        model = _create(lambda rngs: create(rngs=rngs), init)
     else:
         model = model_module(config.model).create(
-            config.model, platform=sharding.platform(mesh), dtype=dtype, init=init
+            config.model, platform=sharding.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
         )
     return sharding.set_rules(model, config.sharding)
 
 
-def _create(create: Callable[[nnx.Rngs], nnx.Module], init: layers.Init) -> nnx.Module:
-    """create(rngs) with the seed of `init`, or with shapes in place of arrays."""
-    if init is layers.shapes:
-        return weights_lib.abstract(create)
-    seed = init((1,), lambda rng, shape: rng.integers(0, 2**24, shape))
-    return nnx.jit(create)(nnx.Rngs(int(seed[0])))
+def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
+    """`create_model` with shapes in place of arrays."""
+    return weights_lib.abstract(functools.partial(create_model, config, mesh))
+
+
+def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
+    """Parameters and statistics of the model of `config`: an autoencoder's drawn on the host."""
+    create = functools.partial(create_model, config, mesh)
+    return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
 
 
 def architecture(config: Any) -> Any:
@@ -136,7 +133,7 @@ def architecture(config: Any) -> Any:
 
 def blueprint(config: Any, mesh: Mesh) -> Blueprint:
     """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
-    graph, params, stats = layers.split(create_model(config, mesh, layers.shapes))
+    graph, params, stats = weights_lib.split(abstract_model(config, mesh))
     arch = architecture(config)
     patterns = config.trainable
     if not config.objective:
@@ -162,13 +159,14 @@ def blueprint(config: Any, mesh: Mesh) -> Blueprint:
 
 def discriminator_blueprint(config: Any, mesh: Mesh) -> DiscriminatorBlueprint:
     """The PatchGAN of config.loss, and its optimizer."""
-    graph, params, stats = layers.split(create_discriminator(config, mesh, layers.shapes))
+    model = weights_lib.abstract(functools.partial(create_discriminator, config, mesh))
+    graph, params, stats = weights_lib.split(model)
     return DiscriminatorBlueprint(graph, params, stats, optim.discriminator_optimizer(config))
 
 
-def create_discriminator(config: Any, mesh: Mesh, init: layers.Init) -> nnx.Module:
-    dtype = sharding.compute_dtype(config, mesh)
-    model = patchgan.create(config.loss, dtype=dtype, init=init)
+def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> patchgan.PatchGAN:
+    """The PatchGAN of config.loss for the devices of `mesh`."""
+    model = patchgan.create(config.loss, dtype=sharding.compute_dtype(config, mesh), rngs=rngs)
     return sharding.set_rules(model, config.sharding)
 
 
@@ -241,22 +239,22 @@ def init_state(
     """
     abstract = abstract_state(config, mesh, plan)
     if weights is None:
-        weights = _joined(create_model(config, mesh, layers.random(config.seed)))
+        weights = random_weights(config, mesh, config.seed)
     check_weights(weights, {**plan.params, **plan.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
     if plan.discriminator:
         d = abstract.discriminator
-        # Another seed than the model's, or both would start from the same draws.
-        init = layers.random(config.seed + 2**32)
-        other = _place(_joined(create_discriminator(config, mesh, init)), {**d.params, **d.stats})
+        # Another key than the model's, or both would start from the same draws.
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
+        other = _place(_joined(create_discriminator(config, mesh, rngs)), {**d.params, **d.stats})
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     start = jax.jit(functools.partial(fresh, plan), out_shardings=shardings, donate_argnums=(0, 1))
     return start(weights, other)
 
 
 def _joined(model: nnx.Module) -> Weights:
-    _, params, stats = layers.split(model)
+    _, params, stats = weights_lib.split(model)
     return {**params, **stats}
 
 

@@ -208,9 +208,7 @@ def _reconstruction(
     def forward(params):
         weights = {**_constant_where_frozen(plan, params), **state.stats}
         model = sharding.all_gather_weights(layers.merge(plan.graph, weights))
-        layers.train_norms(model, plan.trained.__contains__)
-        if config.remat == "blocks":
-            layers.remat_blocks(model)
+        model = layers.training_norms(model, plan.trained.__contains__)
         output = model(images)
         return output, layers.split(model)[2]
 
@@ -264,7 +262,6 @@ class _Gan:
         weights = {**params, **self.state.stats}
         model = layers.merge(self.plan.discriminator.graph, weights)
         model = sharding.all_gather_weights(model)
-        layers.train_norms(model, lambda name: True)
         if self.config.loss.gan_diff_augment:
             pictures = losses.diff_augment(self.key, pictures)
         return model(pictures), layers.split(model)[2]

@@ -9,7 +9,6 @@ from PIL import Image
 
 from dcae_jax import checkpoint, encode, sharding, state
 from dcae_jax import config as config_lib
-from dcae_jax.models import layers
 
 CONFIGS = os.path.join(os.path.dirname(__file__), os.pardir, "configs")
 CLASSES = 3
@@ -21,8 +20,7 @@ def export_autoencoder(folder, change=None, **settings):
     config.model.update({"variant": "tiny", "widths": (8, 8, 16, 32, 32), **settings})
     config.model.latent_channels = 8
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    _, params, stats = layers.split(state.create_model(config, mesh, layers.random(3)))
-    weights = {name: np.asarray(value) for name, value in {**params, **stats}.items()}
+    weights = {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 3).items()}
     if change:
         change(weights)
     meta = {"kind": "autoencoder", "model": config_lib.to_json(config.model)}

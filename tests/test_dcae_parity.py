@@ -14,7 +14,8 @@ import pytest
 from goldens import make_dcae
 
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, names
+from dcae_jax.models import dcae, dcae_names, names
+from dcae_jax.models.weights import abstract, merge, split
 
 # The first 40 digits of the SHA-256 of the sorted lines "name shape" of the state dicts that
 # diffusers' AutoencoderDC and the authors' own class (DC-Gen, run once with PyTorch) have for each
@@ -58,11 +59,13 @@ def small(layout):
 @functools.cache
 def runner(arch, depthwise="shifted", quick=True):
     """A compiled function: (weights, x [B, H, W, 3]) -> (latents, images made of them)."""
-    model = dcae.DCAE(arch, depthwise=depthwise, dtype=jnp.float32, init=layers.shapes)
-    graph, _, _ = layers.split(model)
+    model = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise=depthwise, dtype=jnp.float32, rngs=rngs)
+    )
+    graph, _, _ = split(model)
 
     def run(weights, x):
-        model = layers.merge(graph, weights)
+        model = merge(graph, weights)
         z = model.encode(x)
         return z, model.decode(z)
 
@@ -71,8 +74,10 @@ def runner(arch, depthwise="shifted", quick=True):
 
 @functools.cache
 def shapes(arch):
-    model = dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=layers.shapes)
-    _, params, stats = layers.split(model)
+    model = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=rngs)
+    )
+    _, params, stats = split(model)
     return {name: tuple(leaf.shape) for name, leaf in {**params, **stats}.items()}
 
 

@@ -18,7 +18,7 @@ import dcae_jax
 from dcae_jax import checkpoint, main, published, sharding, state, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers
+from dcae_jax.models import dcae
 
 NAME = "dc-ae-f32c32-in-1.0"
 WIDTH = 128  # of `tiny`, by which the authors' files tell the heads
@@ -31,8 +31,7 @@ def export_generator(folder, name, objective, inner, **changes):
     config.model.update({"name": name, "variant": "tiny", **sizes, **changes})
     config.objective = objective
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    _, params, _ = layers.split(state.create_model(config, mesh, layers.random(5)))
-    weights = {key: np.asarray(value) for key, value in params.items()}
+    weights = {k: np.asarray(v) for k, v in state.random_weights(config, mesh, 5).items()}
     meta = {"kind": "generator", "model": config_lib.to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}
     shutil.copytree(inner, os.path.join(folder, checkpoint.AUTOENCODER))

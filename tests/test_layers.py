@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dcae_jax.models import layers
+from dcae_jax.models import blocks, layers
+from dcae_jax.models.weights import merge, split
 
 KW = dict(dtype=jnp.float32)
 
@@ -17,35 +19,35 @@ def _random(*shape, seed=0):
 
 def _run(module, x):
     """The module as the project runs it: split, weights passed as arguments."""
-    graph, params, stats = layers.split(module)
+    graph, params, stats = split(module)
     weights = {**params, **stats}
-    return np.asarray(jax.jit(lambda w, x: layers.merge(graph, w)(x))(weights, x)), weights
+    return np.asarray(jax.jit(lambda w, x: merge(graph, w)(x))(weights, x)), weights
 
 
 def test_space_to_channel_has_pytorchs_channel_order():
     """Catches an order other than c*4 + i*2 + j, with which published weights give noise."""
     x = _random(2, 4, 6, 3)
-    got = np.asarray(layers.space_to_channel(x))
+    got = np.asarray(blocks.space_to_channel(x))
     assert got.shape == (2, 2, 3, 12)
     for c in range(3):
         for i in range(2):
             for j in range(2):
                 np.testing.assert_array_equal(got[..., c * 4 + i * 2 + j], x[:, i::2, j::2, c])
-    np.testing.assert_array_equal(layers.channel_to_space(got), x)
+    np.testing.assert_array_equal(blocks.channel_to_space(got), x)
 
 
 def test_down_shortcut_averages_consecutive_groups():
     """Catches averaging over strided instead of consecutive channels."""
     x = _random(1, 4, 2, 6)
-    folded = np.asarray(layers.space_to_channel(x))  # 24 channels
+    folded = np.asarray(blocks.space_to_channel(x))  # 24 channels
     want = np.stack([folded[..., 3 * k : 3 * k + 3].mean(-1) for k in range(8)], -1)
-    np.testing.assert_allclose(layers.down_shortcut(x, 8), want, rtol=1e-6)
+    np.testing.assert_allclose(blocks.down_shortcut(x, 8), want, rtol=1e-6)
 
 
 def test_up_shortcut_repeats_each_channel_in_a_row():
     """Catches tiling (0 1 2 0 1 2) in place of repeating (0 0 1 1 2 2)."""
     z = _random(1, 2, 3, 6)
-    got = np.asarray(layers.up_shortcut(z, 3))  # 6 channels -> 12 -> 3 at twice the size
+    got = np.asarray(blocks.up_shortcut(z, 3))  # 6 channels -> 12 -> 3 at twice the size
     assert got.shape == (1, 4, 6, 3)
     for c in range(3):
         for i in range(2):
@@ -57,7 +59,7 @@ def test_up_shortcut_repeats_each_channel_in_a_row():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_pads_both_sides_by_one(stride):
     """Catches 'SAME' padding, which for stride 2 pads (0, 1) and shifts the picture."""
-    conv = layers.Conv(3, 5, stride=stride, init=layers.random(1), **KW)
+    conv = layers.conv(3, 5, strides=stride, rngs=nnx.Rngs(1), **KW)
     x = _random(2, 6, 8, 3)
     got, weights = _run(conv, x)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -75,11 +77,11 @@ def test_both_depthwise_forms_are_the_same_function(size):
     x = _random(2, 5, 7, 6)
     outputs, gradients = [], []
     for form in ("grouped", "shifted"):
-        module = layers.DepthwiseConv(6, size=size, form=form, init=layers.random(2), **KW)
-        graph, params, _ = layers.split(module)
+        module = layers.depthwise_conv(6, size=size, form=form, rngs=nnx.Rngs(2), **KW)
+        graph, params, _ = split(module)
 
         def loss(params, x, graph=graph):
-            y = layers.merge(graph, params)(x)
+            y = merge(graph, params)(x)
             return jnp.sum(y * jnp.sin(jnp.arange(y.size).reshape(y.shape)))
 
         outputs.append(_run(module, x)[0])
@@ -96,7 +98,7 @@ def test_both_depthwise_forms_are_the_same_function(size):
 
 def test_grouped_pointwise_keeps_groups_apart():
     """Catches mixing of heads in the 1x1 convolution of the 5x5 branch."""
-    module = layers.Pointwise(6, 9, groups=3, use_bias=False, init=layers.random(3), **KW)
+    module = layers.GroupedLinear(6, 9, groups=3, rngs=nnx.Rngs(3), **KW)
     x = _random(1, 2, 2, 6)
     got, weights = _run(module, x)
     for g in range(3):
@@ -106,31 +108,30 @@ def test_grouped_pointwise_keeps_groups_apart():
 
 def test_rms_norm_has_a_bias_and_no_mean():
     """Catches LayerNorm, or RMSNorm without the bias that published weights carry."""
-    module = layers.RMSNorm(5, init=layers.shapes, **KW)
-    graph, _, _ = layers.split(module)
+    module = layers.RMSNorm(5, **KW)
+    graph, _, _ = split(module)
     x, scale, bias = 3 + _random(2, 2, 2, 5), _random(5, seed=1), _random(5, seed=2)
-    got = layers.merge(graph, {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})(x)
+    got = merge(graph, {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})(x)
     want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_batch_norm_follows_pytorch():
     """Catches a biased running variance, or momentum taken the other way round."""
-    module = layers.BatchNorm(3, init=layers.random(0), **KW)
-    graph, params, stats = layers.split(module)
+    module = layers.BatchNorm(3, **KW)
+    graph, params, stats = split(module)
     x = 2 + 3 * _random(4, 2, 2, 3)
 
     def train(weights, x):
-        model = layers.merge(graph, weights)
-        model.use_running_average = False
-        return model(x), layers.split(model)[2]
+        model = layers.training_norms(merge(graph, weights), lambda name: name == ".scale")
+        return model(x), split(model)[2]
 
     y, new = jax.jit(train)({**params, **stats}, x)
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-4)
     np.testing.assert_allclose(new["mean"], 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(new["var"], 0.9 + 0.1 * var * 16 / 15, rtol=1e-5)
-    evaluated = layers.merge(graph, {**params, **new})(x)
+    evaluated = merge(graph, {**params, **new})(x)
     want = (x - new["mean"]) / np.sqrt(new["var"] + 1e-5)
     np.testing.assert_allclose(evaluated, want, atol=1e-5)
 
@@ -152,26 +153,26 @@ def test_attention_forms_equal_the_definition(tokens):
     """Catches a form chosen by token count that computes something else than the other."""
     q, k, v = (_random(2, tokens, 2, 32, seed=s) for s in range(3))
     want = _attention(q, k, v)
-    np.testing.assert_allclose(layers.relu_attention(q, k, v), want, atol=2e-5)
+    np.testing.assert_allclose(blocks.relu_attention(q, k, v), want, atol=2e-5)
     relu = [jax.nn.relu(a) for a in (q, k)]
-    np.testing.assert_allclose(layers.linear_attention(*relu, v, 1e-15), want, atol=2e-5)
-    np.testing.assert_allclose(layers.quadratic_attention(*relu, v, 1e-15), want, atol=2e-5)
+    np.testing.assert_allclose(blocks.linear_attention(*relu, v, 1e-15), want, atol=2e-5)
+    np.testing.assert_allclose(blocks.quadratic_attention(*relu, v, 1e-15), want, atol=2e-5)
 
 
 def test_attention_takes_the_quadratic_form_up_to_32_tokens(monkeypatch):
     """Catches a threshold at which published models were not trained."""
     taken = []
     for form in ("linear_attention", "quadratic_attention"):
-        monkeypatch.setattr(layers, form, lambda q, *rest, form=form: taken.append(form))
+        monkeypatch.setattr(blocks, form, lambda q, *rest, form=form: taken.append(form))
     for tokens in (32, 33):
         x = jnp.zeros((1, tokens, 1, 32))
-        layers.relu_attention(x, x, x)
+        blocks.relu_attention(x, x, x)
     assert taken == ["quadratic_attention", "linear_attention"]
 
 
 def test_multi_scale_attention_groups_96_channels_a_head():
     """Catches q, k, v split over all channels (diffusers' layout) instead of head by head."""
-    module = layers.LiteMLA(64, scale5=True, depthwise="grouped", init=layers.random(4), **KW)
+    module = blocks.LiteMLA(64, scale5=True, depthwise="grouped", rngs=nnx.Rngs(4), **KW)
     x = _random(1, 7, 6, 64)
     got, w = _run(module, x)
     w = {k: np.asarray(v) for k, v in w.items()}
@@ -193,7 +194,7 @@ def test_multi_scale_attention_groups_96_channels_a_head():
 
 def test_glumbconv_gates_the_first_half_with_the_second():
     """Catches swapped halves of the gate."""
-    module = layers.GLUMBConv(4, depthwise="shifted", init=layers.random(5), **KW)
+    module = blocks.GLUMBConv(4, depthwise="shifted", rngs=nnx.Rngs(5), **KW)
     x = _random(1, 1, 1, 4)
     got, w = _run(module, x)
     w = {k: np.asarray(v) for k, v in w.items()}
@@ -208,17 +209,70 @@ def test_glumbconv_gates_the_first_half_with_the_second():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_initial_weights_are_pytorchs_and_depend_on_the_seed_alone():
-    """Catches another bound than 1/sqrt(fan_in), and seeds that give equal layers."""
-    kernels = [
-        np.asarray(layers.split(layers.Conv(16, 32, init=layers.random(seed), **KW))[1]["kernel"])
-        for seed in (0, 0, 1)
-    ]
+@pytest.mark.parametrize("traced", [False, True])
+def test_initial_weights_are_pytorchs_and_depend_on_the_seed_alone(traced):
+    """Catches another bound than 1/sqrt(fan_in), a bias at zero, and seeds that give equal
+    layers; for draws on the host and for those of a compiled initialisation."""
+
+    def create(rngs):
+        return split(layers.conv(16, 32, rngs=rngs, **KW))[1]
+
+    make = (
+        jax.jit(lambda key: create(nnx.Rngs(key))) if traced else lambda key: create(nnx.Rngs(key))
+    )
+    first, again, other = (make(jax.random.key(seed)) for seed in (0, 0, 1))
     bound = 1 / np.sqrt(16 * 9)
-    assert np.abs(kernels[0]).max() <= bound and np.abs(kernels[0]).max() > 0.99 * bound
-    assert abs(kernels[0].std() - bound / np.sqrt(3)) < 0.02 * bound
-    np.testing.assert_array_equal(kernels[0], kernels[1])
-    assert np.abs(kernels[0] - kernels[2]).max() > 0.1 * bound
+    kernel, bias = np.asarray(first["kernel"]), np.asarray(first["bias"])
+    assert kernel.dtype == bias.dtype == np.float32
+    assert np.abs(kernel).max() <= bound and np.abs(kernel).max() > 0.99 * bound
+    assert (
+        abs(kernel.mean()) < 0.03 * bound and abs(kernel.std() - bound / np.sqrt(3)) < 0.02 * bound
+    )
+    assert 0.8 * bound < np.abs(bias).max() <= bound
+    np.testing.assert_array_equal(kernel, again["kernel"])
+    assert np.abs(kernel - other["kernel"]).max() > 0.1 * bound
+    assert abs(np.corrcoef(kernel.ravel()[:32], bias)[0, 1]) < 0.6
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_normal_initial_weights_have_the_deviation(traced):
+    """Catches a variance taken for a deviation, where PatchGAN starts from N(0, 0.02^2)."""
+
+    def draw(key):
+        return layers.normal(0.02)(key, (64, 64))
+
+    values = np.asarray((jax.jit(draw) if traced else draw)(jax.random.key(3)))
+    assert abs(values.mean()) < 1e-3 and abs(values.std() - 0.02) < 1e-3
+    assert 0.05 < np.abs(values).max() < 0.12  # not truncated
+
+
+def test_group_norm_is_pytorchs_in_float32_inside():
+    """Catches nnx's fast variance and its rounding of the input to `dtype`, at a large mean."""
+    x = 40 + _random(2, 4, 4, 8)
+    module = layers.group_norm(8, groups=2, eps=1e-3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, _, _ = split(module)
+    scale, bias = 1 + 0.1 * _random(8, seed=1), _random(8, seed=2)
+    got = merge(graph, {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})(x)
+    grouped = x.reshape(2, 16, 2, 4).astype(np.float64)
+    mean, var = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    want = ((grouped - mean) / np.sqrt(var + 1e-3)).reshape(x.shape) * scale + bias
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), want, rtol=2**-8, atol=1e-4)
+
+
+def test_only_norms_that_train_are_put_into_training_mode():
+    """Catches a view that moves a frozen norm's statistics, or changes the module it is of."""
+
+    class Two(nnx.Module):
+        def __init__(self):
+            self.first, self.second = layers.BatchNorm(3, **KW), layers.BatchNorm(3, **KW)
+
+    model = Two()
+    view = layers.training_norms(model, lambda name: name == "second.bias")
+    assert view.first.use_running_average and not view.second.use_running_average
+    assert model.second.use_running_average
+    assert view.second.mean is model.second.mean or np.array_equal(view.second.mean, np.zeros(3))
+    layers.training_norms(model, lambda name: False)
 
 
 @pytest.mark.parametrize("side", [2, 4])
@@ -232,12 +286,18 @@ def test_a_small_map_runs_as_a_product_with_the_same_numbers(side):
     def loss(form):
         return lambda x, kernel: jnp.sum(jnp.sin(form(x, kernel)))
 
+    layout = ((1, 1), ((1, 1), (1, 1)))
+    names = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
     def ours(x, kernel):
-        return layers.convolution(x, kernel, 1)
+        return layers.conv_on_small_maps(x, kernel, *layout, **names)
+
+    def xlas(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, *layout, **names)
 
     for form in (loss(ours), jax.grad(loss(ours), argnums=(0, 1))):
         assert "convolution" not in jax.jit(form).lower(x, kernel).as_text()
-    want = jax.value_and_grad(loss(layers._as_convolution), argnums=(0, 1))(x, kernel)
+    want = jax.value_and_grad(loss(xlas), argnums=(0, 1))(x, kernel)
     found = jax.value_and_grad(loss(ours), argnums=(0, 1))(x, kernel)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, want)
     large = jnp.zeros((1, 2 * side, 4 * side, 6))

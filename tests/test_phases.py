@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIGS
+from flax import nnx
 
 from dcae_jax import checkpoint, data, losses, preflight, report, sharding, state, steps, train
 from dcae_jax import config as config_lib
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, patchgan, sdvae
+from dcae_jax.models import dcae, patchgan, sdvae
+from dcae_jax.models.weights import merge, num_parameters, split
 
 
 def _phase(number, small, variant="tiny"):
@@ -76,7 +78,7 @@ def test_what_a_phase_freezes_stays_bit_identical_and_the_rest_moves(
             np.testing.assert_array_equal(averaged[name], old)
     if number == 3:
         x = jnp.asarray(np.random.default_rng(9).uniform(-1, 1, (1, 64, 64, 3)), jnp.float32)
-        encode = jax.jit(lambda w: layers.merge(plan.graph, w).encode(x))
+        encode = jax.jit(lambda w: merge(plan.graph, w).encode(x))
         old_latents = encode({**before.params, **before.stats})
         np.testing.assert_array_equal(old_latents, encode(averaged))
 
@@ -229,14 +231,12 @@ def test_augmentation_is_differentiable_and_drawn_for_each_image():
     assert np.isfinite(slope).all() and (np.abs(slope).sum((1, 2, 3)) > 0).all()
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_patchgan_has_the_published_size_and_patches(norm):
+def test_patchgan_has_the_published_size_and_patches():
     """Catches a layer too many or a stride wrong: 70-pixel patches, 2.77 M weights."""
-    init = layers.random(0)
-    model = patchgan.PatchGAN(channels=64, depth=3, norm=norm, dtype=jnp.float32, init=init)
-    _, params, _ = layers.split(model)
+    model = patchgan.PatchGAN(channels=64, depth=3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    _, params, _ = split(model)
     sizes = 64 * 48 + 64 + 16 * (64 * 128 + 128 * 256 + 256 * 512) + 2 * (128 + 256 + 512)
-    assert sum(leaf.size for leaf in params.values()) == sizes + 16 * 512 + 1
+    assert num_parameters(params) == sizes + 16 * 512 + 1
     logits = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32))
     assert logits.shape == (1, 30, 30)
     assert patchgan.smallest_input(3) == 24
@@ -271,7 +271,7 @@ def test_r1_is_the_mean_squared_slope_on_real_pictures(small, one_device):
 
     def penalty(params):
         def squared_slope(picture):
-            model = layers.merge(plan.discriminator.graph, {**params, **other.stats})
+            model = merge(plan.discriminator.graph, {**params, **other.stats})
             return jnp.sum(jax.grad(lambda x: model(x[None]).mean())(picture) ** 2)
 
         return 0.5 * (squared_slope(real[0]) + squared_slope(real[1])) / 2

@@ -232,7 +232,7 @@ def test_flops_count_every_evaluation_of_the_network(one_device):
 
     job = program.overridden(SAMPLE, SAMPLING, UVIT)
     job.unroll = True
-    model = state.create_model(job, one_device, layers.shapes)
+    model = state.abstract_model(job, one_device)
     graph, weights, _ = layers.split(model)
     x, label = jnp.zeros((8, 4, 4, 32)), jnp.zeros(8, jnp.int32)
     network = jax.jit(lambda w: layers.merge(graph, w)(x, jnp.zeros(8), label))

@@ -15,12 +15,14 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 import dcae_jax
 from dcae_jax import checkpoint, published, state
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, sdvae
+from dcae_jax.models import dcae, dcae_names, sdvae
+from dcae_jax.models.weights import abstract, split
 
 # The blocks of published models at a hundredth of their width.
 SMALL = {
@@ -44,11 +46,11 @@ KL = dataclasses.replace(sdvae.VARIANTS["sd-vae-f8"], widths=(32, 32, 32, 32))
 
 def random_weights(arch):
     module = (
-        sdvae.SDVAE(arch, dtype=np.float32, init=layers.random(0))
+        sdvae.SDVAE(arch, dtype=np.float32, rngs=nnx.Rngs(0))
         if isinstance(arch, sdvae.Variant)
-        else dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.random(0))
+        else dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=nnx.Rngs(0))
     )
-    _, params, stats = layers.split(module)
+    _, params, stats = split(module)
     return {name: np.asarray(value) for name, value in {**params, **stats}.items()}
 
 
@@ -441,8 +443,10 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
     """Catches a square kernel turned one way only, and two tensors under one name, in the depths
     and widths that are published; both give no error, since all shapes are right."""
     arch = dcae.variant(name)
-    module = dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, init=layers.shapes)
-    _, params, stats = layers.split(module)
+    module = abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=rngs)
+    )
+    _, params, stats = split(module)
     rng = np.random.default_rng(0)
     weights = {
         path: rng.standard_normal(leaf.shape, np.float32)

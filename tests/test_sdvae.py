@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from goldens import make_dcae
 
 from dcae_jax.config import UserError, default
-from dcae_jax.models import dcae, dcae_names, layers, sdvae
+from dcae_jax.models import dcae, dcae_names, sdvae
+from dcae_jax.models.weights import abstract, merge, num_parameters, split
 
 # Small programs compile for longer than they run.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -30,7 +32,12 @@ def small():
 
 
 def graph_of(arch):
-    return layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.shapes))[0]
+    return split(shapes_of(arch))[0]
+
+
+def shapes_of(arch, dtype=jnp.float32):
+    """The model with shapes in place of arrays."""
+    return abstract(lambda rngs: sdvae.SDVAE(arch, dtype=dtype, rngs=rngs))
 
 
 @functools.cache
@@ -39,7 +46,7 @@ def runner(arch, quick=True):
     graph = graph_of(arch)
 
     def run(weights, x):
-        model = layers.merge(graph, weights)
+        model = merge(graph, weights)
         z = model.encode(x)
         return z, model.decode(z)
 
@@ -47,7 +54,7 @@ def runner(arch, quick=True):
 
 
 def random_weights(arch):
-    _, params, _ = layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.random(0)))
+    _, params, _ = split(sdvae.SDVAE(arch, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     return {
         name: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
@@ -59,9 +66,9 @@ def random_weights(arch):
 
 def test_parameter_count_is_that_of_stable_diffusion():
     """Catches a missing bias or a block too many; the quant convolutions count."""
-    total, encoder = sdvae.count_parameters(sdvae.VARIANTS["sd-vae-f8"])
-    assert total == 83_653_863
-    assert encoder == 34_163_664
+    _, params, _ = split(shapes_of(sdvae.VARIANTS["sd-vae-f8"]))
+    assert num_parameters(params) == 83_653_863
+    assert num_parameters(params, ("encoder.", "quant_conv.")) == 34_163_664
     assert sdvae.VARIANTS["sd-vae-f8"].compression == 8
 
 
@@ -86,9 +93,7 @@ def test_samples_have_the_mean_and_deviation_of_the_posterior():
     weights["quant_conv.kernel"] = weights["quant_conv.kernel"] * (np.arange(2 * c) < c)
     weights["quant_conv.bias"] = np.float32([0] * c + [1] * (c - 1) + [-80])
     graph = graph_of(arch)
-    encode = jax.jit(
-        lambda w, x, key: layers.merge(graph, w).encode(x, key), compiler_options=QUICK
-    )
+    encode = jax.jit(lambda w, x, key: merge(graph, w).encode(x, key), compiler_options=QUICK)
     x = np.repeat(np.linspace(-1, 1, 192, dtype=np.float32).reshape(1, 8, 8, 3), 16, axis=0)
     mean = np.asarray(encode(weights, x, None))
     sample = np.asarray(encode(weights, x, jax.random.key(3)))
@@ -102,21 +107,20 @@ def test_samples_have_the_mean_and_deviation_of_the_posterior():
 def test_norms_and_softmax_compute_in_float32_where_the_rest_is_bfloat16():
     """Catches statistics or a softmax in bfloat16: blotches in smooth areas, at large sizes NaN."""
     x = np.random.default_rng(0).normal(40, 1, (1, 16, 16, 8)).astype(np.float32)
-    norm = sdvae.GroupNorm(8, groups=2, dtype=jnp.bfloat16, init=layers.random(0))
+    norm = sdvae.group_norm(8, groups=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     y = norm(x)
     grouped = x.reshape(256, 2, 4)
     want = (grouped - grouped.mean((0, 2), keepdims=True)) / grouped.std((0, 2), keepdims=True)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(y), want.reshape(x.shape), atol=0.02)
 
-    layer = sdvae.Attention(8, groups=2, dtype=jnp.bfloat16, init=layers.random(0))
+    layer = sdvae.Attention(8, groups=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     steps = jax.make_jaxpr(lambda x: layer(x))(x.astype(jnp.bfloat16)).jaxpr.eqns
     softmax = [step for step in steps if step.primitive.name in ("exp", "custom_jvp_call")]
     assert softmax and all(step.outvars[0].aval.dtype == np.float32 for step in softmax)
 
-    model = sdvae.SDVAE(small(), dtype=jnp.bfloat16, init=layers.shapes)
-    graph, params, _ = layers.split(model)
-    run = jax.eval_shape(lambda w, x: layers.merge(graph, w)(x), params, np.zeros((1, 16, 16, 3)))
+    graph, params, _ = split(shapes_of(small(), jnp.bfloat16))
+    run = jax.eval_shape(lambda w, x: merge(graph, w)(x), params, np.zeros((1, 16, 16, 3)))
     assert run.dtype == jnp.float32 and run.shape == (1, 16, 16, 3)
 
 
@@ -166,7 +170,7 @@ def test_weights_that_do_not_fit_are_explained():
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    _, params, _ = layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.shapes))
+    _, params, _ = split(shapes_of(arch))
     full = {n: np.broadcast_to(np.float32(0), leaf.shape) for n, leaf in params.items()}
     full = sdvae.to_torch(full, arch, "diffusers")
     assert "these are sd-vae-f8 weights" in refusal(full, small())
@@ -322,7 +326,7 @@ def test_names_count_and_defaults_are_those_of_diffusers():
     arch = sdvae.VARIANTS["sd-vae-f8"]
     with torch.device("meta"):
         network = diffusers.AutoencoderKL.from_config(sdvae.config_of(arch, "diffusers"))
-    _, params, _ = layers.split(sdvae.SDVAE(arch, dtype=jnp.float32, init=layers.shapes))
+    _, params, _ = split(shapes_of(arch))
     ours = {name: np.broadcast_to(np.float32(0), leaf.shape) for name, leaf in params.items()}
     ours = sdvae.to_torch(ours, arch, "diffusers")
     assert {name: t.shape for name, t in ours.items()} == {

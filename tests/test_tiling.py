@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import skimage.data
 from conftest import CONFIGS
+from flax import nnx
 
 import dcae_jax
 from dcae_jax import api, config, sharding, state, tiling, train
-from dcae_jax.models import dcae, layers
+from dcae_jax.models import dcae
+from dcae_jax.models.weights import split
 
 # Convolutions only, so that tiles can equal the whole: a way each of halving and doubling, with
 # and without a stage at full size. Three stages are as good as six.
@@ -44,8 +46,8 @@ CONVOLUTIONS = {
 def autoencoder(arch):
     """An Autoencoder of any architecture, with random weights."""
     mesh = sharding.make_mesh(config.default().mesh, jax.devices()[:1])
-    model = dcae.DCAE(arch, depthwise="shifted", dtype=np.float32, init=layers.random(0))
-    graph, params, stats = layers.split(model)
+    model = dcae.DCAE(arch, depthwise="shifted", dtype=np.float32, rngs=nnx.Rngs(0))
+    graph, params, stats = split(model)
     settings = config.default().model.to_dict()
     return api.Autoencoder(graph, {**params, **stats}, arch, settings, mesh)
 

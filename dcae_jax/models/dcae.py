@@ -6,14 +6,20 @@ the size changes, a shortcut without parameters carries the signal past the conv
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import Rngs
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers
-from dcae_jax.models.layers import Array
+from dcae_jax.models import blocks, layers
+from dcae_jax.models.blocks import Activation, BlockKind, DownsampleForm, UpsampleForm
+from dcae_jax.models.layers import DepthwiseForm, NormKind
+from dcae_jax.models.weights import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +34,12 @@ class Variant:
     widths: tuple[int, ...]
     encoder_depths: tuple[int, ...]
     decoder_depths: tuple[int, ...]
-    encoder_blocks: tuple[str, ...]  # 'res', 'evit' or 'evit5' (with the 5x5 heads)
-    decoder_blocks: tuple[str, ...]
-    decoder_norms: tuple[str, ...]  # 'bn2d' (then the activation is ReLU) or 'trms2d' (SiLU)
-    downsample: str = "s2c"  # or 'stride'
-    upsample: str = "c2s"  # or 'nearest'
-    output_act: str = "relu"
+    encoder_blocks: tuple[BlockKind, ...]
+    decoder_blocks: tuple[BlockKind, ...]
+    decoder_norms: tuple[NormKind, ...]  # bn2d: then the activation is ReLU; trms2d: SiLU
+    downsample: DownsampleForm = "s2c"
+    upsample: UpsampleForm = "c2s"
+    output_act: Activation = "relu"
     latent_shortcuts: bool = True  # the averaging and duplicating ones at the latent
     residual: bool = True  # False: no shortcut at all, the paper's ablation
     scaling_factor: float | None = None  # latent * scaling_factor has an rms of about 1
@@ -44,51 +50,51 @@ class Variant:
         return 2 ** (len(self.widths) - 1)
 
 
-def _f(latent, extra=(), blocks=("evit", "evit"), depths=(2, 2), scaling=None):
-    """The in-1.0 and mix-1.0 family: f32 with further stages of 2048 channels."""
-    n = 6 + len(extra)
-    return Variant(
-        latent_channels=latent,
-        widths=(128, 256, 512, 512, 1024, 1024, *extra),
-        encoder_depths=(0, 4, 8, *(2,) * (n - 3)),
-        decoder_depths=(0, 5, 10, *(2,) * (n - 3)),
-        encoder_blocks=("res",) * 3 + ("evit",) * (n - 3),
-        decoder_blocks=("res",) * 3 + ("evit",) * (n - 3),
-        decoder_norms=("bn2d",) * 3 + ("trms2d",) * (n - 3),
-        scaling_factor=scaling,
-    )
-
-
-def _dcae15(extra=(), scaling=None):
-    """DC-AE 1.5: residual blocks only, RMSNorm only, no shortcut at the latent."""
-    n = 6 + len(extra)
-    depths = (0, 5, 10, *(4,) * (n - 3))
-    return Variant(
-        latent_channels=128,
-        widths=(128, 256, 512, 512, 1024, 1024, *extra),
-        encoder_depths=depths,
-        decoder_depths=depths,
-        encoder_blocks=("res",) * n,
-        decoder_blocks=("res",) * n,
-        decoder_norms=("trms2d",) * n,
-        output_act="silu",
-        latent_shortcuts=False,
-        scaling_factor=scaling,
-    )
-
-
+_RES3 = ("res", "res", "res")
+_BN3 = ("bn2d", "bn2d", "bn2d")
+_F32 = Variant(
+    latent_channels=32,
+    widths=(128, 256, 512, 512, 1024, 1024),
+    encoder_depths=(0, 4, 8, 2, 2, 2),
+    decoder_depths=(0, 5, 10, 2, 2, 2),
+    encoder_blocks=_RES3 + ("evit",) * 3,
+    decoder_blocks=_RES3 + ("evit",) * 3,
+    decoder_norms=_BN3 + ("trms2d",) * 3,
+)
 _SANA = Variant(
     latent_channels=32,
     widths=(128, 256, 512, 512, 1024, 1024),
     encoder_depths=(2, 2, 2, 3, 3, 3),
     decoder_depths=(3, 3, 3, 3, 3, 3),
-    encoder_blocks=("res",) * 3 + ("evit5",) * 3,
-    decoder_blocks=("res",) * 3 + ("evit5",) * 3,
+    encoder_blocks=_RES3 + ("evit5",) * 3,
+    decoder_blocks=_RES3 + ("evit5",) * 3,
     decoder_norms=("trms2d",) * 6,
     downsample="stride",
     upsample="nearest",
     scaling_factor=0.41407,
 )
+_DCAE15 = Variant(  # residual blocks only, RMSNorm only, no shortcut at the latent
+    latent_channels=128,
+    widths=(128, 256, 512, 512, 1024, 1024),
+    encoder_depths=(0, 5, 10, 4, 4, 4),
+    decoder_depths=(0, 5, 10, 4, 4, 4),
+    encoder_blocks=("res",) * 6,
+    decoder_blocks=("res",) * 6,
+    decoder_norms=("trms2d",) * 6,
+    output_act="silu",
+    latent_shortcuts=False,
+)
+
+
+def _deeper(arch: Variant, *widths: int, **changes: Any) -> Variant:
+    """`arch` with further stages of these widths, each made as its last one."""
+    longer = {
+        field.name: getattr(arch, field.name) + getattr(arch, field.name)[-1:] * len(widths)
+        for field in dataclasses.fields(arch)
+        if isinstance(getattr(arch, field.name), tuple)
+    }
+    return dataclasses.replace(arch, **longer | {"widths": arch.widths + widths} | changes)
+
 
 VARIANTS = {
     "tiny": Variant(
@@ -96,13 +102,13 @@ VARIANTS = {
         widths=(32, 32, 64, 64, 128),
         encoder_depths=(0, 1, 1, 1, 1),
         decoder_depths=(0, 1, 1, 1, 1),
-        encoder_blocks=("res", "res", "res", "evit", "evit"),
-        decoder_blocks=("res", "res", "res", "evit", "evit"),
-        decoder_norms=("bn2d", "bn2d", "bn2d", "trms2d", "trms2d"),
+        encoder_blocks=_RES3 + ("evit",) * 2,
+        decoder_blocks=_RES3 + ("evit",) * 2,
+        decoder_norms=_BN3 + ("trms2d",) * 2,
     ),
-    "f32c32": _f(32),
-    "f64c128": _f(128, (2048,)),
-    "f128c512": _f(512, (2048, 2048)),
+    "f32c32": _F32,
+    "f64c128": _deeper(_F32, 2048, latent_channels=128),
+    "f128c512": _deeper(_F32, 2048, 2048, latent_channels=512),
     "f32c32-sana": _SANA,
     "f32c32-lite": dataclasses.replace(
         _SANA,
@@ -111,8 +117,8 @@ VARIANTS = {
         upsample="c2s",
         output_act="silu",
     ),
-    "1.5-f32c128": _dcae15(),
-    "1.5-f64c128": _dcae15((1024,), scaling=0.5935),
+    "1.5-f32c128": _DCAE15,
+    "1.5-f64c128": _deeper(_DCAE15, 1024, scaling_factor=0.5935),
 }
 
 # Published name -> (variant, scaling factor of those weights).
@@ -143,45 +149,40 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def architecture(model_config: Any) -> Variant:
+def architecture(model_config: ConfigDict) -> Variant:
     """The architecture of a run: config.model's variant with the keys set beside it.
 
     Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
     """
     arch = variant(model_config.variant)
-    changes = {"residual": model_config.residual}
-    for key in ("latent_channels", "widths", "encoder_depths", "decoder_depths"):
-        if model_config[key]:
-            value = model_config[key]
-            changes[key] = value if key == "latent_channels" else tuple(value)
-    if model_config.scaling_factor:
-        changes["scaling_factor"] = model_config.scaling_factor
+    changes: dict[str, Any] = {"residual": model_config.residual}
+    for key in ("latent_channels", "scaling_factor"):
+        if getattr(model_config, key):
+            changes[key] = getattr(model_config, key)
+    for key in ("widths", "encoder_depths", "decoder_depths"):
+        if getattr(model_config, key):
+            changes[key] = tuple(getattr(model_config, key))
     arch = dataclasses.replace(arch, **changes)
     stages = len(arch.encoder_blocks)
     for key in ("widths", "encoder_depths", "decoder_depths"):
-        if len(getattr(arch, key)) != stages:
+        values = getattr(arch, key)
+        if len(values) != stages:
             raise UserError(
-                f"model.{key}={getattr(arch, key)} has {len(getattr(arch, key))} entries; "
+                f"model.{key}={values} has {len(values)} entries; "
                 f"variant {model_config.variant} has {stages} stages"
             )
-        if 0 in getattr(arch, key)[1:]:
-            raise UserError(f"model.{key}={getattr(arch, key)}: only the first entry may be 0")
+        if 0 in values[1:]:
+            raise UserError(f"model.{key}={values}: only the first entry may be 0")
     for i, width in enumerate(arch.widths):
         attention = "evit" in (arch.encoder_blocks[i] + arch.decoder_blocks[i])
-        if width % (layers.HEAD_DIM if attention else 4):
+        multiple = blocks.HEAD_DIM if attention else 4
+        if width % multiple:
             raise UserError(
-                f"model.widths={arch.widths}: {width} in stage {i} is no multiple of "
-                f"{layers.HEAD_DIM if attention else 4}"
+                f"model.widths={arch.widths}: {width} in stage {i} is no multiple of {multiple}"
             )
-    if arch.residual:
-        _check_shortcuts(arch)
-    return arch
-
-
-def _check_shortcuts(arch: Variant) -> None:
-    """Averaging and duplicating need whole groups of channels."""
-    pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]
-    if arch.latent_shortcuts:
+    # Averaging and duplicating need whole groups of channels.
+    pairs = [(4 * a, b) for a, b in itertools.pairwise(arch.widths)] if arch.residual else []
+    if arch.residual and arch.latent_shortcuts:
         pairs.append((arch.widths[-1], arch.latent_channels))
     for wide, narrow in pairs:
         if wide % narrow:
@@ -189,106 +190,153 @@ def _check_shortcuts(arch: Variant) -> None:
                 f"model.widths={arch.widths}, latent_channels={arch.latent_channels}: a shortcut "
                 f"cannot average {wide} channels into {narrow}; use widths that divide"
             )
+    return arch
 
 
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] -> latents [B, H/f, W/f, latent_channels]."""
+    """Images -> latents; each stage is half the size of the one before."""
 
-    def __init__(self, arch: Variant, *, depthwise, dtype, init):
-        form = dict(form=arch.downsample, dtype=dtype, init=init)
+    def __init__(
+        self, arch: Variant, *, depthwise: DepthwiseForm, remat: bool, dtype: DTypeLike, rngs: Rngs
+    ) -> None:
         if arch.encoder_depths[0] == 0:
-            self.project_in = layers.Downsample(3, arch.widths[1], shortcut=False, **form)
+            self.project_in = blocks.Downsample(
+                3, arch.widths[1], form=arch.downsample, shortcut=False, dtype=dtype, rngs=rngs
+            )
         else:
-            self.project_in = layers.Conv(3, arch.widths[0], dtype=dtype, init=init)
-        self.stages = nnx.List()
-        last = len(arch.widths) - 1
-        for i, (width, depth) in enumerate(zip(arch.widths, arch.encoder_depths, strict=True)):
-            kind = arch.encoder_blocks[i]
-            blocks = [
-                _block(kind, width, "trms2d", depthwise=depthwise, dtype=dtype, init=init)
-                for _ in range(depth)
-            ]
-            if depth and i < last:
-                blocks.append(
-                    layers.Downsample(width, arch.widths[i + 1], shortcut=arch.residual, **form)
-                )
-            self.stages.append(nnx.List(blocks))
-        self.project_out = layers.Conv(
-            arch.widths[-1], arch.latent_channels, dtype=dtype, init=init
+            self.project_in = layers.conv(3, arch.widths[0], dtype=dtype, rngs=rngs)
+        self.stages = nnx.List(
+            encoder_stage(arch, i, depthwise=depthwise, dtype=dtype, rngs=rngs)
+            for i in range(len(arch.widths))
+        )
+        self.project_out = layers.conv(
+            arch.widths[-1], arch.latent_channels, dtype=dtype, rngs=rngs
         )
         self.shortcut = arch.residual and arch.latent_shortcuts
-        self.remat = False
+        self.remat = remat
 
-    def __call__(self, x: Array) -> Array:
-        x = self.project_in(x)
+    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+        x = self.project_in(x)  # [B, H, W, C0], or [B, H/2, W/2, C1] past an empty stage 0
         for stage in self.stages:
-            x = layers.run(stage, x, remat=self.remat)
-        z = self.project_out(x)
-        return z + layers.average_channels(x, z.shape[-1]) if self.shortcut else z
+            x = layers.run(stage, x, remat=self.remat)  # [B, H/2, W/2, C1] .. [B, H/f, W/f, Cn]
+        z = self.project_out(x)  # [B, H/f, W/f, c]
+        if self.shortcut:
+            z = z + blocks.average_channels(x, z.shape[-1])  # [B, H/f, W/f, c]
+        return z
 
 
 class Decoder(nnx.Module):
-    """Latents [B, H/f, W/f, latent_channels] -> images [B, H, W, 3]."""
+    """Latents -> images. `stages` goes from full size to the deepest, which runs first."""
 
-    def __init__(self, arch: Variant, *, depthwise, dtype, init):
-        form = dict(form=arch.upsample, dtype=dtype, init=init)
-        self.project_in = layers.Conv(arch.latent_channels, arch.widths[-1], dtype=dtype, init=init)
-        stages: list[nnx.List] = [None] * len(arch.widths)
-        last = len(arch.widths) - 1
-        for i in reversed(range(len(arch.widths))):  # the order in which they run
-            width, depth = arch.widths[i], arch.decoder_depths[i]
-            blocks = []
-            if depth and i < last:
-                blocks.append(
-                    layers.Upsample(arch.widths[i + 1], width, shortcut=arch.residual, **form)
-                )
-            kind, norm_kind = arch.decoder_blocks[i], arch.decoder_norms[i]
-            for _ in range(depth):
-                blocks.append(
-                    _block(kind, width, norm_kind, depthwise=depthwise, dtype=dtype, init=init)
-                )
-            stages[i] = nnx.List(blocks)
-        self.stages = nnx.List(stages)
-        outer = arch.widths[0] if arch.decoder_depths[0] else arch.widths[1]
-        self.project_out = OutputHead(
-            outer, arch, upsamples=not arch.decoder_depths[0], dtype=dtype, init=init
+    def __init__(
+        self, arch: Variant, *, depthwise: DepthwiseForm, remat: bool, dtype: DTypeLike, rngs: Rngs
+    ) -> None:
+        self.project_in = layers.conv(arch.latent_channels, arch.widths[-1], dtype=dtype, rngs=rngs)
+        self.stages = nnx.List(
+            decoder_stage(arch, i, depthwise=depthwise, dtype=dtype, rngs=rngs)
+            for i in range(len(arch.widths))
         )
+        self.project_out = OutputHead(arch, dtype=dtype, rngs=rngs)
         self.shortcut = arch.residual and arch.latent_shortcuts
-        self.remat = False
-        self.width = arch.widths[-1]
+        self.remat = remat
 
-    def __call__(self, z: Array) -> Array:
-        x = self.project_in(z)
+    def __call__(self, z: Array) -> Array:  # [B, H/f, W/f, c]
+        x = self.project_in(z)  # [B, H/f, W/f, Cn]
         if self.shortcut:
-            x = x + layers.duplicate_channels(z, self.width).astype(x.dtype)
+            x = x + blocks.duplicate_channels(z, x.shape[-1]).astype(x.dtype)  # [B, H/f, W/f, Cn]
         for stage in reversed(self.stages):
-            x = layers.run(stage, x, remat=self.remat)
-        return self.project_out(x)
+            x = layers.run(stage, x, remat=self.remat)  # [B, H/f, W/f, Cn] .. [B, H, W, C0]
+        return self.project_out(x)  # [B, H, W, 3]
+
+
+def encoder_stage(
+    arch: Variant, i: int, *, depthwise: DepthwiseForm, dtype: DTypeLike, rngs: Rngs
+) -> nnx.List:
+    """The blocks of stage i and, but for the deepest, the way down to the next.
+
+    [B, H/2^i, W/2^i, Ci] -> [B, H/2^(i+1), W/2^(i+1), C(i+1)]
+    """
+    kind, width, depth = arch.encoder_blocks[i], arch.widths[i], arch.encoder_depths[i]
+    stage: list[nnx.Module] = [
+        blocks.block(kind, width, "trms2d", depthwise=depthwise, dtype=dtype, rngs=rngs)
+        for _ in range(depth)
+    ]
+    if depth and i + 1 < len(arch.widths):
+        stage.append(
+            blocks.Downsample(
+                width,
+                arch.widths[i + 1],
+                form=arch.downsample,
+                shortcut=arch.residual,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        )
+    return nnx.List(stage)
+
+
+def decoder_stage(
+    arch: Variant, i: int, *, depthwise: DepthwiseForm, dtype: DTypeLike, rngs: Rngs
+) -> nnx.List:
+    """But for the deepest, the way up from the stage below, then the blocks of stage i.
+
+    [B, H/2^(i+1), W/2^(i+1), C(i+1)] -> [B, H/2^i, W/2^i, Ci]
+    """
+    width, depth = arch.widths[i], arch.decoder_depths[i]
+    stage: list[nnx.Module] = []
+    if depth and i + 1 < len(arch.widths):
+        stage.append(
+            blocks.Upsample(
+                arch.widths[i + 1],
+                width,
+                form=arch.upsample,
+                shortcut=arch.residual,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        )
+    kind, norm = arch.decoder_blocks[i], arch.decoder_norms[i]
+    for _ in range(depth):
+        stage.append(blocks.block(kind, width, norm, depthwise=depthwise, dtype=dtype, rngs=rngs))
+    return nnx.List(stage)
 
 
 class OutputHead(nnx.Module):
-    """norm, activation, convolution to RGB; with `upsamples`, to twice the size."""
+    """norm, activation, convolution to RGB; to twice the size where stage 0 is empty."""
 
-    def __init__(self, width, arch: Variant, *, upsamples, dtype, init):
-        self.norm = layers.norm("trms2d", width, dtype=dtype, init=init)
-        if upsamples:
-            self.conv = layers.Upsample(
-                width, 3, form=arch.upsample, shortcut=False, dtype=dtype, init=init
-            )
+    def __init__(self, arch: Variant, *, dtype: DTypeLike, rngs: Rngs) -> None:
+        width = arch.widths[0] if arch.decoder_depths[0] else arch.widths[1]
+        self.norm = layers.norm("trms2d", width, dtype=dtype)
+        if arch.decoder_depths[0]:
+            self.conv = layers.conv(width, 3, dtype=dtype, rngs=rngs)
         else:
-            self.conv = layers.Conv(width, 3, dtype=dtype, init=init)
-        self.act = arch.output_act
+            self.conv = blocks.Upsample(
+                width, 3, form=arch.upsample, shortcut=False, dtype=dtype, rngs=rngs
+            )
+        self.act: Activation = arch.output_act
 
-    def __call__(self, x: Array) -> Array:
-        return self.conv(layers.ACTIVATIONS[self.act](self.norm(x)))
+    def __call__(self, x: Array) -> Array:  # [B, H, W, C0], or [B, H/2, W/2, C1]
+        x = blocks.ACTIVATIONS[self.act](self.norm(x))
+        return self.conv(x)  # [B, H, W, 3]
 
 
 class DCAE(nnx.Module):
-    """The autoencoder. It is deterministic: there is no posterior and no KL term."""
+    """The autoencoder. It is deterministic: there is no posterior and no KL term.
 
-    def __init__(self, arch: Variant, *, depthwise: str, dtype: Any, init: layers.Init):
-        self.encoder = Encoder(arch, depthwise=depthwise, dtype=dtype, init=init)
-        self.decoder = Decoder(arch, depthwise=depthwise, dtype=dtype, init=init)
+    depthwise: see `layers.depthwise_conv`. remat: see `layers.run`.
+    """
+
+    def __init__(
+        self,
+        arch: Variant,
+        *,
+        depthwise: DepthwiseForm,
+        remat: bool = False,
+        dtype: DTypeLike,
+        rngs: Rngs,
+    ) -> None:
+        self.encoder = Encoder(arch, depthwise=depthwise, remat=remat, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(arch, depthwise=depthwise, remat=remat, dtype=dtype, rngs=rngs)
 
     def encode(self, x: Array) -> Array:
         """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled."""
@@ -298,49 +346,26 @@ class DCAE(nnx.Module):
         """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
         return self.decoder(z).astype(jnp.float32)
 
-    def __call__(self, x: Array) -> Array:
-        return self.decode(self.encode(x))
+    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+        return self.decode(self.encode(x))  # [B, H, W, 3]
 
 
-def _block(kind, width, norm_kind, *, depthwise, dtype, init):
-    if kind == "res":
-        act = "relu" if norm_kind == "bn2d" else "silu"
-        return layers.ResBlock(width, norm_kind=norm_kind, act=act, dtype=dtype, init=init)
-    return layers.EfficientViTBlock(
-        width,
-        scale5=kind == "evit5",
-        norm_kind=norm_kind,
-        depthwise=depthwise,
-        dtype=dtype,
-        init=init,
-    )
-
-
-def create(model_config: Any, *, platform: str, dtype: Any, init: layers.Init) -> DCAE:
+def create(
+    model_config: ConfigDict, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
+) -> DCAE:
     """The model of config.model for devices of `platform` ('cpu', 'tpu', 'gpu').
 
-    Nothing here looks at the machine: the platform comes from the mesh, so that a CPU host can
-    build the program of a TPU.
+    The platform is the mesh's, not this machine's: a CPU host can build the program of a TPU.
     """
     form = depthwise_form(model_config, platform)
-    return DCAE(architecture(model_config), depthwise=form, dtype=jnp.dtype(dtype), init=init)
+    return DCAE(architecture(model_config), depthwise=form, remat=remat, dtype=dtype, rngs=rngs)
 
 
-def depthwise_form(model_config: Any, platform: str) -> str:
+def depthwise_form(model_config: ConfigDict, platform: str) -> DepthwiseForm:
     """config.model.depthwise with 'auto' decided for devices of `platform`."""
     if model_config.depthwise != "auto":
         return model_config.depthwise
     return "shifted" if platform == "cpu" else "grouped"
-
-
-def count_parameters(arch: Variant) -> tuple[int, int]:
-    """Numbers of parameters of (the whole model, its encoder), without allocating them."""
-
-    model = DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=layers.shapes)
-    _, params, _ = layers.split(model)
-    sizes = {name: leaf.size for name, leaf in params.items()}
-    encoder = sum(size for name, size in sizes.items() if name.startswith("encoder."))
-    return sum(sizes.values()), encoder
 
 
 def reach(arch: Variant) -> tuple[int | None, int | None]:
@@ -349,21 +374,16 @@ def reach(arch: Variant) -> tuple[int | None, int | None]:
     How far the zeros around a tile spread, in positions of the current size: a 3x3 convolution
     carries them one further, a residual block two.
     """
-    last = len(arch.widths) - 1
-
-    def convolutions(blocks, depths):
-        return not any("evit" in kind for kind, n in zip(blocks, depths, strict=True) if n)
-
     encode, n = None, 0
-    if convolutions(arch.encoder_blocks, arch.encoder_depths):
+    if not _attends(arch.encoder_blocks, arch.encoder_depths):
         for i, depth in enumerate(arch.encoder_depths):
             n += (1 if i == 0 and depth else 0) + 2 * depth
-            if i < last:
+            if i + 1 < len(arch.widths):
                 n = -(-(n + 1) // 2)
         encode = n + 1
     decode, n = None, 1
-    if convolutions(arch.decoder_blocks, arch.decoder_depths):
-        for i in reversed(range(last + 1)):
+    if not _attends(arch.decoder_blocks, arch.decoder_depths):
+        for i in reversed(range(len(arch.widths))):
             n += 2 * arch.decoder_depths[i]
             if i > 0:
                 n = 2 * (n + 1) if arch.upsample == "c2s" else 2 * n + 1
@@ -372,9 +392,10 @@ def reach(arch: Variant) -> tuple[int | None, int | None]:
     return encode, decode
 
 
+def _attends(kinds: tuple[BlockKind, ...], depths: tuple[int, ...]) -> bool:
+    return any("evit" in kind for kind, depth in zip(kinds, depths, strict=True) if depth)
+
+
 def last_layer(arch: Variant) -> str:
-    """Path of the kernel that makes the picture, whose gradient weighs the GAN loss."""
-    upsamples = not arch.decoder_depths[0]
-    return (
-        "decoder.project_out.conv.conv.kernel" if upsamples else "decoder.project_out.conv.kernel"
-    )
+    """Path of the kernel that makes the image, whose gradient weighs the GAN loss."""
+    return f"decoder.project_out.conv.{'' if arch.decoder_depths[0] else 'conv.'}kernel"

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcae_jax.config import UserError
-from dcae_jax.models import dcae, layers, names
+from dcae_jax.models import dcae, names
+from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.blocks import HEAD_DIM
 from dcae_jax.models.dcae import Variant
 
 FORMATS = ("diffusers", "authors")
@@ -132,8 +134,10 @@ def shapes_in(arch: Variant, form: str) -> names.Shapes:
 
 @functools.cache
 def _shapes(arch: Variant) -> names.Shapes:
-    model = dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, init=layers.shapes)
-    _, params, stats = layers.split(model)
+    model = weights_lib.abstract(
+        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=rngs)
+    )
+    _, params, stats = weights_lib.split(model)
     return {path: tuple(leaf.shape) for path, leaf in {**params, **stats}.items()}
 
 
@@ -260,7 +264,7 @@ def config_of(arch: Variant, form: str) -> dict[str, Any]:
         "_class_name": "AutoencoderDC",
         "in_channels": 3,
         "latent_channels": arch.latent_channels,
-        "attention_head_dim": layers.HEAD_DIM,
+        "attention_head_dim": HEAD_DIM,
         "encoder_block_types": [blocks[kind] for kind in arch.encoder_blocks],
         "decoder_block_types": [blocks[kind] for kind in arch.decoder_blocks],
         "encoder_block_out_channels": list(arch.widths),
@@ -306,7 +310,7 @@ def _variant_of_diffusers(config: Mapping[str, Any]) -> Variant:
         if key not in DIFFUSERS_DEFAULTS:
             raise _bad(key, value, "AutoencoderDC has no such field")
     c = {**DIFFUSERS_DEFAULTS, **given}
-    for key, only in (("in_channels", 3), ("attention_head_dim", layers.HEAD_DIM)):
+    for key, only in (("in_channels", 3), ("attention_head_dim", HEAD_DIM)):
         if c[key] != only:
             raise _bad(key, c[key], f"only {only} is supported")
     widths = _counts(c, "encoder_block_out_channels", at_least=1)
@@ -367,7 +371,7 @@ def _check_widths(arch: Variant) -> None:
     key, value = "encoder_block_out_channels", list(arch.widths)
     for i, width in enumerate(arch.widths):
         blocks = [arch.encoder_blocks[i], arch.decoder_blocks[i]]
-        multiple = 4 if blocks == ["res", "res"] else layers.HEAD_DIM
+        multiple = 4 if blocks == ["res", "res"] else HEAD_DIM
         if width % multiple:
             raise _bad(key, value, f"{width} in stage {i} is no multiple of {multiple}")
     pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]

@@ -1,92 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 """PatchGAN, the discriminator of phase 3 (Isola et al. 2017, section 3.2.2; 3 layers, 64 channels).
 
-It says of each patch of a picture whether it is real. Convolutions of 4x4; each layer halves the
+It classifies each patch of an image as real or fake. Convolutions of 4x4; each layer halves the
 size and doubles the channels; normal(0, 0.02) weights, as published discriminators start from.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from flax.nnx import Rngs
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from dcae_jax.models import layers
-from dcae_jax.models.layers import Array
+from dcae_jax.models.weights import Array
 
 MAX_WIDENING = 8  # channels stop growing at this multiple of the first layer's
 GROUPS = 8
+EPS = 1e-5
+SLOPE = 0.2  # of the leaky ReLU
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return 0.02 * rng.standard_normal(shape, np.float32)
-
-
-def _conv(inputs, outputs, *, stride, use_bias, dtype, init):
+def _conv(
+    inputs: int, outputs: int, *, strides: int, use_bias: bool, dtype: DTypeLike, rngs: Rngs
+) -> nnx.Conv:
     """A 4x4 convolution whose weights start at normal(0, 0.02) and bias at 0."""
-
-    def fill(shape, _):
-        return init(shape, layers.zeros if len(shape) == 1 else _normal)
-
-    return layers.Conv(
-        inputs, outputs, size=4, stride=stride, use_bias=use_bias, dtype=dtype, init=fill
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (4, 4),
+        strides,
+        padding=((1, 1), (1, 1)),
+        use_bias=use_bias,
+        kernel_init=layers.normal(0.02),
+        bias_init=jax.nn.initializers.zeros,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 
-class GroupNorm(nnx.Module):
-    """Statistics over (height, width, channels of a group) of each image, float32 inside."""
-
-    def __init__(self, channels, *, dtype, init, eps=1e-5):
-        self.scale = nnx.Param(init((channels,), layers.ones))
-        self.bias = nnx.Param(init((channels,), layers.zeros))
-        self.eps, self.dtype = eps, dtype
-
-    def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, h, w, GROUPS, c // GROUPS)
-        mean = grouped.mean((1, 2, 4), keepdims=True)
-        var = grouped.var((1, 2, 4), keepdims=True)
-        y = ((grouped - mean) * jax.lax.rsqrt(var + self.eps)).reshape(x.shape)
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
 class PatchGAN(nnx.Module):
-    """Pictures [B, H, W, 3] in [-1, 1] -> logits [B, h, w] float32, above 0 for real."""
+    """Images in [-1, 1] -> logits of their patches, float32, above 0 for real."""
 
-    def __init__(self, *, channels: int, depth: int, norm: str, dtype: Any, init: layers.Init):
-        make_norm = {"group": GroupNorm, "batch": layers.BatchNorm}[norm]
-        kw = dict(dtype=dtype, init=init)
+    def __init__(self, *, channels: int, depth: int, dtype: DTypeLike, rngs: Rngs) -> None:
         widths = [channels * min(2**i, MAX_WIDENING) for i in range(depth + 1)]
-        self.convs = nnx.List([_conv(3, widths[0], stride=2, use_bias=True, **kw)])
+        self.convs = nnx.List(
+            [_conv(3, widths[0], strides=2, use_bias=True, dtype=dtype, rngs=rngs)]
+        )
         self.norms = nnx.List()
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
-            stride = 2 if i < depth else 1
-            self.convs.append(_conv(inputs, outputs, stride=stride, use_bias=False, **kw))
-            self.norms.append(make_norm(outputs, **kw))
-        self.project_out = _conv(widths[-1], 1, stride=1, use_bias=True, **kw)
+        for i in range(1, depth + 1):
+            strides = 2 if i < depth else 1
+            self.convs.append(
+                _conv(
+                    widths[i - 1],
+                    widths[i],
+                    strides=strides,
+                    use_bias=False,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+            )
+            self.norms.append(
+                layers.group_norm(widths[i], groups=GROUPS, eps=EPS, dtype=dtype, rngs=rngs)
+            )
+        self.project_out = _conv(widths[-1], 1, strides=1, use_bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        x = nnx.leaky_relu(self.convs[0](x), 0.2)
+    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+        x = nnx.leaky_relu(self.convs[0](x), SLOPE)  # [B, H/2, W/2, C]
         for conv, norm in zip(self.convs[1:], self.norms, strict=True):
-            x = nnx.leaky_relu(norm(conv(x)), 0.2)
-        return self.project_out(x)[..., 0].astype(jnp.float32)
+            x = nnx.leaky_relu(norm(conv(x)), SLOPE)  # [B, H/4, W/4, 2C] .. [B, h+1, w+1, 8C]
+        return self.project_out(x)[..., 0].astype(jnp.float32)  # [B, h, w]
 
 
-def create(loss_config: Any, *, dtype: Any, init: layers.Init) -> PatchGAN:
+def create(loss_config: ConfigDict, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
     """The discriminator that config.loss describes."""
     return PatchGAN(
-        channels=loss_config.gan_channels,
-        depth=loss_config.gan_layers,
-        norm=loss_config.gan_norm,
-        dtype=jnp.dtype(dtype),
-        init=init,
+        channels=loss_config.gan_channels, depth=loss_config.gan_layers, dtype=dtype, rngs=rngs
     )
 
 
 def smallest_input(depth: int) -> int:
     """Pixels a side below which a PatchGAN of `depth` layers has no patch left."""
     size = 1
-    for stride in (1, 1, *(2,) * depth):  # from the output back to the picture
+    for stride in (1, 1, *(2,) * depth):  # from the output back to the image
         size = (size - 1) * stride + 4 - 2
     return max(size, 2**depth)

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx import Rngs
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from dcae_jax.config import UserError
-from dcae_jax.models import layers, names
-from dcae_jax.models.layers import Array
+from dcae_jax.models import blocks, layers, names
+from dcae_jax.models.weights import Array, abstract, split
 
 EPS = 1e-6  # of every GroupNorm
 LOG_VARIANCE = (-30.0, 20.0)  # the posterior's is clipped to this
@@ -57,16 +60,16 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def architecture(model_config: Any) -> Variant:
+def architecture(model_config: ConfigDict) -> Variant:
     """The architecture of a run: config.model's variant with the keys set beside it.
 
     Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
     """
     arch = variant(model_config.variant)
     for key in ("encoder_depths", "decoder_depths"):
-        if model_config[key]:
+        if getattr(model_config, key):
             raise UserError(
-                f"model.{key}={tuple(model_config[key])}: {model_config.variant} has "
+                f"model.{key}={tuple(getattr(model_config, key))}: {model_config.variant} has "
                 f"{arch.depth} blocks in every stage; leave it at ()"
             )
     if not model_config.residual:
@@ -75,7 +78,7 @@ def architecture(model_config: Any) -> Variant:
             "leave it at True"
         )
     keys = ("latent_channels", "scaling_factor")
-    changes = {key: model_config[key] for key in keys if model_config[key]}
+    changes = {key: getattr(model_config, key) for key in keys if getattr(model_config, key)}
     if model_config.widths:
         changes["widths"] = tuple(model_config.widths)
     arch = dataclasses.replace(arch, **changes)
@@ -92,88 +95,76 @@ def architecture(model_config: Any) -> Variant:
 # --- layers ---------------------------------------------------------------------------------------
 
 
-class GroupNorm(nnx.Module):
+def group_norm(channels: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> nnx.GroupNorm:
     """Normalises each of `groups` runs of channels over (height, width, run), float32 inside."""
-
-    def __init__(self, channels, *, groups, dtype, init):
-        self.scale = nnx.Param(init((channels,), layers.ones))
-        self.bias = nnx.Param(init((channels,), layers.zeros))
-        self.groups, self.dtype = groups, dtype
-
-    def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        y = ((grouped - mean) * jax.lax.rsqrt(variance + EPS)).reshape(b, h, w, c)
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+    return layers.group_norm(channels, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
 
 
 class ResBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
-    def __init__(self, inputs, outputs, *, groups, dtype, init):
-        self.norm1 = GroupNorm(inputs, groups=groups, dtype=dtype, init=init)
-        self.conv1 = layers.Conv(inputs, outputs, dtype=dtype, init=init)
-        self.norm2 = GroupNorm(outputs, groups=groups, dtype=dtype, init=init)
-        self.conv2 = layers.Conv(outputs, outputs, dtype=dtype, init=init)
+    def __init__(
+        self, inputs: int, outputs: int, *, groups: int, dtype: DTypeLike, rngs: Rngs
+    ) -> None:
+        self.norm1 = group_norm(inputs, groups=groups, dtype=dtype, rngs=rngs)
+        self.conv1 = layers.conv(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = group_norm(outputs, groups=groups, dtype=dtype, rngs=rngs)
+        self.conv2 = layers.conv(outputs, outputs, dtype=dtype, rngs=rngs)
         changes = inputs != outputs
-        self.shortcut = (
-            layers.Pointwise(inputs, outputs, dtype=dtype, init=init) if changes else None
-        )
+        self.shortcut = layers.linear(inputs, outputs, dtype=dtype, rngs=rngs) if changes else None
 
-    def __call__(self, x: Array) -> Array:
-        y = self.conv1(nnx.silu(self.norm1(x)))
-        y = self.conv2(nnx.silu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+    def __call__(self, x: Array) -> Array:  # [B, H, W, C]
+        y = self.conv1(nnx.silu(self.norm1(x)))  # [B, H, W, C']
+        y = self.conv2(nnx.silu(self.norm2(y)))  # [B, H, W, C']
+        return y + (x if self.shortcut is None else self.shortcut(x))  # [B, H, W, C']
 
 
 class Attention(nnx.Module):
     """x + softmax attention over all positions, one head of all channels, softmax in float32."""
 
-    def __init__(self, channels, *, groups, dtype, init):
-        self.norm = GroupNorm(channels, groups=groups, dtype=dtype, init=init)
-        self.q = layers.Pointwise(channels, channels, dtype=dtype, init=init)
-        self.k = layers.Pointwise(channels, channels, dtype=dtype, init=init)
-        self.v = layers.Pointwise(channels, channels, dtype=dtype, init=init)
-        self.out = layers.Pointwise(channels, channels, dtype=dtype, init=init)
+    def __init__(self, channels: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> None:
+        self.norm = group_norm(channels, groups=groups, dtype=dtype, rngs=rngs)
+        self.q = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.k = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.v = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.out = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # [B, H, W, C]
         b, h, w, c = x.shape
-        y = self.norm(x)
-        q, k, v = (layer(y).reshape(b, h * w, c) for layer in (self.q, self.k, self.v))
+        y = self.norm(x).reshape(b, h * w, c)  # [B, HW, C]
+        q, k, v = self.q(y), self.k(y), self.v(y)  # each [B, HW, C]
         scores = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)
-        return x + self.out(jnp.einsum("bnm,bmc->bnc", weights, v).reshape(b, h, w, c))
+        weights = jax.nn.softmax(scores * c**-0.5, axis=-1).astype(v.dtype)  # [B, HW, HW]
+        y = jnp.einsum("bnm,bmc->bnc", weights, v).reshape(b, h, w, c)  # [B, H, W, C]
+        return x + self.out(y)  # [B, H, W, C]
 
 
-class Downsample(nnx.Module):
-    """A convolution of stride 2 that is padded at the bottom and the right only."""
+def downsample(channels: int, *, dtype: DTypeLike, rngs: Rngs) -> nnx.Conv:
+    """A convolution of stride 2 that is padded at the bottom and the right only.
 
-    def __init__(self, channels, *, dtype, init):
-        fill = layers.uniform(channels * 9)
-        self.kernel = nnx.Param(init((3, 3, channels, channels), fill))
-        self.bias = nnx.Param(init((channels,), fill))
-        self.dtype = dtype
+    [B, H, W, C] -> [B, H/2, W/2, C]
+    """
+    init = layers.torch_uniform(9 * channels)
+    return nnx.Conv(
+        channels,
+        channels,
+        (3, 3),
+        strides=2,
+        padding=((0, 1), (0, 1)),
+        kernel_init=init,
+        bias_init=init,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
-    def __call__(self, x: Array) -> Array:
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            (2, 2),
-            ((0, 1), (0, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + self.bias[...].astype(self.dtype)
 
-
-def _middle(width, *, groups, dtype, init) -> nnx.List:
-    kwargs = dict(groups=groups, dtype=dtype, init=init)
+def middle(width: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> nnx.List:
+    """The blocks at the latents' size. [B, H/f, W/f, width] -> the same"""
     return nnx.List(
         [
-            ResBlock(width, width, **kwargs),
-            Attention(width, **kwargs),
-            ResBlock(width, width, **kwargs),
+            ResBlock(width, width, groups=groups, dtype=dtype, rngs=rngs),
+            Attention(width, groups=groups, dtype=dtype, rngs=rngs),
+            ResBlock(width, width, groups=groups, dtype=dtype, rngs=rngs),
         ]
     )
 
@@ -182,84 +173,81 @@ def _middle(width, *, groups, dtype, init) -> nnx.List:
 
 
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] -> features [B, H/f, W/f, 2 * latent_channels]."""
+    """Images -> moments of the latents' Gaussians."""
 
-    def __init__(self, arch: Variant, *, dtype, init):
-        kwargs = dict(groups=arch.groups, dtype=dtype, init=init)
-        self.conv_in = layers.Conv(3, arch.widths[0], dtype=dtype, init=init)
+    def __init__(self, arch: Variant, *, remat: bool, dtype: DTypeLike, rngs: Rngs) -> None:
+        self.conv_in = layers.conv(3, arch.widths[0], dtype=dtype, rngs=rngs)
         self.stages = nnx.List()
         inputs = arch.widths[0]
         for i, width in enumerate(arch.widths):
-            blocks = [
-                ResBlock(inputs if j == 0 else width, width, **kwargs) for j in range(arch.depth)
-            ]
-            if i < len(arch.widths) - 1:
-                blocks.append(Downsample(width, dtype=dtype, init=init))
-            self.stages.append(nnx.List(blocks))
-            inputs = width
-        self.middle = _middle(inputs, **kwargs)
-        self.norm_out = GroupNorm(inputs, **kwargs)
-        self.conv_out = layers.Conv(inputs, 2 * arch.latent_channels, dtype=dtype, init=init)
-        self.remat = False
+            stage: list[nnx.Module] = []
+            for _ in range(arch.depth):
+                stage.append(ResBlock(inputs, width, groups=arch.groups, dtype=dtype, rngs=rngs))
+                inputs = width
+            if i + 1 < len(arch.widths):
+                stage.append(downsample(width, dtype=dtype, rngs=rngs))
+            self.stages.append(nnx.List(stage))
+        self.middle = middle(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
+        self.norm_out = group_norm(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
+        self.conv_out = layers.conv(inputs, 2 * arch.latent_channels, dtype=dtype, rngs=rngs)
+        self.remat = remat
 
-    def __call__(self, x: Array) -> Array:
-        x = self.conv_in(x)
-        for stage in (*self.stages, self.middle):
-            x = layers.run(stage, x, remat=self.remat)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+        x = self.conv_in(x)  # [B, H, W, C0]
+        for stage in self.stages:
+            x = layers.run(stage, x, remat=self.remat)  # [B, H/2, W/2, C0] .. [B, H/f, W/f, Cn]
+        x = layers.run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
+        return self.conv_out(nnx.silu(self.norm_out(x)))  # [B, H/f, W/f, 2c]
 
 
 class Decoder(nnx.Module):
-    """Latents [B, H/f, W/f, latent_channels] -> images [B, H, W, 3].
+    """Latents -> images. As in DC-AE, `stages` goes from full size to the deepest, which runs
+    first."""
 
-    As in DC-AE, `stages` goes from full size to the deepest, which runs first.
-    """
-
-    def __init__(self, arch: Variant, *, dtype, init):
-        kwargs = dict(groups=arch.groups, dtype=dtype, init=init)
+    def __init__(self, arch: Variant, *, remat: bool, dtype: DTypeLike, rngs: Rngs) -> None:
         inputs = arch.widths[-1]
-        self.conv_in = layers.Conv(arch.latent_channels, inputs, dtype=dtype, init=init)
-        self.middle = _middle(inputs, **kwargs)
-        stages: list[nnx.List] = [None] * len(arch.widths)
-        for i in reversed(range(len(arch.widths))):  # the order in which they run
-            width = arch.widths[i]
-            blocks: list[nnx.Module] = []
-            for j in range(arch.depth + 1):
-                blocks.append(ResBlock(inputs if j == 0 else width, width, **kwargs))
+        self.conv_in = layers.conv(arch.latent_channels, inputs, dtype=dtype, rngs=rngs)
+        self.middle = middle(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
+        stages: list[nnx.List] = []
+        for i, width in reversed(list(enumerate(arch.widths))):  # the order in which they run
+            stage: list[nnx.Module] = []
+            for _ in range(arch.depth + 1):
+                stage.append(ResBlock(inputs, width, groups=arch.groups, dtype=dtype, rngs=rngs))
+                inputs = width
             if i > 0:
-                blocks.append(
-                    layers.Upsample(
-                        width, width, form="nearest", shortcut=False, dtype=dtype, init=init
+                stage.append(
+                    blocks.Upsample(
+                        width, width, form="nearest", shortcut=False, dtype=dtype, rngs=rngs
                     )
                 )
-            stages[i] = nnx.List(blocks)
-            inputs = width
-        self.stages = nnx.List(stages)
-        self.norm_out = GroupNorm(inputs, **kwargs)
-        self.conv_out = layers.Conv(inputs, 3, dtype=dtype, init=init)
-        self.remat = False
+            stages.append(nnx.List(stage))
+        self.stages = nnx.List(reversed(stages))
+        self.norm_out = group_norm(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
+        self.conv_out = layers.conv(inputs, 3, dtype=dtype, rngs=rngs)
+        self.remat = remat
 
-    def __call__(self, z: Array) -> Array:
-        x = self.conv_in(z)
-        for stage in (self.middle, *reversed(self.stages)):
-            x = layers.run(stage, x, remat=self.remat)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+    def __call__(self, z: Array) -> Array:  # [B, H/f, W/f, c]
+        x = self.conv_in(z)  # [B, H/f, W/f, Cn]
+        x = layers.run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
+        for stage in reversed(self.stages):
+            x = layers.run(stage, x, remat=self.remat)  # [B, 2H/f, 2W/f, Cn] .. [B, H, W, C0]
+        return self.conv_out(nnx.silu(self.norm_out(x)))  # [B, H, W, 3]
 
 
 class SDVAE(nnx.Module):
-    """The autoencoder, without its KL term."""
+    """The autoencoder, without its KL term. remat: see `layers.run`."""
 
-    def __init__(self, arch: Variant, *, dtype: Any, init: layers.Init):
+    def __init__(self, arch: Variant, *, remat: bool = False, dtype: DTypeLike, rngs: Rngs) -> None:
         c = arch.latent_channels
-        self.encoder = Encoder(arch, dtype=dtype, init=init)
-        self.quant_conv = layers.Pointwise(2 * c, 2 * c, dtype=dtype, init=init)
-        self.post_quant_conv = layers.Pointwise(c, c, dtype=dtype, init=init)
-        self.decoder = Decoder(arch, dtype=dtype, init=init)
+        self.encoder = Encoder(arch, remat=remat, dtype=dtype, rngs=rngs)
+        self.quant_conv = layers.linear(2 * c, 2 * c, dtype=dtype, rngs=rngs)
+        self.post_quant_conv = layers.linear(c, c, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(arch, remat=remat, dtype=dtype, rngs=rngs)
 
     def posterior(self, x: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, each [B, H/f, W/f, c] float32."""
-        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)  # [B, H/f, W/f, 2c]
+        mean, log_variance = jnp.split(moments, 2, axis=-1)  # each [B, H/f, W/f, c]
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE))
 
     def encode(self, x: Array, sample_key: Array | None = None) -> Array:
@@ -276,34 +264,29 @@ class SDVAE(nnx.Module):
         """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def __call__(self, x: Array) -> Array:
-        return self.decode(self.encode(x))
+    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+        return self.decode(self.encode(x))  # [B, H, W, 3]
 
 
-def create(model_config: Any, *, platform: str, dtype: Any, init: layers.Init) -> SDVAE:
+def create(
+    model_config: ConfigDict, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
+) -> SDVAE:
     """The model of config.model, the same for devices of every `platform`."""
     del platform
-    return SDVAE(architecture(model_config), dtype=jnp.dtype(dtype), init=init)
-
-
-def count_parameters(arch: Variant) -> tuple[int, int]:
-    """Numbers of parameters of (the whole model, its encoder), without allocating them."""
-    sizes = {path: int(np.prod(shape)) for path, shape in _shapes(arch).items()}
-    encoder = ("encoder.", "quant_conv.")
-    return sum(sizes.values()), sum(n for path, n in sizes.items() if path.startswith(encoder))
+    return SDVAE(architecture(model_config), remat=remat, dtype=dtype, rngs=rngs)
 
 
 def reach(arch: Variant) -> tuple[int | None, int | None]:
     """Latents on each side that a result of (encode, decode) depends on; None: on all.
 
-    Attention and the means of GroupNorm see the whole picture.
+    Attention and the means of GroupNorm see the whole image.
     """
     del arch
     return None, None
 
 
 def last_layer(arch: Variant) -> str:
-    """Path of the kernel that makes the picture, whose gradient weighs the GAN loss."""
+    """Path of the kernel that makes the image, whose gradient weighs the GAN loss."""
     del arch
     return "decoder.conv_out.kernel"
 
@@ -392,8 +375,8 @@ def _only_diffusers(form: str) -> None:
 
 
 def _shapes(arch: Variant) -> names.Shapes:
-    model = SDVAE(arch, dtype=jnp.float32, init=layers.shapes)
-    _, params, _ = layers.split(model)
+    model = abstract(lambda rngs: SDVAE(arch, dtype=jnp.float32, rngs=rngs))
+    _, params, _ = split(model)
     return {path: tuple(leaf.shape) for path, leaf in params.items()}
 
 

@@ -30,9 +30,25 @@ def merge(graph: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(paths))
 
 
-def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+class _OneKey(nnx.RngStream):
+    """A stream that gives the same key again and again, which is enough for shapes.
+
+    Counting inside a trace takes nnx a time that grows with the square of the draws.
+    """
+
+    def __call__(self) -> Array:
+        return self.key[...]
+
+
+def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
     """The module that `create` makes, with shapes in place of arrays. Allocates nothing."""
-    return nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+
+    def one_key() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        rngs.default = _OneKey(0, tag="default")
+        return create(rngs)
+
+    return nnx.eval_shape(one_key)
 
 
 def num_parameters(weights: Mapping[str, Any], prefix: str | tuple[str, ...] = "") -> int:

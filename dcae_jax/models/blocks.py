@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of DC-AE (arXiv:2410.10733) and the shortcuts without parameters that it is known for.
+
+Residual blocks where images are large, EfficientViT blocks (arXiv:2205.14756) where they are small,
+and between stages a change of size past which a rearrangement of the input carries the signal.
+Attention sums are float32 whatever the dtype is.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dcae_jax.models.layers import (
+    DepthwiseForm,
+    GroupedLinear,
+    NormKind,
+    conv,
+    depthwise_conv,
+    linear,
+    norm,
+)
+from dcae_jax.models.weights import Array
+
+DownsampleForm = Literal["s2c", "stride"]
+UpsampleForm = Literal["c2s", "nearest"]
+Activation = Literal["silu", "relu"]
+BlockKind = Literal["res", "evit", "evit5"]  # evit5: with heads that see 5x5 neighbourhoods
+
+HEAD_DIM = 32  # channels of one head of the linear attention [DC-AE, efficientvit]
+EXPAND = 8  # hidden channels of GLUMBConv over its input's, both halves of the gate together
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": nnx.silu, "relu": nnx.relu}
+
+
+# --- shortcuts without parameters (section 3.2) ---------------------------------------------------
+
+
+def space_to_channel(x: Array) -> Array:
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]; out channel = c*4 + i*2 + j, as PyTorch's unshuffle."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)  # [B, H/2, i, W/2, j, C]
+    x = x.transpose(0, 1, 3, 5, 2, 4)  # [B, H/2, W/2, C, i, j]
+    return x.reshape(b, h // 2, w // 2, 4 * c)
+
+
+def channel_to_space(x: Array) -> Array:
+    """[B, H, W, 4C] -> [B, 2H, 2W, C], the inverse of `space_to_channel`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // 4, 2, 2)  # [B, H, W, C, i, j]
+    x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, H, i, W, j, C]
+    return x.reshape(b, 2 * h, 2 * w, c // 4)
+
+
+def average_channels(x: Array, channels: int) -> Array:
+    """[..., C] -> [..., channels]: the mean over consecutive groups of C / channels."""
+    groups = x.reshape(*x.shape[:-1], channels, x.shape[-1] // channels)
+    return groups.mean(-1, dtype=jnp.float32).astype(x.dtype)
+
+
+def duplicate_channels(x: Array, channels: int) -> Array:
+    """[..., C] -> [..., channels]: each channel repeated channels / C times in a row."""
+    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
+
+
+def down_shortcut(x: Array, channels: int) -> Array:
+    """[B, H, W, C] -> [B, H/2, W/2, channels]: space-to-channel, then channel averaging."""
+    return average_channels(space_to_channel(x), channels)
+
+
+def up_shortcut(x: Array, channels: int) -> Array:
+    """[B, H, W, C] -> [B, 2H, 2W, channels]: channel duplication, then channel-to-space."""
+    return channel_to_space(duplicate_channels(x, 4 * channels))
+
+
+# --- EfficientViT blocks --------------------------------------------------------------------------
+
+
+def relu_attention(q: Array, k: Array, v: Array, *, eps: float = 1e-15) -> Array:
+    """Attention whose similarity is relu(q) . relu(k), float32 inside.
+
+    q, k, v [B, N, heads, D] -> [B, N, heads, D]. Sums over keys first (linear in N); where there
+    are no more tokens than channels a head, over channels first, which is the same and cheaper.
+    """
+    q, k = nnx.relu(q.astype(jnp.float32)), nnx.relu(k.astype(jnp.float32))
+    v = v.astype(jnp.float32)
+    tokens = q.shape[1]
+    few = isinstance(tokens, int) and tokens <= q.shape[-1]  # no int in an export for any size
+    form = quadratic_attention if few else linear_attention
+    return form(q, k, v, eps)
+
+
+def linear_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
+    """sum_n q (k_n v_n) / (sum_n q k_n + eps); the denominator is v's channel of ones."""
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)  # [B, N, heads, D+1]
+    kv = jnp.einsum("bnhd,bnhe->bhde", k, v)  # [B, heads, D, D+1]
+    out = jnp.einsum("bnhd,bhde->bnhe", q, kv)  # [B, N, heads, D+1]
+    return out[..., :-1] / (out[..., -1:] + eps)
+
+
+def quadratic_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
+    """The same as `linear_attention`, with the N x N matrix of similarities."""
+    similarity = jnp.einsum("bnhd,bmhd->bhnm", q, k)  # [B, heads, N, N]
+    similarity = similarity / (similarity.sum(-1, keepdims=True) + eps)
+    return jnp.einsum("bhnm,bmhe->bnhe", similarity, v)  # [B, N, heads, D]
+
+
+class LiteMLA(nnx.Module):
+    """Multi-head ReLU linear attention; `scale5` adds heads that see 5x5 neighbourhoods.
+
+    Of the qkv channels, each run of 96 is one head's q, k, v.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        scale5: bool = False,
+        norm_kind: NormKind = "trms2d",
+        depthwise: DepthwiseForm,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        qkv, groups = 3 * channels, 3 * channels // HEAD_DIM
+        wide = 2 * channels if scale5 else channels
+        self.qkv = linear(channels, qkv, use_bias=False, dtype=dtype, rngs=rngs)
+        self.scale5 = scale5
+        if scale5:
+            self.aggreg_depth = depthwise_conv(
+                qkv, size=5, use_bias=False, form=depthwise, dtype=dtype, rngs=rngs
+            )
+            self.aggreg_point = GroupedLinear(qkv, qkv, groups=groups, dtype=dtype, rngs=rngs)
+        self.proj = linear(wide, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = norm(norm_kind, channels, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        b, h, w, _ = x.shape
+        qkv = self.qkv(x)  # [B, H, W, 3C]
+        if self.scale5:
+            wide = self.aggreg_point(self.aggreg_depth(qkv))  # [B, H, W, 3C]
+            qkv = jnp.concatenate([qkv, wide], -1)  # [B, H, W, 6C]
+        heads = qkv.reshape(b, h * w, -1, 3 * HEAD_DIM)  # [B, HW, heads, 96]
+        q, k, v = jnp.split(heads, 3, axis=-1)  # each [B, HW, heads, 32]
+        out = relu_attention(q, k, v)  # [B, HW, heads, 32]
+        out = out.reshape(b, h, w, -1)  # [B, H, W, C or 2C]
+        return self.norm(self.proj(out))  # [B, H, W, C]
+
+
+class GLUMBConv(nnx.Module):
+    """Inverted bottleneck with a gate: 1x1 to 8C, SiLU, depthwise 3x3, a * SiLU(g), 1x1 to C."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        norm_kind: NormKind = "trms2d",
+        depthwise: DepthwiseForm,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        hidden = EXPAND * channels
+        self.inverted_conv = linear(channels, hidden, dtype=dtype, rngs=rngs)
+        self.depth_conv = depthwise_conv(hidden, form=depthwise, dtype=dtype, rngs=rngs)
+        self.point_conv = linear(hidden // 2, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = norm(norm_kind, channels, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        x = nnx.silu(self.inverted_conv(x))  # [B, H, W, 8C]
+        x = self.depth_conv(x)  # [B, H, W, 8C]
+        a, gate = jnp.split(x, 2, axis=-1)  # each [B, H, W, 4C]
+        return self.norm(self.point_conv(a * nnx.silu(gate)))  # [B, H, W, C]
+
+
+class EfficientViTBlock(nnx.Module):
+    """x + LiteMLA(x), then x + GLUMBConv(x)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        scale5: bool = False,
+        norm_kind: NormKind = "trms2d",
+        depthwise: DepthwiseForm,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.context_module = LiteMLA(
+            channels,
+            scale5=scale5,
+            norm_kind=norm_kind,
+            depthwise=depthwise,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.local_module = GLUMBConv(
+            channels, norm_kind=norm_kind, depthwise=depthwise, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.context_module(x)  # [B, H, W, C]
+        return x + self.local_module(x)  # [B, H, W, C]
+
+
+# --- residual blocks and changes of size ----------------------------------------------------------
+
+
+class ResBlock(nnx.Module):
+    """x + norm(conv(act(conv(x))))."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        norm_kind: NormKind,
+        act: Activation,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv1 = conv(channels, channels, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = norm(norm_kind, channels, dtype=dtype)
+        self.act: Activation = act
+
+    def __call__(self, x: Array) -> Array:
+        y = ACTIVATIONS[self.act](self.conv1(x))  # [B, H, W, C]
+        return x + self.norm(self.conv2(y))  # [B, H, W, C]
+
+
+def block(
+    kind: BlockKind,
+    width: int,
+    norm: NormKind,
+    *,
+    depthwise: DepthwiseForm,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> ResBlock | EfficientViTBlock:
+    """One block of a stage. [B, h, w, width] -> the same"""
+    if kind == "res":
+        act = "relu" if norm == "bn2d" else "silu"
+        return ResBlock(width, norm_kind=norm, act=act, dtype=dtype, rngs=rngs)
+    return EfficientViTBlock(
+        width,
+        scale5=kind == "evit5",
+        norm_kind=norm,
+        depthwise=depthwise,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class Downsample(nnx.Module):
+    """Half the size: conv and space-to-channel ('s2c'), or a conv of stride 2 ('stride').
+
+    With `shortcut`, the parameter-free `down_shortcut` is added (DC-AE, section 3.2).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        form: DownsampleForm,
+        shortcut: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if form == "s2c":
+            self.conv = conv(inputs, outputs // 4, dtype=dtype, rngs=rngs)
+        else:
+            self.conv = conv(inputs, outputs, strides=2, dtype=dtype, rngs=rngs)
+        self.form, self.shortcut, self.outputs = form, shortcut, outputs
+
+    def __call__(self, x: Array) -> Array:
+        y = self.conv(x)  # [B, H, W, C'/4], or [B, H/2, W/2, C'] with the stride
+        if self.form == "s2c":
+            y = space_to_channel(y)  # [B, H/2, W/2, C']
+        if self.shortcut:
+            y = y + down_shortcut(x, self.outputs)  # [B, H/2, W/2, C']
+        return y
+
+
+class Upsample(nnx.Module):
+    """Twice the size: conv and channel-to-space ('c2s'), or nearest then conv ('nearest').
+
+    With `shortcut`, the parameter-free `up_shortcut` is added (DC-AE, section 3.2).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        form: UpsampleForm,
+        shortcut: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        wide = 4 * outputs if form == "c2s" else outputs
+        self.conv = conv(inputs, wide, dtype=dtype, rngs=rngs)
+        self.form, self.shortcut, self.outputs = form, shortcut, outputs
+
+    def __call__(self, x: Array) -> Array:
+        if self.form == "c2s":
+            y = channel_to_space(self.conv(x))  # [B, 2H, 2W, C']
+        else:
+            y = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # [B, 2H, 2W, C]
+            y = self.conv(y)  # [B, 2H, 2W, C']
+        if self.shortcut:
+            y = y + up_shortcut(x, self.outputs)  # [B, 2H, 2W, C']
+        return y
