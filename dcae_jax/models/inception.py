@@ -10,7 +10,6 @@ pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception of th
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
