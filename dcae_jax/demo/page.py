@@ -120,7 +120,7 @@ def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, flo
     return scores
 
 
-def _held_out_batches(config: Any, source: Any, size: int) -> Iterator[data.Batch]:
+def _held_out_batches(config: Any, source: Any, size: int) -> Iterator[pipeline.Batch]:
     settings = config.evaluate
     return pipeline.evaluation_batches(
         source,
