@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 import pytest
+from support import to_json
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
@@ -56,7 +57,7 @@ def test_weights_are_read_without_the_optimizer(
     manager = checkpoints.open_manager(str(tmp_path), 2)
     checkpoints.save(manager, fresh, {}, 3, 0)
     manager.close()
-    files.write_json(str(tmp_path / "config.json"), {"config": config_lib.to_json(small)})
+    files.write_json(str(tmp_path / "config.json"), {"config": to_json(small)})
     averaged, config = checkpoint_weights.load_weights(str(tmp_path))
     raw, _ = checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
     assert config["model"]["variant"] == "tiny"

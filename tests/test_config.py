@@ -10,7 +10,7 @@ import re
 
 import jax
 import pytest
-from support import CONFIGS
+from support import CONFIGS, to_json
 
 from dcae_jax import config as config_lib
 from dcae_jax.errors import UserError
@@ -142,7 +142,7 @@ def test_identity_names_what_differs_and_lets_speed_keys_pass():
     before, now = config_lib.default(), config_lib.default()
     now.batch_size, now.steps, now.data.workers, now.mesh.fsdp = 64, 7, 3, 2
     now.optimizer.b1 = 0.5
-    changes = config_lib.identity_changes(config_lib.to_json(before), config_lib.to_json(now))
+    changes = config_lib.identity_changes(to_json(before), to_json(now))
     assert changes == {"batch_size": (256, 64), "optimizer.b1": (0.9, 0.5)}
 
 
@@ -159,13 +159,13 @@ def test_a_resumed_run_shares_every_key_of_its_identity_and_no_other(key):
     """Catches a key that leaves the identity, so that a run goes on as another one, and a resume
     refused for a key that changes no number."""
     before, now = config_lib.default(), config_lib.default()
-    old = config_lib.flatten(before)[key]
+    old = config_lib.flatten(before.to_dict())[key]
     section, _, last = key.rpartition(".")
     here = now[section] if section else now
     here[last] = _another(here[last])
-    changes = config_lib.identity_changes(config_lib.to_json(before), config_lib.to_json(now))
+    changes = config_lib.identity_changes(to_json(before), to_json(now))
     shared = key.split(".")[0] in IDENTITY and key not in FREE
-    assert changes == ({key: (old, config_lib.flatten(now)[key])} if shared else {})
+    assert changes == ({key: (old, config_lib.flatten(now.to_dict())[key])} if shared else {})
 
 
 def _another(value):
@@ -178,9 +178,7 @@ def _another(value):
 def test_tuples_survive_json():
     """Catches every run refusing to resume because () became []."""
     config = config_lib.default()
-    assert not config_lib.identity_changes(
-        config_lib.to_json(config), config_lib.to_json(config_lib.default())
-    )
+    assert not config_lib.identity_changes(to_json(config), to_json(config_lib.default()))
 
 
 def test_mesh_and_batch_errors_name_what_would_fit():

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS
+from support import CONFIGS, to_json
 
 from dcae_jax import config as config_lib
 from dcae_jax.data import pipeline, sources, transforms
@@ -210,7 +210,7 @@ def test_the_papers_mix_is_its_phase_on_four_folders(phase, tmp_path):
     data."""
     config = config_lib.load_file(os.path.join(CONFIGS, "mix.py"), f"tiny,{phase}")
     alone = config_lib.load_file(os.path.join(CONFIGS, f"{phase}.py"), "tiny")
-    changes = config_lib.identity_changes(config_lib.to_json(alone), config_lib.to_json(config))
+    changes = config_lib.identity_changes(to_json(alone), to_json(config))
     assert changes.keys() == {"data.source", "data.parts"} and config.steps == alone.steps
     parts = []
     for level, (weight, kind, path) in enumerate(config.data.parts):

@@ -314,7 +314,8 @@ def test_two_processes_write_what_one_writes(whole, config, tmp_path):
 
 
 TWO = """
-from dcae_jax import encode
+from dcae_jax.jobs import encode
+from support import run_job
 given = settings["config"]
 config = config_lib.load_file(f"{CONFIGS}/encode.py")
 config.init_from, config.resolution = given["init_from"], given["resolution"]

@@ -14,6 +14,7 @@ from support import CONFIGS, run_job, small_judges
 from support.moments import union
 from support.reconstruction import judge, model_weights
 
+from dcae_jax import config as config_lib
 from dcae_jax import files, main
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.data import sources
@@ -79,7 +80,7 @@ def test_every_mesh_and_batch_gives_the_same_numbers(judge_config, small_incepti
 def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     """Fails if a mean is taken of means, or moments of two parts do not add up to those of all."""
     judge_config.evaluate.inception_weights = small_inception
-    config = evaluate.resolve(judge_config)
+    config = evaluate.resolve(config_lib.validate(judge_config))
     judges = reconstruction.load_judges(config, one_device)
     model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
     source = sources.evaluation_source(config.data)
@@ -268,15 +269,15 @@ def test_a_contradiction_or_a_missing_file_is_one_line(tmp_path, capsys, values,
 def test_a_protocol_fixes_its_keys_and_warns_of_another_set(judge_config, caplog):
     """Fails if the protocol leaves the resolution as it was, or ten images pass for ImageNet."""
     judge_config.evaluate.protocol = "imagenet-512"
-    resolved = evaluate.resolve(judge_config)
+    resolved = evaluate.resolve(config_lib.validate(judge_config))
     assert resolved.evaluate.resolutions == (512,) and judge_config.evaluate.resolutions == ()
     evaluate._warn_of_count("imagenet-512", 10, "images")
     assert "50,000 images, there are 10" in caplog.text
     judge_config.evaluate.samples = "samples.npz"
     with pytest.raises(UserError, match="needs evaluate.reference"):
-        evaluate.resolve(judge_config)
+        evaluate.resolve(config_lib.validate(judge_config))
     judge_config.evaluate.protocol = ""
-    assert evaluate.resolve(judge_config).evaluate.resolutions == ()
+    assert evaluate.resolve(config_lib.validate(judge_config)).evaluate.resolutions == ()
 
 
 def test_steps_come_from_the_path(tmp_path):

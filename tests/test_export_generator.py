@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import run_job, small_models
+from support import run_job, small_models, to_json
 from support.published_weights import PUBLISHED, random_weights, same
 
 import dcae_jax
@@ -36,7 +36,7 @@ def export_generator(folder, name, objective, inner, **changes):
     config.objective = objective
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
     weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}
-    meta = {"kind": "generator", "model": config_lib.to_json(config.model)}
+    meta = {"kind": "generator", "model": to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}
     shutil.copytree(inner, os.path.join(folder, checkpoint_weights.AUTOENCODER))
     checkpoint_weights.save_export(folder, weights, meta)

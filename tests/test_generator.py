@@ -356,7 +356,8 @@ def test_two_processes_sample_what_one_samples(trained, one, tmp_path):
     changes = {"count": 6, "batch_size": 4}
     assert run_job(sample, _sample_config(trained, **changes), alone) == 0
     script = """
-from dcae_jax import sample
+from dcae_jax.jobs import sample
+from support import run_job
 config = config_lib.load_file(f"{CONFIGS}/sample.py")
 config.init_from = settings["trained"]
 config.sample.update(settings["sample"])

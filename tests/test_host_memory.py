@@ -18,7 +18,7 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 SCRIPT = """
 import resource, threading
 import numpy as np
-from dcae_jax import host_memory
+from dcae_jax.runtime import host_memory
 
 def work():
     for call in range(4):
@@ -52,7 +52,7 @@ LIBRARY = """
 import sys
 import numpy as np
 import dcae_jax
-from dcae_jax import host_memory
+from dcae_jax.runtime import host_memory
 
 def resident():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -155,7 +155,7 @@ def _free_port():
 ALONE = """
 import logging, sys
 logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
-from dcae_jax import hosts
+from dcae_jax.runtime import distributed as hosts
 hosts.REPORT_S, hosts.ARRIVE_S = 1, int(sys.argv[3])
 names = dict(zip(hosts.FLAGS, (sys.argv[1], "3", sys.argv[2])))
 hosts.initialize(names, preemptible=True)
@@ -211,7 +211,7 @@ JOINED = """
 import json, logging, sys
 logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
 settings = json.loads(sys.argv[1])
-from dcae_jax import hosts
+from dcae_jax.runtime import distributed as hosts
 flags = {"coordinator": settings["address"], "num_processes": "2"}
 flags["process_id"] = str(settings["process"])
 hosts.initialize(flags, preemptible=True)
@@ -224,7 +224,7 @@ import json, os, sys
 settings = json.loads(sys.argv[1])
 for name, value in settings["environ"].items():
     os.environ[name] = value.format(**settings, port=settings["address"].split(":")[1])
-from dcae_jax import hosts
+from dcae_jax.runtime import distributed as hosts
 hosts.initialize({}, preemptible=False)
 import jax
 """

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from goldens import judges as goldens
 from PIL import Image
-from support import run_job, small_judges
+from support import run_job, small_judges, to_json
 
-from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics
@@ -167,7 +166,7 @@ def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
     sample_config.evaluate.samples = str(tmp_path / "fake.npz")
     sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
     run_job(evaluate, sample_config, str(tmp_path / "one"))
-    settings = config_lib.to_json(sample_config.evaluate)
+    settings = to_json(sample_config.evaluate)
     small_judges.two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
     one, two = (
         json.loads((tmp_path / name / "evaluate.json").read_text())["results"]["32"]

@@ -55,7 +55,7 @@ PROMISED = {  # the contract of cost.json
 
 
 def _arguments(workdir, **settings):
-    argv = ["main", f"--config={os.path.join(CONFIGS, 'cost.py')}", f"--workdir={workdir}"]
+    argv = ["main", f"--config={os.path.join(CONFIGS, 'plan.py')}", f"--workdir={workdir}"]
     given = {"config": PHASE1, "overrides": SMALL, "topologies": ("cpu",)} | settings
     return [*argv, *(f"--config.plan.{key}={value}" for key, value in given.items())]
 
@@ -402,11 +402,12 @@ def test_another_error_of_the_compiler_is_raised():
 
 _TPU = """
 import json, sys
-from dcae_jax import chips, program, sharding
-config = program.overridden(sys.argv[1], tuple(json.loads(sys.argv[2])))
-mesh = sharding.make_mesh(config.mesh, chips.devices("v5e:2x2"))
-step, arguments = program.step_and_arguments(config, mesh, 32)
-print(json.dumps([sharding.platform(mesh), step.lower(*arguments).as_text()]))
+from dcae_jax.planner import chips, compile
+from dcae_jax.runtime import mesh as mesh_lib
+config = compile.overridden(sys.argv[1], tuple(json.loads(sys.argv[2])))
+mesh = mesh_lib.make_mesh(config.mesh, chips.devices("v5e:2x2"))
+step, arguments = compile.step_and_arguments(config, mesh, 32)
+print(json.dumps([mesh_lib.platform(mesh), step.lower(*arguments).as_text()]))
 """
 
 

@@ -79,7 +79,7 @@ def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
     shapes = dcae_torch.shapes_in(dcae.variant(name), "authors")
     hollow_file(tmp_path / "model.safetensors", shapes)
     weights, saved = checkpoint_weights.load_weights(str(tmp_path))
-    assert saved["model"]["variant"] == name
+    assert saved["model"].variant == name
     assert sum(value.size for value in weights.values()) > 600e6
 
 
@@ -112,7 +112,7 @@ def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
     config = default().model
     config.update(saved["model"])
     module = sdvae if variant == "sd-vae-f8" else dcae
-    assert saved["model"]["variant"] == (given or variant)
+    assert saved["model"].variant == (given or variant)
     assert module.architecture(config).scaling_factor == scaling
 
 
@@ -160,7 +160,7 @@ def test_training_starts_from_published_weights(small, one_device, tmp_path):
     weights = random_weights(arch)
     write_folder(tmp_path / "hub", arch, weights)
     read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"), "ema")
-    assert saved["model"]["variant"] == "tiny"
+    assert saved["model"].variant == "tiny"
     spec = state_lib.train_spec(small, one_device)
     start = state_lib.init_state(small, one_device, spec, read)
     same(weights, {**start.params, **start.stats})
@@ -251,7 +251,7 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "import sys\nfrom dcae_jax import checkpoint\nfrom dcae_jax.config import UserError\n"
+        "import sys\nfrom dcae_jax.checkpoints import weights as checkpoint\nfrom dcae_jax.errors import UserError\n"
         "for line in sys.stdin:\n"
         "    try:\n"
         "        w, saved = checkpoint.load_weights(line.strip())\n"
@@ -439,7 +439,7 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
     }
     write_folder(tmp_path / "hub", arch, weights, form)
     read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
-    assert saved["model"]["variant"] in (name, "f32c32", "f32c32-sana")
+    assert saved["model"].variant in (name, "f32c32", "f32c32-sana")
     same(weights, read)
     shutil.rmtree(tmp_path / "hub")  # 1.3 GB, which pytest would keep
 
@@ -449,7 +449,6 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
 MEASURE = """
 import sys, threading, time
 import jax, dcae_jax, orbax.checkpoint
-from dcae_jax import sharding
 from dcae_jax import config as config_lib
 def anonymous():
     for line in open("/proc/self/status"):

@@ -6,14 +6,14 @@ import re
 
 import pytest
 
-from dcae_jax import report
+from dcae_jax import files
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     """Catches a reader that sees half a file, an old file lost to a failed write, rubbish left."""
     path = str(tmp_path / "new" / "file")
-    report.write_file(path, b"old")
-    with pytest.raises(KeyError), report.atomic(path) as beside:
+    files.write_file(path, b"old")
+    with pytest.raises(KeyError), files.atomic(path) as beside:
         with open(beside, "wb") as file:
             file.write(b"half")
         assert re.fullmatch(rf"{re.escape(path)}\.\d+\.tmp", beside)
@@ -21,7 +21,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path / "new") == ["file"]
     with open(path, "rb") as file:
         assert file.read() == b"old"
-    report.write_file(path, b"new")
+    files.write_file(path, b"new")
     with open(path, "rb") as file:
         assert file.read() == b"new"
 
@@ -29,12 +29,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     """Catches an export or a copy of a checkpoint that has its name and half its files."""
     path = str(tmp_path / "folder")
-    with pytest.raises(KeyError), report.atomic_folder(path) as beside:
-        report.write_json(os.path.join(beside, "inside.json"), 1)
+    with pytest.raises(KeyError), files.atomic_folder(path) as beside:
+        files.write_json(os.path.join(beside, "inside.json"), 1)
         raise KeyError
     assert not os.listdir(tmp_path)
-    with report.atomic_folder(path) as beside:
-        report.write_json(os.path.join(beside, "inside.json"), 1)
+    with files.atomic_folder(path) as beside:
+        files.write_json(os.path.join(beside, "inside.json"), 1)
         assert not os.path.exists(path)
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["inside.json"]
 
@@ -43,5 +43,5 @@ def test_a_hub_name_is_kept_and_a_path_made_whole(tmp_path, monkeypatch):
     """Catches the origin of weights recorded as a path that other folders cannot follow."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("run")
-    assert report.whole_path("run") == str(tmp_path / "run")
-    assert report.whole_path("someone/some-model") == "someone/some-model"
+    assert files.whole_path("run") == str(tmp_path / "run")
+    assert files.whole_path("someone/some-model") == "someone/some-model"

@@ -50,7 +50,7 @@ def load_judges(config: Any, mesh: Mesh) -> Judges:
     judges = {}
     for name, read in readers.items():
         key, _, source, _, converted = FILES[name]
-        path = config.evaluate[key.removeprefix("evaluate.")]
+        path = getattr(config.evaluate, key.removeprefix("evaluate."))
         if not path:
             continue
         if not os.path.isfile(path):

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from support import run_job
+from support import run_job, to_json
 
 from dcae_jax import config as config_lib
 from dcae_jax import files as files_lib
@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
     for step in (2, 4, 6):
         checkpoints.save(manager, made, {"loss": jax.numpy.float32(step)}, step, step)
     manager.close()
-    config = config_lib.to_json(config_lib.default())
+    config = to_json(config_lib.default())
     files_lib.write_json(str(workdir / checkpoints.CONFIG), {"config": config})
     files_lib.append_row(str(workdir), 2, {"loss": 1.0})
     return workdir

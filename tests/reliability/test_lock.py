@@ -19,7 +19,7 @@ from dcae_jax.jobs import train
 from dcae_jax.runtime import lease
 
 ROOT = str(pathlib.Path(__file__).parent.parent.parent)
-HOLD = "import sys, time\nfrom dcae_jax import lock\nwith lock.hold(sys.argv[1]):\n"
+HOLD = "import sys, time\nfrom dcae_jax.runtime import lease\nwith lease.hold(sys.argv[1]):\n"
 
 
 def _owner(workdir, then="    print('held', flush=True); time.sleep(60)"):

@@ -20,6 +20,13 @@ def flags(settings):
     return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
+def to_json(config):
+    """A ConfigDict as JSON values: tuples become lists."""
+    import json
+
+    return json.loads(json.dumps(config.to_dict()))
+
+
 def run_job(job, config, workdir):
     """The exit status of the job (a module of dcae_jax.jobs) with a ConfigDict, as in main."""
     from dcae_jax import config as config_lib

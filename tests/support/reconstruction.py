@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 
+from dcae_jax import config as config_lib
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.data import sources
 from dcae_jax.evaluation import reconstruction
@@ -16,7 +17,7 @@ def judge(config, devices=1, source=None):
     """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
     model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
-    config = evaluate.resolve(config)
+    config = evaluate.resolve(config_lib.validate(config))
     source = source or sources.evaluation_source(config.data)
     return reconstruction.evaluate(config, model.graph, model.weights, mesh, source)[32]
 

@@ -87,6 +87,6 @@ jax.distributed.initialize(settings["address"], 2, settings["process"])
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
 from support import CONFIGS, small_judges
 from dcae_jax import config as config_lib
-from dcae_jax import evaluate
+from dcae_jax.evaluation import reconstruction as evaluate
 from dcae_jax.models import inception, inception_torch
 """

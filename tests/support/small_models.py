@@ -12,7 +12,7 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.jobs import encode
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
-from support import CONFIGS, run_job
+from support import CONFIGS, run_job, to_json
 
 CLASSES = 3
 
@@ -26,7 +26,7 @@ def export_autoencoder(folder, change=None, **settings):
     weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 3).items()}
     if change:
         change(weights)
-    meta = {"kind": "autoencoder", "model": config_lib.to_json(config.model)}
+    meta = {"kind": "autoencoder", "model": to_json(config.model)}
     checkpoint_weights.save_export(folder, weights, meta)
     return folder
 
