@@ -159,13 +159,13 @@ def test_a_resumed_run_shares_every_key_of_its_identity_and_no_other(key):
     """Catches a key that leaves the identity, so that a run goes on as another one, and a resume
     refused for a key that changes no number."""
     before, now = config_lib.default(), config_lib.default()
-    old = config_lib.flatten(before.to_dict())[key]
+    old = config_lib.flatten(to_json(before))[key]
     section, _, last = key.rpartition(".")
     here = now[section] if section else now
     here[last] = _another(here[last])
     changes = config_lib.identity_changes(to_json(before), to_json(now))
     shared = key.split(".")[0] in IDENTITY and key not in FREE
-    assert changes == ({key: (old, config_lib.flatten(now.to_dict())[key])} if shared else {})
+    assert changes == ({key: (old, config_lib.flatten(to_json(now))[key])} if shared else {})
 
 
 def _another(value):

@@ -292,7 +292,7 @@ def test_a_finished_job_is_left_alone_and_mended_where_a_shard_is_damaged(
     done = []
     write_shard = latent_shards.write_shard
     monkeypatch.setattr(
-        encode,
+        latent_shards,
         "write_shard",
         lambda w, shard, *rest: done.append(shard) or write_shard(w, shard, *rest),
     )

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from support.published_weights import KL, SMALL, hollow_file, random_weights, same, write_folder
 
 import dcae_jax
+from dcae_jax import config as config_lib
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.config import default
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.models.weights import abstract, split
@@ -109,11 +109,9 @@ def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
         shapes = dcae_torch.shapes_in(dcae.VARIANTS[variant], "authors")
         hollow_file(tmp_path / "x.safetensors", shapes)
     _, saved = checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"), variant=given)
-    config = default().model
-    config.update(saved["model"])
     module = sdvae if variant == "sd-vae-f8" else dcae
     assert saved["model"].variant == (given or variant)
-    assert module.architecture(config).scaling_factor == scaling
+    assert module.architecture(saved["model"]).scaling_factor == scaling
 
 
 def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
@@ -121,10 +119,8 @@ def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
     arch = dataclasses.replace(SMALL["dc-ae-f32c32-sana-1.1"], scaling_factor=0.7)
     write_folder(tmp_path / "hub", arch, random_weights(arch))
     _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
-    assert saved["model"]["scaling_factor"] == 0.7
-    model = default().model
-    model.update(saved["model"])
-    assert dcae.architecture(model) == arch
+    assert saved["model"].scaling_factor == 0.7
+    assert dcae.architecture(saved["model"]) == arch
 
 
 def test_half_precision_and_shards_are_read(tmp_path):
@@ -494,7 +490,7 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
     assert sum(v.nbytes for v in weights.values()) > 600e6
     if kind == "orbax":
         (tmp_path / "hub").mkdir()
-        meta = {"kind": "autoencoder", "model": published.model_settings(arch)}
+        meta = {"kind": "autoencoder", "model": config_lib.to_json(published.model_settings(arch))}
         checkpoint_weights.save_export(str(tmp_path / "hub"), weights, meta)
     else:
         tensors = write_folder(tmp_path / "hub", arch, weights)

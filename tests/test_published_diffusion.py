@@ -78,9 +78,9 @@ def test_folders_of_the_hub_are_read(tmp_path):
         "autoencoder": str(folder),
     }
     keys = ("name", "variant", "depth", "width", "heads")
-    assert [model[key] for key in keys] == ["uvit", "tiny", 2, 0, 0]
+    assert [getattr(model, key) for key in keys] == ["uvit", "tiny", 2, 0, 0]
     keys = ("latent_size", "latent_channels", "num_classes")
-    assert [model[key] for key in keys] == [4, 8, 10]
+    assert [getattr(model, key) for key in keys] == [4, 8, 10]
 
     name = "dc-ae-f32c32-in-1.0-usit-2b-in-512px"
     folder = write_folder(tmp_path / "b", uvit, UVIT, weights, name)
@@ -94,7 +94,7 @@ def test_folders_of_the_hub_are_read(tmp_path):
         str(write_folder(tmp_path / "c", dit, DIT, weights, name))
     )
     same(found, weights)
-    assert settings["model"]["name"] == "dit"
+    assert settings["model"].name == "dit"
     assert settings["objective"] == "learned_sigma"
 
 
@@ -156,7 +156,7 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
     found, settings = published.read_generator(path, "s")
     same(found, weights)
     model = settings["model"]
-    assert [model[key] for key in ("variant", "depth", "width", "heads")] == ["s", 2, 64, 0]
+    assert [getattr(model, key) for key in ("variant", "depth", "width", "heads")] == ["s", 2, 64, 0]
 
 
 @pytest.mark.parametrize(
