@@ -175,5 +175,6 @@ def without_paths(text: str, space: Space) -> str:
     text = re.sub(r"'(?:encoder|decoder)\.[\w.]+'", "'PATH'", text)
     text = re.sub(r"\((?:[\w.*]+, )+\.\.\.\)", "(NAMES, ...)", text)
     text = re.sub(r"\d+\.\d{9,}", lambda number: f"{float(number[0]):.4g}", text)
+    text = re.sub(r"\(Error while deserializing header: .*\);", "(REASON);", text)
     text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S*", "TIME", text)
     return text.replace(os.path.realpath(sys.prefix), "PYTHON").replace(sys.prefix, "PYTHON")
