@@ -26,6 +26,11 @@ WORDS = (
         "be -1",
         "mesh.data=-2 must be in [-1, 2147483647]",
     ),
+    # A section's keys stand in its own order, no longer in the alphabet's.
+    (
+        "{'data': -1, 'fsdp': 1, 'spatial': 2, 'tensor': 1}",
+        "{'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 2}",
+    ),
 )
 # safetensors are read by the library of that name, whose reasons are its own: REASON.
 REASONS = (

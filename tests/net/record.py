@@ -43,14 +43,16 @@ def run(names: list[str], root: str, keep: Callable[[dict], None]) -> dict[str, 
     """{case: its result, or {'error': traceback}, with 'seconds'}; `keep` takes what is there."""
     space, results = Space(root), {}
     for name in names:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), sum(os.times()[:4])
         try:
             results[name] = CASES[name](space)
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-        results[name]["seconds"] = round(time.perf_counter() - began, 1)
+        seconds = time.perf_counter() - began
+        results[name]["seconds"] = round(seconds, 1)
         keep(results)
-        sys.stderr.write(f"{name}: {results[name]['seconds']} s\n")
+        busy = sum(os.times()[:4]) - before  # of one core
+        sys.stderr.write(f"{name}: {seconds:.1f} s, {busy:.1f} s of a core\n")
         sys.stderr.write(results[name].get("error", ""))
     return results
 
