@@ -284,7 +284,7 @@ def evaluate(space: Space) -> dict[str, Any]:
         "init_from": space.model("tiny"),
         "data.source": "folder",
         "data.path": space.pictures(),
-        "evaluate.resolutions": "(32,48)",
+        "evaluate.resolutions": "(32,)",
         "evaluate.batch_size": 4,
         "evaluate.count": 6,
         "evaluate.grid": 2,
@@ -297,10 +297,10 @@ def evaluate(space: Space) -> dict[str, Any]:
 def evaluate_samples(space: Space) -> dict[str, Any]:
     """Catches another FID, Inception score, KID, precision or recall of samples."""
     path = space.path("judged.npz")
-    np.savez(path, arr_0=np.stack([inputs.picture(i, 48, 48, seed=5) for i in range(8)]))
+    np.savez(path, arr_0=np.stack([inputs.picture(i, 48, 48, seed=5) for i in range(5)]))
     settings = {
         "evaluate.samples": path,
-        "evaluate.reference": space.pictures(),
+        "evaluate.reference": space.pictures(7, 1),
         "evaluate.batch_size": 4,
         "evaluate.inception_weights": space.network("inception"),
     }
