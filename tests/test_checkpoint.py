@@ -58,9 +58,9 @@ def test_weights_are_read_without_the_optimizer(
     checkpoints.save(manager, fresh, {}, 3, 0)
     manager.close()
     files.write_json(str(tmp_path / "config.json"), {"config": to_json(small)})
-    averaged, config = checkpoint_weights.load_weights(str(tmp_path))
+    averaged, saved = checkpoint_weights.load_weights(str(tmp_path))
     raw, _ = checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
-    assert config["model"]["variant"] == "tiny"
+    assert saved.model.variant == "tiny"
     assert raw.keys() == averaged.keys() == spec.params.keys() | spec.stats.keys()
     for name, leaf in raw.items():
         assert isinstance(leaf, np.ndarray)

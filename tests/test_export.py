@@ -69,7 +69,7 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(run_export, source):
     read, saved = checkpoint_weights.load_weights(back)
     assert status == 0
     same(weights, read)
-    assert dcae.architecture(saved["model"]) == ARCH
+    assert dcae.architecture(saved.model) == ARCH
 
 
 def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):

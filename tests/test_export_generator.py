@@ -88,7 +88,7 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     assert status == 0, said
     read, saved = checkpoint_weights.load_weights(back, kind="generator")
     same(read, weights)
-    same(checkpoint_weights.load_weights(saved["autoencoder"])[0], inner_weights)
+    same(checkpoint_weights.load_weights(saved.diffusion.autoencoder)[0], inner_weights)
     before, after = (dcae_jax.load_generator(folder) for folder in (ours, back))
     assert after.architecture == before.architecture and after.objective == objective
     assert after.scaling_factor == before.scaling_factor == 0.3189
@@ -152,7 +152,7 @@ def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
     assert all(name.startswith("diffusion_model.") for name in tensors)
     read, saved = checkpoint_weights.load_weights(out, kind="generator")
     same(read, weights)
-    assert saved["objective"] == "flow" and saved["autoencoder"] == ""
+    assert saved.diffusion.objective == "flow" and saved.diffusion.autoencoder == ""
 
 
 def test_a_factor_that_the_name_does_not_have_is_told(run_export, named, tmp_path):

@@ -79,7 +79,7 @@ def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
     shapes = dcae_torch.shapes_in(dcae.variant(name), "authors")
     hollow_file(tmp_path / "model.safetensors", shapes)
     weights, saved = checkpoint_weights.load_weights(str(tmp_path))
-    assert saved["model"].variant == name
+    assert saved.model.variant == name
     assert sum(value.size for value in weights.values()) > 600e6
 
 
@@ -110,8 +110,8 @@ def test_a_bare_file_tells_its_variant_but_not_its_scaling_factor(
         hollow_file(tmp_path / "x.safetensors", shapes)
     _, saved = checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"), variant=given)
     module = sdvae if variant == "sd-vae-f8" else dcae
-    assert saved["model"].variant == (given or variant)
-    assert module.architecture(saved["model"]).scaling_factor == scaling
+    assert saved.model.variant == (given or variant)
+    assert module.architecture(saved.model).scaling_factor == scaling
 
 
 def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
@@ -119,8 +119,8 @@ def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
     arch = dataclasses.replace(SMALL["dc-ae-f32c32-sana-1.1"], scaling_factor=0.7)
     write_folder(tmp_path / "hub", arch, random_weights(arch))
     _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
-    assert saved["model"].scaling_factor == 0.7
-    assert dcae.architecture(saved["model"]) == arch
+    assert saved.model.scaling_factor == 0.7
+    assert dcae.architecture(saved.model) == arch
 
 
 def test_half_precision_and_shards_are_read(tmp_path):
@@ -156,7 +156,7 @@ def test_training_starts_from_published_weights(small, one_device, tmp_path):
     weights = random_weights(arch)
     write_folder(tmp_path / "hub", arch, weights)
     read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"), "ema")
-    assert saved["model"].variant == "tiny"
+    assert saved.model.variant == "tiny"
     spec = state_lib.train_spec(small, one_device)
     start = state_lib.init_state(small, one_device, spec, read)
     same(weights, {**start.params, **start.stats})
@@ -435,7 +435,7 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
     }
     write_folder(tmp_path / "hub", arch, weights, form)
     read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
-    assert saved["model"].variant in (name, "f32c32", "f32c32-sana")
+    assert saved.model.variant in (name, "f32c32", "f32c32-sana")
     same(weights, read)
     shutil.rmtree(tmp_path / "hub")  # 1.3 GB, which pytest would keep
 

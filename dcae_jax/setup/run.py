@@ -189,7 +189,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
         return state, f"random, seed {config.seed}"
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
-    theirs, ours = saved["model"].variant, config.model.variant
+    theirs, ours = saved.model.variant, config.model.variant
     try:
         state = state_lib.init_state(config, run.mesh, run.spec, weights)
     except UserError as error:
@@ -199,7 +199,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
-    theirs, ours = saved["model"].scaling_factor, config.model.scaling_factor
+    theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "

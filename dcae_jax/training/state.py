@@ -3,10 +3,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -214,7 +216,10 @@ def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
 
 
 def init_state(
-    config: Any, mesh: Mesh, spec: TrainSpec, weights: Weights | None = None
+    config: Any,
+    mesh: Mesh,
+    spec: TrainSpec,
+    weights: Mapping[str, jax.Array | np.ndarray] | None = None,
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
@@ -242,14 +247,14 @@ def _joined(model: nnx.Module) -> Weights:
     return {**params, **stats}
 
 
-def _place(weights: Weights, abstract: Weights) -> Weights:
+def _place(weights: Mapping[str, jax.Array | np.ndarray], abstract: Weights) -> Weights:
     return {
         name: mesh_lib.host_to_global(weights[name], leaf.sharding)
         for name, leaf in abstract.items()
     }
 
 
-def check_weights(weights: Weights, wanted: Weights) -> None:
+def check_weights(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises UserError, with the first few names, unless names and shapes are those wanted."""
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [

@@ -102,9 +102,9 @@ def test_a_configuration_that_cannot_be(tmp_path, saved, words):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError) as caught:
-        values, config = checkpoint_weights.load_weights(str(tmp_path))
+        values, loaded = checkpoint_weights.load_weights(str(tmp_path))
         del values
-        api.create_autoencoder(config["model"].variant)
+        api.create_autoencoder(loaded.model.variant)
     said = str(caught.value)
     if "models" in words:  # seen where the model is built, which needs weights; not reached here
         with pytest.raises(UserError, match=words):
