@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from strangers: refused in one line, in little memory, and never run.
 
-tests/test_published.py has the rest: offsets, sizes and shapes of safetensors, pickles.
+tests/pretrained/test_hub.py has the rest: offsets, sizes and shapes of safetensors, pickles.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import run_job, small_models, to_json
-from support.published_weights import PUBLISHED, random_weights, same
+from support.published_weights import PUBLISHED, random_weights, same, write_export
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -19,7 +19,6 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 from dcae_jax.models import dcae
-from dcae_jax.pretrained import published
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import process
 from dcae_jax.training import state as state_lib
@@ -49,10 +48,8 @@ def named(tmp_path, monkeypatch):
     arch = dataclasses.replace(PUBLISHED, scaling_factor=None)
     monkeypatch.setitem(dcae.VARIANTS, "f32c32", arch)
     folder = tmp_path / "named"
-    folder.mkdir()
     weights = random_weights(arch)
-    meta = {"kind": "autoencoder", "model": config_lib.to_json(published.model_settings(dcae.variant(NAME)))}
-    checkpoint_weights.save_export(str(folder), weights, meta)
+    write_export(folder, dcae.variant(NAME), weights)
     return str(folder), weights
 
 
@@ -95,7 +92,7 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     assert after.autoencoder.architecture == before.autoencoder.architecture
 
 
-def test_an_export_samples_the_pictures_of_its_workdir(
+def test_an_export_samples_the_images_of_its_workdir(
     run_export,
     unnamed,
     tmp_path,

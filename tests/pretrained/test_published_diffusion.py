@@ -74,10 +74,9 @@ def test_folders_of_the_hub_are_read(tmp_path):
     model, diffusion = saved.model, saved.diffusion
     assert (diffusion.patch_size, diffusion.objective) == (2, "epsilon")
     assert diffusion.autoencoder == str(folder)
-    keys = ("name", "variant", "depth", "width", "heads")
-    assert [getattr(model, key) for key in keys] == ["uvit", "tiny", 2, 0, 0]
-    keys = ("latent_size", "latent_channels", "num_classes")
-    assert [getattr(model, key) for key in keys] == [4, 8, 10]
+    assert (model.name, model.variant) == ("uvit", "tiny")
+    assert (model.depth, model.width, model.heads) == (2, 0, 0)
+    assert (model.latent_size, model.latent_channels, model.num_classes) == (4, 8, 10)
 
     name = "dc-ae-f32c32-in-1.0-usit-2b-in-512px"
     folder = write_folder(tmp_path / "b", uvit, UVIT, weights, name)
@@ -103,10 +102,11 @@ def test_settings_make_the_same_architecture_again(tmp_path):
         path = tmp_path / f"{module.__name__}.safetensors"
         save_file(contiguous(models.backbone_names(module).to_torch(weights, arch)), path)
         _, saved = published.read_generator(str(path))
-        sizes = dict(
-            patch_size=saved.diffusion.patch_size, learn_sigma=saved.diffusion.objective == "learned_sigma"
+        patch_size, objective = saved.diffusion.patch_size, saved.diffusion.objective
+        again = module.architecture(
+            saved.model, patch_size=patch_size, learn_sigma=objective == "learned_sigma"
         )
-        assert module.architecture(saved.model, **sizes) == arch
+        assert again == arch
 
 
 def test_names_of_the_first_uvit_are_read(tmp_path):
@@ -153,7 +153,7 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
     found, saved = published.read_generator(path, "s")
     same(found, weights)
     model = saved.model
-    assert [getattr(model, key) for key in ("variant", "depth", "width", "heads")] == ["s", 2, 64, 0]
+    assert (model.variant, model.depth, model.width, model.heads) == ("s", 2, 64, 0)
 
 
 @pytest.mark.parametrize(
