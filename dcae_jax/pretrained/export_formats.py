@@ -154,7 +154,7 @@ def write_stablehlo(
 ) -> float:
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
-    Both programs take (weights, x): weights as constants would exceed protobuf's 2 GB. graph: of a
+    Both programs take (weights, x): weights as constants would exceed flatbuffers' 2 GB. graph: of a
     model without platform-specific layers. Returns the largest difference between the results of
     the example, run in its own process, and ours.
     """
