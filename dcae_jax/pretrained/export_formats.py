@@ -154,9 +154,9 @@ def write_stablehlo(
 ) -> float:
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
-    Both programs take (weights, x): weights as constants would exceed flatbuffers' 2 GB. graph: of a
-    model without platform-specific layers. Returns the largest difference between the results of
-    the example, run in its own process, and ours.
+    Both programs take (weights, x): weights as constants would exceed the 2 GB of a flatbuffer.
+    graph: of a model without platform-specific layers. Returns the largest difference between the
+    results of the example, run in its own process, and ours.
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
