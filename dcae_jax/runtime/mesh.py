@@ -22,7 +22,7 @@ BATCH_AXES = ("data", "fsdp")
 MIN_ROWS = 2
 
 
-def make_mesh(sizes: MeshSizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of config.mesh over `devices` (default: all). Raises UserError if they don't fit."""
     devices = list(jax.devices() if devices is None else devices)
     shape = list(mesh_shape(sizes, len(devices)).values())
