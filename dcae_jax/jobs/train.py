@@ -84,8 +84,7 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
     traced = setup.trace_steps(run)
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_means(metric_shapes), out_shardings=mesh_lib.replicated(run.mesh))
-    manager = checkpoints.open_manager(run.workdir, config.keep)
-    state, means, index = restore_or_initialise(run, found, manager, empty)
+    manager, state, means, index = restore_or_initialise(run, found, empty)
     train_step = compile_steps(run, traced, stopped)
     if train_step is None:
         logging.info("stopped by a signal before step %d; the same command goes on", start)
@@ -158,13 +157,14 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
 
 
 def restore_or_initialise(
-    run: Run,
-    found: setup.Found | None,
-    manager: "ocp.CheckpointManager",
-    empty: Callable[[], Means],
-) -> tuple[TrainState, Means, int]:
-    """(state, running means, index of the next example), and config.json of the run written."""
+    run: Run, found: setup.Found | None, empty: Callable[[], Means]
+) -> tuple["ocp.CheckpointManager", TrainState, Means, int]:
+    """(checkpoints, state, running means, index of the next example) to start with.
+
+    Also writes config.json. Raises UserError, before it makes the workdir.
+    """
     if found:
+        manager = checkpoints.open_manager(run.workdir, run.config.keep)
         state, means, index = checkpoints.restore(
             manager, found.step, run.abstract, jax.eval_shape(empty)
         )
@@ -173,9 +173,10 @@ def restore_or_initialise(
         logging.info("resuming %s at step %d%s", run.workdir, found.step, found.changed)
     else:
         (state, origin), means, index = setup.initialise(run), empty(), 0
+        manager = checkpoints.open_manager(run.workdir, run.config.keep)  # which makes the folder
     setup.write_record(run, found, origin)
     logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
-    return state, means, index
+    return manager, state, means, index
 
 
 def compile_steps(
