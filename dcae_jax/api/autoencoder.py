@@ -202,7 +202,7 @@ def load_autoencoder(
     Raises UserError, a ValueError, when there is nothing to load.
     """
     values, saved = checkpoint_weights.load_weights(path, weights, variant)
-    config = api_config(dtype, saved["model"])
+    config = api_config(dtype, saved.model)
     return build_autoencoder(config, values, mesh or mesh_lib.make_mesh(config.mesh))
 
 

@@ -265,16 +265,16 @@ def load_generator(
     ValueError; so too if the autoencoder is not the one whose latents the model learned.
     """
     values, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
-    where = autoencoder or saved["autoencoder"]
+    where = autoencoder or saved.diffusion.autoencoder
     if not where:
         raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())
     inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh)
-    if manifest := saved.get("latents"):
+    if saved.latents:
         latent_spec.check_autoencoder(
-            manifest, where, checkpoint_weights.encoder_checksum(inner.weights)
+            saved.latents, where, checkpoint_weights.encoder_checksum(inner.weights)
         )
-    model = saved["model"]
+    model = saved.model
     if not model.latent_size and not resolution:
         raise UserError(f"{path!r} does not say for which size it is; give resolution=")
     model = dataclasses.replace(
@@ -288,7 +288,10 @@ def load_generator(
             "name of the autoencoder, which has one"
         )
     config = autoencoder_lib.api_config(
-        dtype, model, objective=saved["objective"], patch_size=saved["patch_size"]
+        dtype,
+        model,
+        objective=saved.diffusion.objective,
+        patch_size=saved.diffusion.patch_size,
     )
     return build_generator(config, values, inner, mesh)
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from dcae_jax.config.schema import SHARDING, Loss, Model, Optimizer
 from dcae_jax.errors import UserError
 from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.weights import Weights
+from dcae_jax.models.weights import AnyWeights, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import optim
@@ -258,7 +259,7 @@ def abstract_state(rules: sharding.Rules, mesh: Mesh, spec: TrainSpec) -> TrainS
 
 
 def init_state(
-    config: Config, mesh: Mesh, spec: TrainSpec, weights: Weights | None = None
+    config: Config, mesh: Mesh, spec: TrainSpec, weights: AnyWeights | None = None
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
@@ -292,14 +293,14 @@ def _joined(model: nnx.Module) -> Weights:
     return {**params, **stats}
 
 
-def _place(weights: Weights, abstract: Weights) -> Weights:
+def _place(weights: AnyWeights, abstract: Weights) -> Weights:
     return {
         name: mesh_lib.host_to_global(weights[name], leaf.sharding)
         for name, leaf in abstract.items()
     }
 
 
-def check_weights(weights: Weights, wanted: Weights) -> None:
+def check_weights(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises UserError, with the first few names, unless names and shapes are those wanted."""
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [
