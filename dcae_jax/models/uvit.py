@@ -145,9 +145,7 @@ class UViT(nnx.Module):
             bias_init=init,
             rngs=rngs,
         )
-        self.label_emb = nnx.Embed(
-            arch.num_classes + 1, c, embedding_init=normal(1.0), rngs=rngs
-        )
+        self.label_emb = nnx.Embed(arch.num_classes + 1, c, embedding_init=normal(1.0), rngs=rngs)
         self.pos_embed = nnx.Param(NORMAL(rngs.params(), (tokens(arch), c)))
         self.in_blocks = stacked(lambda rngs: block(rngs=rngs))
         self.mid_block = block(rngs=rngs)
