@@ -85,7 +85,7 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
     source = sources.evaluation_source(config.data)
     parts = [
-        reconstruction.measure(config, model.graph, model.weights, one_device, part, judges, 32)
+        reconstruction.measure(config, model.graphdef, model.weights, one_device, part, judges, 32)
         for part in (source, *(sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))))
     ]
     for name, total in parts[0].sums.items():

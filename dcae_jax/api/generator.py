@@ -118,7 +118,7 @@ class Generator:
         return self._run(labels, settings, decode=False)[0]
 
     def program(self, count: int, settings: SampleSettings) -> tuple[jax.stages.Wrapped, tuple]:
-        """(the jitted program of `sample` for `count` labels, its abstract arguments), for planning.
+        """For planning: (the jitted program of `sample` for `count` labels, abstract arguments).
 
         The weights are those of the generator, arrays or shapes.
         """

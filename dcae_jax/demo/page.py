@@ -78,7 +78,7 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     rows = [(name, pca_scores(config, source, f, channels))]
     shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
-        results = reconstruction.evaluate(config, model.graph, model.weights, mesh, source)
+        results = reconstruction.evaluate(config, model.graphdef, model.weights, mesh, source)
         rows.append((phase.replace("phase", "after phase "), reconstruction.flat_scores(results)))
         for size, result in results.items():
             shown.setdefault(size, [result.images]).append(result.outputs)

@@ -201,7 +201,7 @@ def encode_fn(model: autoencoder.Autoencoder, dtype: str) -> Callable[[Weights, 
 
     def encode(weights: Weights, images: Array) -> Array:
         x = transforms.to_float(images)
-        return weights_lib.merge(model.graph, weights).encode(x).astype(dtype)
+        return weights_lib.merge(model.graphdef, weights).encode(x).astype(dtype)
 
     return jax.jit(encode, out_shardings=rows)
 

@@ -73,7 +73,7 @@ def _run(config: Any, workdir: str) -> int:
     source = sources.evaluation_source(config.data)
     if config.evaluate.protocol:
         _warn_of_count(config.evaluate.protocol, len(source), "images")
-    results = reconstruction.evaluate(config, model.graph, model.weights, mesh, source, judges)
+    results = reconstruction.evaluate(config, model.graphdef, model.weights, mesh, source, judges)
     if jax.process_index() == 0:
         reconstruction.write_grids(results, workdir, "evaluate", extremes=True)
         _write(config, workdir, step_of(config.init_from), results)

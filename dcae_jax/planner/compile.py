@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 
 from dcae_jax import config as config_lib
 from dcae_jax import models
+from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator as generator_lib
 from dcae_jax.config import Config
-from dcae_jax.config.schema import MeshSizes
-from dcae_jax.diffusion import latent_spec, samplers
+from dcae_jax.config.schema import MeshSizes, Model
+from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, lpips
 from dcae_jax.planner import chips, hlo
@@ -84,7 +85,7 @@ def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Co
         # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
         if config.data.path:
             return resolve.on_latents(config)[0]
-        return latent_spec.resolve_latent_spec(config, None)
+        return resolve.on_variant(config)
     return config
 
 
@@ -109,7 +110,7 @@ def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
             f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
             "'autoencoder=f64c128' or another into plan.overrides"
         )
-    model = latent_spec.resolve_latent_spec(model, None)
+    model = resolve.on_variant(model)
     s = config.sample
     if (s.sampler or samplers.SAMPLERS[model.objective][0]) == "dopri5":
         raise UserError(
@@ -271,7 +272,10 @@ def step_and_arguments(config: Config, mesh: Mesh, size: int) -> tuple[Any, tupl
         settings = generator_lib.SampleSettings(
             s.guidance, s.steps, sampler=s.sampler, interval=s.guidance_interval
         )
-        return generator_lib.abstract_generator(config, mesh).program(config.batch_size, settings)
+        of_autoencoder = Model(variant=config.autoencoder, depthwise=config.model.depthwise)
+        autoencoder = autoencoder_lib.abstract_autoencoder(of_autoencoder, mesh, config.dtype)
+        model = generator_lib.abstract_generator(config.model, config, autoencoder, config.dtype)
+        return model.program(config.batch_size, settings)
     spec = state_lib.train_spec(config, mesh)
     state = state_lib.abstract_state(config, mesh, spec)
     batch = run_lib.abstract_batch(config, size, mesh)

@@ -19,7 +19,7 @@ def judge(config, devices=1, source=None):
     model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config_lib.validate(config))
     source = source or sources.evaluation_source(config.data)
-    return reconstruction.evaluate(config, model.graph, model.weights, mesh, source)[32]
+    return reconstruction.evaluate(config, model.graphdef, model.weights, mesh, source)[32]
 
 
 def model_weights(config):
