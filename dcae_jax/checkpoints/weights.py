@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +20,7 @@ from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import Arrays
+from dcae_jax.models.weights import AnyWeights
 from dcae_jax.pretrained import published
 from dcae_jax.pretrained.published import Saved
 from dcae_jax.runtime import host_memory
@@ -94,9 +94,6 @@ def _saved_in(path: str, config: Any) -> Saved:
         raise UserError(f"{path}: {error}") from error
 
 
-# --- runs -----------------------------------------------------------------------------------------
-
-
 def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
     """The weights of a workdir's newest undamaged checkpoint, or of the one that `path` names."""
     if kind != saved.kind:
@@ -164,19 +161,18 @@ def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> 
 
     folder = epath.Path(path)
     tree = reader.metadata(folder).tree
-    tree = {name: tree.get(name) or {} for name in checkpoints.WEIGHTS}
+    tree = {part: tree.get(part) or {} for part in checkpoints.WEIGHTS}
     # A few bytes of JSON can claim any shape; Orbax would fill it with zeros.
     claimed = sum(math.prod(leaf.shape) for part in tree.values() for leaf in part.values()) * 4
     stored = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
     if claimed > MOST_EXPANSION * stored + 2**30:
         raise UserError(f"{path} has {stored} bytes and claims arrays of {claimed}; do not use it")
-    if which != "ema":
-        tree["ema"] = {}
+    averaged = tree["ema"] if which == "ema" else {}
     wanted = [
         (part, name, math.prod(leaf.shape) * 4)
-        for part in checkpoints.WEIGHTS
-        for name, leaf in tree[part].items()
-        if part == "ema" or name not in tree["ema"]
+        for part, leaves in tree.items()
+        for name, leaf in leaves.items()
+        if (part == "ema") == (name in averaged)
     ]
     found: Arrays = {}
     while wanted:
@@ -211,7 +207,7 @@ def _in_pages(value: np.ndarray) -> np.ndarray:
 # --- exports --------------------------------------------------------------------------------------
 
 
-def save_export(folder: str, weights: Mapping[str, Any], meta: dict[str, Any]) -> None:
+def save_export(folder: str, weights: AnyWeights, meta: dict[str, Any]) -> None:
     """Writes an export into `folder`, which exists: params/ (Orbax), then model.json."""
     import orbax.checkpoint as ocp
 
@@ -242,10 +238,7 @@ def _load_export(folder: str, kind: str) -> tuple[Arrays, Saved]:
     return weights, dataclasses.replace(saved, latents=meta.get("latents"))
 
 
-# --- checksums ------------------------------------------------------------------------------------
-
-
-def checksum(weights: Mapping[str, jax.Array | np.ndarray], parts: tuple[str, ...] = ("",)) -> str:
+def checksum(weights: AnyWeights, parts: tuple[str, ...] = ("",)) -> str:
     """sha256 of the names, shapes and float32 values of weights, in the order of their names.
 
     parts: only weights whose names begin with one of these. The arrays must be fully addressable by
@@ -260,6 +253,6 @@ def checksum(weights: Mapping[str, jax.Array | np.ndarray], parts: tuple[str, ..
     return digest.hexdigest()
 
 
-def encoder_checksum(weights: Mapping[str, jax.Array | np.ndarray]) -> str:
+def encoder_checksum(weights: AnyWeights) -> str:
     """The checksum of the weights that latents depend on; training a decoder alone keeps it."""
     return checksum(weights, ("encoder.", "quant_conv."))

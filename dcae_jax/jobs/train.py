@@ -82,8 +82,8 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
     traced = setup.trace_steps(run)
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_means(metric_shapes), out_shardings=mesh_lib.replicated(run.mesh))
-    manager = checkpoints.open_manager(run.workdir, config.keep)
     if found:
+        manager = checkpoints.open_manager(run.workdir, config.keep)
         state, means, index = checkpoints.restore(
             manager, start, run.abstract, jax.eval_shape(empty)
         )
@@ -92,6 +92,7 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
         logging.info("resuming %s at step %d%s", run.workdir, start, found.changed)
     else:
         (state, origin), means, index = setup.initialise(run), empty(), 0
+        manager = checkpoints.open_manager(run.workdir, config.keep)  # now: it makes the folder
     setup.write_record(run, found, origin)
     logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
 

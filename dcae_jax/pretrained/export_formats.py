@@ -20,9 +20,8 @@ from dcae_jax import files, models
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderArchitecture, BackboneArchitecture, BackboneModule
+from dcae_jax.models.weights import AnyWeights
 from dcae_jax.pretrained import hub, published, torch_io
-
-Arrays = Mapping[str, jax.Array | np.ndarray]
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS = "weights.safetensors"
@@ -48,14 +47,14 @@ np.savez("reconstruction.npz", latents=z, images=y)
 '''
 
 
-def max_difference(a: Arrays, b: Arrays) -> float:
+def max_difference(a: AnyWeights, b: AnyWeights) -> float:
     """The largest absolute difference of two dicts of arrays. RuntimeError if names differ."""
     if a.keys() != b.keys():
         raise RuntimeError(f"read back with other names: {sorted(a.keys() ^ b.keys())[:3]}")
     return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
 
 
-def write_torch(form: str, weights: Arrays, arch: AutoencoderArchitecture, folder: str) -> None:
+def write_torch(form: str, weights: AnyWeights, arch: AutoencoderArchitecture, folder: str) -> None:
     """Writes config.json and safetensors with the names of diffusers or of the authors.
 
     form: 'diffusers' or 'authors'. Raises UserError for what the format cannot express.
@@ -71,14 +70,14 @@ def write_torch(form: str, weights: Arrays, arch: AutoencoderArchitecture, folde
 
 def write_authors_generator(
     module: BackboneModule,
-    weights: Arrays,
+    weights: AnyWeights,
     arch: BackboneArchitecture,
     folder: str,
     *,
     objective: str,
     resolution: int,
     scaling_factor: float,
-    autoencoder: tuple[Arrays, AutoencoderArchitecture],
+    autoencoder: tuple[AnyWeights, AutoencoderArchitecture],
 ) -> None:
     """Writes a diffusion model, with its autoencoder if that is a published one, as a safetensors.
 
@@ -133,29 +132,31 @@ def _warn_of_factor(implied: float | None, name: str, factor: float | None) -> N
         )
 
 
-def _write_folder(folder: str, settings: dict[str, Any], tensors: Arrays, authors: bool) -> None:
+def _write_folder(
+    folder: str, settings: dict[str, Any], tensors: AnyWeights, authors: bool
+) -> None:
     file = hub.AUTHORS_FILE if authors else hub.DIFFUSERS_FILE
     files.write_json(os.path.join(folder, "config.json"), settings)
     path = os.path.join(folder, file)
     torch_io.write_safetensors(path, _contiguous(tensors), {"format": "pt"})
 
 
-def _contiguous(tensors: Arrays) -> dict[str, np.ndarray]:
+def _contiguous(tensors: AnyWeights) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def write_stablehlo(
     graph: nnx.GraphDef,
-    weights: Arrays,
+    weights: AnyWeights,
     arch: AutoencoderArchitecture,
     meta: dict[str, Any],
     folder: str,
 ) -> float:
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
-    Both programs take (weights, x): weights as constants would exceed protobuf's 2 GB. graph: of a
-    model without platform-specific layers. Returns the largest difference between the results of
-    the example, run in its own process, and ours.
+    Both programs take (weights, x): weights as constants would exceed the 2 GB of a flatbuffer.
+    graph: of a model without platform-specific layers. Returns the largest difference between the
+    results of the example, run in its own process, and ours.
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
@@ -177,7 +178,7 @@ def write_stablehlo(
 
 
 def _compare_stablehlo(
-    functions: Mapping[str, Callable[..., jax.Array]], weights: Arrays, f: int, folder: str
+    functions: Mapping[str, Callable[..., jax.Array]], weights: AnyWeights, f: int, folder: str
 ) -> float:
     """Runs the example in a fresh process; the largest difference from the same computed here."""
     x = np.random.default_rng(0).uniform(-1, 1, (1, 2 * f, f, 3)).astype(np.float32)

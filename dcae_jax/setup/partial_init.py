@@ -2,29 +2,25 @@
 """Partial initialisation: a model takes the weights that it shares with another one."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-
-import jax
-import numpy as np
+from collections.abc import Iterable
 
 from dcae_jax.errors import UserError
+from dcae_jax.models.weights import AnyWeights
 from dcae_jax.training import optim
 from dcae_jax.training import state as state_lib
-
-Arrays = Mapping[str, jax.Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class PartialInit:
     """Initial weights by path, and where they are from."""
 
-    weights: dict[str, jax.Array | np.ndarray]
+    weights: AnyWeights
     filled: frozenset[str]  # taken from the other model
     fresh: frozenset[str]  # kept as initialised
     unused: frozenset[str]  # of the other model
 
 
-def fill(fresh: Arrays, source: Arrays, init_parts: Iterable[str] = (".*",)) -> PartialInit:
+def fill(fresh: AnyWeights, source: AnyWeights, init_parts: Iterable[str] = (".*",)) -> PartialInit:
     """Replaces each weight of `fresh` whose path `source` has too, with the same shape.
 
     init_parts: patterns, matched whole, of paths that must be replaced. Raises UserError where one

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,7 +16,7 @@ from dcae_jax import models
 from dcae_jax.errors import UserError
 from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.weights import Weights
+from dcae_jax.models.weights import AnyWeights, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import optim
@@ -219,7 +218,7 @@ def init_state(
     config: Any,
     mesh: Mesh,
     spec: TrainSpec,
-    weights: Mapping[str, jax.Array | np.ndarray] | None = None,
+    weights: AnyWeights | None = None,
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
@@ -247,7 +246,7 @@ def _joined(model: nnx.Module) -> Weights:
     return {**params, **stats}
 
 
-def _place(weights: Mapping[str, jax.Array | np.ndarray], abstract: Weights) -> Weights:
+def _place(weights: AnyWeights, abstract: Weights) -> Weights:
     return {
         name: mesh_lib.host_to_global(weights[name], leaf.sharding)
         for name, leaf in abstract.items()

@@ -86,7 +86,7 @@ def _model(**changes):
         (_model(name="../../evil"), "no file of dcae_jax/models"),
         (_model(name="layers"), "no file of dcae_jax/models"),
         (_model(name="os"), "no file of dcae_jax/models"),
-        (_model(variant=3), "model.variant='3'"),
+        (_model(variant=3), "model.variant=3 must be"),
         (_model(widths="wide"), "model.widths"),
         (_model(widths=[10**9] * 6), "model.widths"),
         (_model(encoder_depths=[10**9] * 6), "model.encoder_depths"),
