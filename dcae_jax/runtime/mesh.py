@@ -62,10 +62,10 @@ def platform(mesh: Mesh) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def compute_dtype(config: Any, mesh: Mesh) -> str:
+def compute_dtype(dtype: str, mesh: Mesh) -> str:
     """config.dtype with 'auto' decided: bfloat16 except on CPUs."""
-    if config.dtype != "auto":
-        return config.dtype
+    if dtype != "auto":
+        return dtype
     return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 
