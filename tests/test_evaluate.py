@@ -49,9 +49,8 @@ def trained(judge_config, alone, monkeypatch):
     """Makes the job find a model of random weights wherever init_from points."""
 
     def load(path, dtype, mesh, weights):
-        return autoencoder_lib.build_autoencoder(
-            judge_config, dict(model_weights(judge_config)), mesh
-        )
+        model = config_lib.validate(judge_config).model
+        return autoencoder_lib.build_autoencoder(model, model_weights(judge_config).items(), mesh)
 
     monkeypatch.setattr(autoencoder_lib, "load_autoencoder", load)
     judge_config.init_from = "runs/phase1/checkpoints/40"
@@ -82,7 +81,9 @@ def test_two_halves_are_the_whole(judge_config, small_inception, one_device):
     judge_config.evaluate.inception_weights = small_inception
     config = evaluate.resolve(config_lib.validate(judge_config))
     judges = reconstruction.load_judges(config, one_device)
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
+    model = autoencoder_lib.build_autoencoder(
+        config.model, model_weights(config).items(), one_device
+    )
     source = sources.evaluation_source(config.data)
     parts = [
         reconstruction.measure(config, model.graphdef, model.weights, one_device, part, judges, 32)

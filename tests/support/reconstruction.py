@@ -16,8 +16,8 @@ from dcae_jax.training import state as state_lib
 def judge(config, devices=1, source=None):
     """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config_lib.validate(config))
+    model = autoencoder_lib.build_autoencoder(config.model, model_weights(config).items(), mesh)
     source = source or sources.evaluation_source(config.data)
     return reconstruction.evaluate(config, model.graphdef, model.weights, mesh, source)[32]
 
