@@ -259,10 +259,7 @@ def abstract_state(rules: sharding.Rules, mesh: Mesh, spec: TrainSpec) -> TrainS
 
 
 def init_state(
-    config: Config,
-    mesh: Mesh,
-    spec: TrainSpec,
-    weights: AnyWeights | None = None,
+    config: Config, mesh: Mesh, spec: TrainSpec, weights: AnyWeights | None = None
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
