@@ -117,7 +117,7 @@ class Generator:
         """What `sample` decodes: latents [B, h, w, c] float32, unscaled."""
         return self._run(labels, settings, decode=False)[0]
 
-    def program(self, count: int, settings: SampleSettings) -> tuple[Callable, tuple]:
+    def program(self, count: int, settings: SampleSettings) -> tuple[jax.stages.Wrapped, tuple]:
         """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
 
         The weights are in the arguments as they are in the generator.
@@ -172,7 +172,7 @@ class Generator:
             )
         return labels
 
-    def _compiled(self, settings: SampleSettings, *, decode: bool) -> Callable:
+    def _compiled(self, settings: SampleSettings, *, decode: bool) -> jax.stages.Wrapped:
         sampler = samplers.check(self.objective, settings.sampler, settings.steps)
         arch = self.architecture
         static = _Static(
@@ -205,7 +205,9 @@ class _Static:
 
 
 @functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
-def _sample_fn(graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static) -> Callable:
+def _sample_fn(
+    graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static
+) -> jax.stages.Wrapped:
     """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (out, finite).
 
     out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. Both are
