@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dcae_jax.config.schema import Job, MeshSizes
+from dcae_jax.config.schema import MeshSizes
 from dcae_jax.errors import UserError, nearest_multiples
 
 AXES = ("data", "fsdp", "tensor", "spatial")
@@ -63,10 +63,10 @@ def platform(mesh: Mesh) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def compute_dtype(config: Job, mesh: Mesh) -> str:
-    """config.dtype with 'auto' decided: bfloat16 except on CPUs."""
-    if config.dtype != "auto":
-        return config.dtype
+def compute_dtype(dtype: str, mesh: Mesh) -> str:
+    """`dtype` with 'auto' decided: bfloat16 except on CPUs."""
+    if dtype != "auto":
+        return dtype
     return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 
