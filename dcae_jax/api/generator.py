@@ -321,12 +321,19 @@ def build_generator(
     Empties `weights` if they are host arrays, and takes None, as `build_autoencoder` does. Raises
     UserError where the model's latents are not those of the autoencoder.
     """
-    arch = state_lib.architecture(config)
+    arch = state_lib.architecture(config.model, config.objective, config.patch_size)
     if arch.latent_channels != autoencoder.latent_channels:
         raise UserError(
             f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
             f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
         )
-    graph, params, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
+    model = state_lib.abstract_model(
+        config.model,
+        mesh,
+        dtype=config.dtype,
+        objective=config.objective,
+        patch_size=config.patch_size,
+    )
+    graph, params, _ = weights_lib.split(model)
     placed = autoencoder_lib._placed(weights, params, mesh)
     return Generator(graph, placed, arch, config.model, config.objective, autoencoder, mesh)

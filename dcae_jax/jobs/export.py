@@ -70,7 +70,9 @@ def write(config: Config, weights: Arrays, folder: str) -> float:
     """
     arch = models.find(config.model).architecture(config.model)
     mesh = mesh_lib.make_mesh(ONE_DEVICE, jax.devices()[:1])
-    _, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
+    _, params, stats = weights_lib.split(
+        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    )
     state_lib.check_weights(weights, {**params, **stats})
     meta = _autoencoder_meta(config.model, arch, _provenance(config))
     if config.export.format == "stablehlo":
@@ -95,7 +97,9 @@ def _write_stablehlo(
         config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":
         config = config_lib.replace(config, model={"depthwise": "grouped"})
-    graph, _, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
+    graph, _, _ = weights_lib.split(
+        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    )
     arch = models.find(config.model).architecture(config.model)
     return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
 
@@ -187,8 +191,8 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
         )
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
     objective, patch_size = saved.diffusion.objective, saved.diffusion.patch_size
-    again = Config(model=saved.model, objective=objective, patch_size=patch_size)
-    if (objective, state_lib.architecture(again)) != (model.objective, model.architecture):
+    again = state_lib.architecture(saved.model, objective, patch_size)
+    if (objective, again) != (model.objective, model.architecture):
         raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
     worst = export_formats.max_difference(weights, back)
     if saved.diffusion.autoencoder:

@@ -105,7 +105,7 @@ def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> 
         workdir=workdir,
         mesh=mesh,
         spec=spec,
-        abstract=state_lib.abstract_state(config, mesh, spec),
+        abstract=state_lib.abstract_state(config.sharding, mesh, spec),
         source=latents or sources.training_source(config.data),
         latents=latents,
         lpips=lpips_weights(config, mesh),

@@ -29,7 +29,7 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypat
     checkpoints.save(manager, saved, totals, 7, 28)
     manager.wait_until_finished()
     for mesh in (_mesh(1), _mesh(8, data=2, fsdp=4)):
-        abstract = state_lib.abstract_state(small, mesh, spec)
+        abstract = state_lib.abstract_state(small.sharding, mesh, spec)
         shapes = jax.eval_shape(lambda: totals)
         back, means, index = checkpoints.restore(manager, 7, abstract, shapes)
         jax.tree.map(np.testing.assert_array_equal, saved, back)

@@ -34,7 +34,7 @@ def export_generator(folder, name, objective, inner, **changes):
     config.model.update({"name": name, "variant": "tiny", **sizes, **changes})
     config.objective = objective
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
-    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}
+    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config.model, mesh, 5).items()}
     meta = {"kind": "generator", "model": to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}
     shutil.copytree(inner, os.path.join(folder, checkpoint_weights.AUTOENCODER))
