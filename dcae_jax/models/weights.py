@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # on devices or on the host
 Weights = dict[str, Array]
+AnyWeights = Mapping[str, AnyArray]
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:
