@@ -134,7 +134,7 @@ def identify(config: Any, model: autoencoder.Autoencoder, source: Any) -> dict[s
         "format": latents.FORMAT,
         "weights": checkpoint_weights.checksum(model.weights),
         "resolution": config.resolution,
-        "dtype": mesh_lib.compute_dtype(config, model.mesh),
+        "dtype": mesh_lib.compute_dtype(config.dtype, model.mesh),
         "images": len(source),
         "names of the images": names.hexdigest(),
     }

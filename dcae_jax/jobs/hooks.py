@@ -20,6 +20,7 @@ from dcae_jax import files
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as weights_lib
+from dcae_jax.config import Config
 from dcae_jax.data import sources
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.evaluation import networks, reconstruction
@@ -124,7 +125,7 @@ def _samples(run: Run) -> Evaluate:
     autoencoder = autoencoder_lib.load_autoencoder(config.autoencoder, config.dtype, mesh)
     found = weights_lib.encoder_checksum(autoencoder.weights)
     latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
-    arch = state_lib.architecture(config)
+    arch = state_lib.architecture(config.model, config.objective, config.patch_size)
 
     def evaluate(
         step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
@@ -152,7 +153,7 @@ def _samples(run: Run) -> Evaluate:
     return evaluate
 
 
-def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
+def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
     """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
     if due and config.objective:

@@ -105,7 +105,7 @@ def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> 
         workdir=workdir,
         mesh=mesh,
         spec=spec,
-        abstract=state_lib.abstract_state(config, mesh, spec),
+        abstract=state_lib.abstract_state(config.sharding, mesh, spec),
         source=latents or sources.training_source(config.data),
         latents=latents,
         lpips=lpips_weights(config, mesh),
@@ -122,8 +122,8 @@ def lpips_weights(config: Config, mesh: Mesh) -> Weights:
     if not config.loss.lpips_weights:
         raise UserError(
             f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
-            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.pretrained.torch_io vgg16-397923af.pth "
-            "--out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
+            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.pretrained.torch_io "
+            "vgg16-397923af.pth --out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
         )
     try:
         weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
@@ -189,7 +189,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
         return state, f"random, seed {config.seed}"
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
-    theirs, ours = saved["model"].variant, config.model.variant
+    theirs, ours = saved.model.variant, config.model.variant
     try:
         state = state_lib.init_state(config, run.mesh, run.spec, weights)
     except UserError as error:
@@ -199,7 +199,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
-    theirs, ours = saved["model"].scaling_factor, config.model.scaling_factor
+    theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
@@ -217,7 +217,7 @@ def write_record(run: Run, found: Found | None, origin: str) -> None:
         return
     # Row 0 is the evaluation before the first step.
     files.drop_rows_after(run.workdir, found.step if found else -1)
-    manifest = run.latents and run.latents.manifest
+    manifest = run.latents.manifest if run.latents else None
     record = {
         "config": config_lib.to_json(run.config),
         "weights": origin,
