@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import CONFIGS, run_job, small_models
-from support.small_judges import two_processes
+from support.processes import two_processes
 
 import dcae_jax
 from dcae_jax import config as config_lib

@@ -14,7 +14,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -43,6 +43,20 @@ HELD_OUT_PHOTOS = (
     ("sklearn.datasets.images", "flower.jpg"),
     ("skimage.data", "chelsea.png"),
 )
+
+
+class Source(Protocol):
+    """Labelled images by number, which any thread or process may read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[Image.Image, int]:
+        """(RGB image, label). Raises whatever a decoder raises for a broken image."""
+        ...
+
+    def name(self, i: int) -> str:
+        """Of image i, for messages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
