@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dcae_jax.config.schema import Config
+from dcae_jax.config.schema import Config, Model
 
 IDENTITY = (
     "model",
@@ -30,8 +30,8 @@ IDENTITY = (
 NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """The configuration (or a section) as JSON values: tuples become lists."""
+def to_json(config: Config | Model) -> dict[str, Any]:
+    """The configuration, or its section `model`, as JSON values: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
