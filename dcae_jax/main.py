@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         process.use_compile_cache()
         hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
         hosts.assert_same_config(config_lib.flatten(config.to_dict()) | {"workdir": workdir})
-        module, function = JOBS[config.job]
+        module, function = JOBS[str(config.job)]
         job = getattr(importlib.import_module(f"dcae_jax.jobs.{module}"), function)
         return job(validated(config), workdir)
     except UserError as error:
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
 def validated(config: ConfigDict) -> Config | dict[str, Config]:
     """What a job takes: its configuration, or those of a chain's phases by name."""
     if config.job == "phases":
-        return {phase: config_lib.validate(config[phase]) for phase in PHASES}
+        return {phase: config_lib.validate(getattr(config, phase)) for phase in PHASES}
     return config_lib.validate(config)
 
 

@@ -51,7 +51,10 @@ def named(tmp_path, monkeypatch):
     folder = tmp_path / "named"
     folder.mkdir()
     weights = random_weights(arch)
-    meta = {"kind": "autoencoder", "model": config_lib.to_json(published.model_settings(dcae.variant(NAME)))}
+    meta = {
+        "kind": "autoencoder",
+        "model": config_lib.to_json(published.model_settings(dcae.variant(NAME))),
+    }
     checkpoint_weights.save_export(str(folder), weights, meta)
     return str(folder), weights
 

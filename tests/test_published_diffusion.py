@@ -156,7 +156,12 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
     found, settings = published.read_generator(path, "s")
     same(found, weights)
     model = settings["model"]
-    assert [getattr(model, key) for key in ("variant", "depth", "width", "heads")] == ["s", 2, 64, 0]
+    assert [getattr(model, key) for key in ("variant", "depth", "width", "heads")] == [
+        "s",
+        2,
+        64,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(

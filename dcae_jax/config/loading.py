@@ -39,6 +39,7 @@ def parse_file(file: str, overrides: Sequence[str]) -> ConfigDict:
     flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
     try:
         values(argv)
+        _ = flag.value.job  # a file that could not be loaded says why when it is read
         return flag.value
     except UserError:
         raise

@@ -108,7 +108,7 @@ def identify(
         "format": latents.FORMAT,
         "weights": checkpoint_weights.checksum(model.weights),
         "resolution": config.resolution,
-        "dtype": mesh_lib.compute_dtype(config, model.mesh),
+        "dtype": mesh_lib.compute_dtype(config.dtype, model.mesh),
         **sources.identity(config.data, source),
     }
     for key in ("flip", "crops", "count", "dtype", "shard_size"):

@@ -20,6 +20,7 @@ from dcae_jax import files
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as weights_lib
+from dcae_jax.config import Config
 from dcae_jax.data import sources
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.evaluation import networks, reconstruction
@@ -145,7 +146,7 @@ def _samples(run: Run) -> Evaluate:
     return evaluate
 
 
-def evaluation_owed(config: Any, workdir: str, step: int) -> bool:
+def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
     """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
     if due and config.objective:

@@ -64,7 +64,7 @@ class NanGuard:
             )
 
 
-def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
+def write_batch(workdir: str, step: int, batch: Batch) -> str:
     """WORKDIR/diverged/step<step>.npz, as PNG too where it has images; returns the path.
 
     Of a distributed run each process writes its own rows.
@@ -73,11 +73,9 @@ def write_batch(workdir: str, step: int, batch: dict[str, Any]) -> str:
     if jax.process_count() > 1:
         name += f"_process{jax.process_index()}"
     path = os.path.join(workdir, FOLDER, f"{name}.npz")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"
-    with open(beside, "wb") as file:
-        np.savez(file, **{key: np.asarray(value) for key, value in batch.items()})
-    os.replace(beside, path)
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in batch.items()}
+    with files.atomic(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **arrays)
     images = batch.get("image")
     if images is not None and images.dtype == np.uint8:
         files.write_png(path.replace(".npz", ".png"), files.image_grid((images,)))

@@ -124,7 +124,7 @@ def _claim(config: Any, model: generator.Generator, workdir: str) -> None:
         "autoencoder": checkpoint_weights.checksum(model.autoencoder.weights),
         "scaling_factor_multiplies_latent": model.scaling_factor,
         "objective": model.objective,
-        "dtype": mesh_lib.compute_dtype(config, model.mesh),
+        "dtype": mesh_lib.compute_dtype(config.dtype, model.mesh),
         "source": config.init_from,
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -22,7 +23,7 @@ from dcae_jax.data import pipeline
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import hooks
 from dcae_jax.jobs.hooks import Hook, Step
-from dcae_jax.jobs.metric_writer import MetricWriter, empty_means
+from dcae_jax.jobs.metric_writer import Means, MetricWriter, empty_means
 from dcae_jax.jobs.nan_guard import NanGuard
 from dcae_jax.runtime import lease, preemption
 from dcae_jax.runtime import mesh as mesh_lib
@@ -30,6 +31,9 @@ from dcae_jax.setup import resolve, tables
 from dcae_jax.setup import run as setup
 from dcae_jax.setup.run import Run
 from dcae_jax.training.state import TrainState
+
+if TYPE_CHECKING:  # a tenth of a second
+    import orbax.checkpoint as ocp
 
 DONE = 0
 
@@ -74,39 +78,17 @@ def run_phases(phases: dict[str, Config], workdir: str) -> int:
 
 def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> int:
     """Trains from the checkpoint that was found, or from step 0, to config.steps."""
-    config = run.config
-    start = found.step if found else 0
-
-    # Everything that can be wrong with the user's files is opened before anything is compiled.
+    config, start = run.config, found.step if found else 0
+    # What can be wrong with the user's files is opened before anything is compiled.
     evaluate = hooks.evaluation(run)
     traced = setup.trace_steps(run)
     metric_shapes = next(iter(traced.values())).out_info[1]
     empty = jax.jit(lambda: empty_means(metric_shapes), out_shardings=mesh_lib.replicated(run.mesh))
-    manager = checkpoints.open_manager(run.workdir, config.keep)
-    if found:
-        state, means, index = checkpoints.restore(
-            manager, start, run.abstract, jax.eval_shape(empty)
-        )
-        means = jax.device_put(means, mesh_lib.replicated(run.mesh))
-        origin = found.origin
-        logging.info("resuming %s at step %d%s", run.workdir, start, found.changed)
-    else:
-        (state, origin), means, index = setup.initialise(run), empty(), 0
-    setup.write_record(run, found, origin)
-    logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
-
-    train_step = {}
-    for size, trace in traced.items():
-        if stopped():
-            logging.info("stopped by a signal before step %d; the same command goes on", start)
-            return preemption.STATUS
-        began = time.perf_counter()
-        train_step[size] = trace.lower().compile()
-        what = "latents a side" if run.latents else "pixels"
-        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
-    if run.lpips:
-        percent = tables.lpips_percent(config.batch_size, run.lpips, train_step)
-        logging.info("LPIPS is %.0f %% of the step's FLOPs", percent)
+    manager, state, means, index = restore_or_initialise(run, found, empty)
+    train_step = compile_steps(run, traced, stopped)
+    if train_step is None:
+        logging.info("stopped by a signal before step %d; the same command goes on", start)
+        return preemption.STATUS
 
     guard = NanGuard(run.workdir, config.max_skipped)
     evaluated = -1  # the last step that was
@@ -125,30 +107,25 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
             writer.flush()
             checkpoints.save(manager, step.state, writer.means, step.number, step.index)
 
+    evaluate_every, save_every = config.evaluate_every, config.save_every
+    after_step = (
+        Hook((1,), lambda _: writer.flush()),  # the row of the step before
+        Hook((1,), lambda s: guard.add(s.number, s.metrics["skipped_in_row"], s.batch)),
+        Hook((evaluate_every, save_every), lambda _: guard.drain(), on_stop=True),
+        Hook((evaluate_every, config.log_every), lambda s: writer.row(s.number)),
+        Hook((evaluate_every,), lambda s: score(s.number, s.state), slow=True, polls=True),
+        Hook((save_every,), save, on_stop=True, slow=True),
+        Hook((1,), lambda _: manager.check_for_errors()),
+    )
     with (
+        contextlib.closing(manager),
+        hooks.profile(config.profile_steps, run.workdir) as profile,
         hooks.progress_bar(config.steps, start) as bar,
         MetricWriter(
             run.workdir, start, config.batch_size, means, empty, trackers=(hooks.show(bar),)
         ) as writer,
-        hooks.profile(config.profile_steps, run.workdir) as profile,
-        contextlib.closing(manager),
     ):
-        after_step = (
-            Hook((1,), lambda _: writer.flush()),  # the row of the step before
-            Hook((1,), lambda s: guard.add(s.number, s.metrics["skipped_in_row"], s.batch)),
-            Hook((config.evaluate_every, config.save_every), lambda _: guard.drain(), on_stop=True),
-            Hook((config.evaluate_every, config.log_every), lambda s: writer.row(s.number)),
-            Hook(
-                (config.evaluate_every,), lambda s: score(s.number, s.state), slow=True, polls=True
-            ),
-            Hook((config.save_every,), save, on_stop=True, slow=True),
-            Hook((1,), lambda _: manager.check_for_errors()),
-        )
-        if found:
-            owed = hooks.evaluation_owed(config, run.workdir, start)
-        else:
-            owed = config.evaluate_first
-        if owed:
+        if hooks.evaluation_owed(config, run.workdir, start) if found else config.evaluate_first:
             with writer.clock.paused():
                 score(start, state)
                 writer.flush()
@@ -171,9 +148,9 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
             profile(number)
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                size = setup.size_of(batch)
-                placed = mesh_lib.put_batch(batch, run.mesh)
-                state, metrics = train_step[size](state, placed, run.lpips)
+                state, metrics = train_step[setup.size_of(batch)](
+                    state, mesh_lib.put_batch(batch, run.mesh), run.lpips
+                )
                 writer.add(metrics)
             index += config.batch_size
             step = Step(number, state, metrics, batch, index, number == config.steps, stopped())
@@ -185,3 +162,45 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
                 logging.info("saved at step %d after a signal; the same command resumes", number)
                 return preemption.STATUS
     return DONE
+
+
+def restore_or_initialise(
+    run: Run, found: setup.Found | None, empty: Callable[[], Means]
+) -> tuple["ocp.CheckpointManager", TrainState, Means, int]:
+    """(checkpoints, state, running means, index of the next example) to start with.
+
+    Also writes config.json. Raises UserError, before it makes the workdir.
+    """
+    if found:
+        manager = checkpoints.open_manager(run.workdir, run.config.keep)
+        state, means, index = checkpoints.restore(
+            manager, found.step, run.abstract, jax.eval_shape(empty)
+        )
+        means = jax.device_put(means, mesh_lib.replicated(run.mesh))
+        origin = found.origin
+        logging.info("resuming %s at step %d%s", run.workdir, found.step, found.changed)
+    else:
+        (state, origin), means, index = setup.initialise(run), empty(), 0
+        manager = checkpoints.open_manager(run.workdir, run.config.keep)  # which makes the folder
+    setup.write_record(run, found, origin)
+    logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
+    return manager, state, means, index
+
+
+def compile_steps(
+    run: Run, traced: Mapping[int, jax.stages.Traced], stopped: Callable[[], bool]
+) -> dict[int, jax.stages.Compiled] | None:
+    """{size per side: the compiled train step}; None if a signal came meanwhile."""
+    compiled = {}
+    for size, trace in traced.items():
+        if stopped():
+            return None
+        began = time.perf_counter()
+        compiled[size] = trace.lower().compile()
+        what = "latents a side" if run.latents else "pixels"
+        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
+    if run.lpips:
+        percent = tables.lpips_percent(run.config.batch_size, run.lpips, compiled)
+        if percent is not None:
+            logging.info("LPIPS is %.0f %% of the step's FLOPs", percent)
+    return compiled

@@ -289,7 +289,7 @@ def flops(config: Config, mesh: Mesh, size: int) -> float:
     config = config_lib.replace(
         config,
         unroll=True,
-        dtype=mesh_lib.compute_dtype(config, mesh),
+        dtype=mesh_lib.compute_dtype(config.dtype, mesh),
         model={"depthwise": dcae.depthwise_form(config.model, mesh_lib.platform(mesh))},
         mesh=MeshSizes(),
     )

@@ -40,7 +40,7 @@ def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
     settings = model_settings(arch)
-    logging.info("read %s weights, named as %s name them, from %s", settings["variant"], form, path)
+    logging.info("read %s weights, named as %s name them, from %s", settings.variant, form, path)
     return weights, settings
 
 

@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dcae_jax.config.schema import MeshSizes
 from dcae_jax.errors import UserError, nearest_multiples
 
 AXES = ("data", "fsdp", "tensor", "spatial")
@@ -21,14 +22,14 @@ BATCH_AXES = ("data", "fsdp")
 MIN_ROWS = 2
 
 
-def make_mesh(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of config.mesh over `devices` (default: all). Raises UserError if they don't fit."""
     devices = list(jax.devices() if devices is None else devices)
     shape = list(mesh_shape(sizes, len(devices)).values())
     return Mesh(_grid(shape, devices), AXES)
 
 
-def mesh_shape(sizes: Any, devices: int) -> dict[str, int]:
+def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
     """Devices along each axis of config.mesh, of so many. Raises UserError if they don't fit."""
     shape = [getattr(sizes, axis) for axis in AXES]
     text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
@@ -62,10 +63,10 @@ def platform(mesh: Mesh) -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def compute_dtype(config: Any, mesh: Mesh) -> str:
-    """config.dtype with 'auto' decided: bfloat16 except on CPUs."""
-    if config.dtype != "auto":
-        return config.dtype
+def compute_dtype(dtype: str, mesh: Mesh) -> str:
+    """`dtype` with 'auto' decided: bfloat16 except on CPUs."""
+    if dtype != "auto":
+        return dtype
     return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 

@@ -48,12 +48,20 @@ def memory(abstract: TrainState, mesh: Mesh) -> str:
 
 def lpips_percent(
     batch_size: int, weights: Weights, compiled: Mapping[int, jax.stages.Compiled]
-) -> float:
-    """Percent of the largest step's FLOPs that the perceptual loss and its gradient take."""
+) -> float | None:
+    """Percent of the largest step's FLOPs that the perceptual loss and its gradient take.
+
+    None where the platform counts no FLOPs of a program, as accelerators do not before it is
+    compiled (jax#22713).
+    """
     size = max(compiled)
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
     alone = jax.jit(jax.grad(losses.perceptual, argnums=1)).lower(weights, images, images)
+    part, step = (
+        (program.cost_analysis() or {}).get("flops") for program in (alone, compiled[size])
+    )
+    if part is None or step is None:
+        return None
     devices = len(next(iter(weights.values())).sharding.device_set)
     # XLA counts a partitioned program's FLOPs on one device.
-    whole = compiled[size].cost_analysis()["flops"] * devices
-    return 100 * alone.cost_analysis()["flops"] / whole
+    return 100 * part / (step * devices)

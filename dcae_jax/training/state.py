@@ -70,7 +70,7 @@ class TrainSpec:
 
 def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The model of `config` for the devices of `mesh`."""
-    dtype, remat = mesh_lib.compute_dtype(config, mesh), config.remat == "blocks"
+    dtype, remat = mesh_lib.compute_dtype(config.dtype, mesh), config.remat == "blocks"
     if config.objective:
         arch = architecture(config)
         mesh_lib.check_heads(arch.heads, mesh)
@@ -151,7 +151,7 @@ def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
 
 def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
     """The PatchGAN of config.loss for the devices of `mesh`."""
-    dtype = mesh_lib.compute_dtype(config, mesh)
+    dtype = mesh_lib.compute_dtype(config.dtype, mesh)
     model = patchgan.create(config.loss, dtype=dtype, rngs=rngs)
     return sharding.set_rules(model, config.sharding)
 

@@ -257,8 +257,8 @@ def hostile(space: Space) -> dict[str, Any]:
     """Catches a traceback, or other words, for weights that are damaged or not what they say."""
     deep = b"[" * 100_000
 
-    def header(text: bytes) -> bytes:
-        return len(text).to_bytes(8, "little") + text + bytes(16)
+    def header(text: bytes, data: int = 16) -> bytes:
+        return len(text).to_bytes(8, "little") + text + bytes(data)
 
     entry = b'{"a": {"dtype": "F32", "shape": %s, "data_offsets": %s}}'
     safetensors = {
@@ -278,7 +278,7 @@ def hostile(space: Space) -> dict[str, Any]:
             b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
             b' "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
         ),
-        "another model": header(entry % (b"[2]", b"[0, 8]")),
+        "another model": header(entry % (b"[2]", b"[0, 8]"), 8),
     }
     found = {}
     config = f"--config={net.CONFIGS}/export.py"

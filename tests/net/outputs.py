@@ -197,6 +197,15 @@ def _generator(space: Space, model: str) -> Any:
     return dcae_jax.load_generator(path, autoencoder=autoencoder, dtype="float32")
 
 
+def _latents(generator: Any, labels: list[int], **settings: Any) -> np.ndarray:
+    """What sample_latents gives; since the record its settings are one object."""
+    import dcae_jax
+
+    if hasattr(dcae_jax, "SampleSettings"):
+        return generator.sample_latents(labels, dcae_jax.SampleSettings(**settings))
+    return generator.sample_latents(labels, **settings)
+
+
 def samples(space: Space, model: str) -> dict[str, Any]:
     """Catches another noise, schedule, guidance or step of any sampler."""
     generator, arrays = _generator(space, model), {}
@@ -205,19 +214,18 @@ def samples(space: Space, model: str) -> dict[str, Any]:
         settings = dict(guidance=1.5, steps=STEPS, seed=4, sampler=sampler)
         if sampler == "dpmpp_3m":  # the corrected one, whatever it is called
             try:
-                values = generator.sample_latents(
-                    labels, **settings | {"sampler": f"{sampler}_corrected"}
+                values = _latents(
+                    generator, labels, **settings | {"sampler": f"{sampler}_corrected"}
                 )
             except ValueError:
-                values = generator.sample_latents(labels, **settings)
+                values = _latents(generator, labels, **settings)
         else:
-            values = generator.sample_latents(labels, **settings)
+            values = _latents(generator, labels, **settings)
         arrays[sampler or "own"] = values
     sampler = "heun" if model == "usit" else "ddim"
-    arrays["plain"] = generator.sample_latents(labels, steps=STEPS, sampler=sampler)
-    arrays["interval"] = generator.sample_latents(
-        labels, 2.0, STEPS, 1, sampler=sampler, interval=(0.3, 0.8), first=5
-    )
+    arrays["plain"] = _latents(generator, labels, steps=STEPS, sampler=sampler)
+    settings = dict(guidance=2.0, steps=STEPS, seed=1, interval=(0.3, 0.8), first=5)
+    arrays["interval"] = _latents(generator, labels, sampler=sampler, **settings)
     images = generator.sample(labels, 1.5, STEPS, 4, sampler=sampler)
     arrays["images"] = images.astype(np.float32)
     return {
@@ -276,7 +284,7 @@ def evaluate(space: Space) -> dict[str, Any]:
         "init_from": space.model("tiny"),
         "data.source": "folder",
         "data.path": space.pictures(),
-        "evaluate.resolutions": "(32,48)",
+        "evaluate.resolutions": "(32,)",
         "evaluate.batch_size": 4,
         "evaluate.count": 6,
         "evaluate.grid": 2,
@@ -289,10 +297,10 @@ def evaluate(space: Space) -> dict[str, Any]:
 def evaluate_samples(space: Space) -> dict[str, Any]:
     """Catches another FID, Inception score, KID, precision or recall of samples."""
     path = space.path("judged.npz")
-    np.savez(path, arr_0=np.stack([inputs.picture(i, 48, 48, seed=5) for i in range(8)]))
+    np.savez(path, arr_0=np.stack([inputs.picture(i, 48, 48, seed=5) for i in range(5)]))
     settings = {
         "evaluate.samples": path,
-        "evaluate.reference": space.pictures(),
+        "evaluate.reference": space.pictures(7, 1),
         "evaluate.batch_size": 4,
         "evaluate.inception_weights": space.network("inception"),
     }

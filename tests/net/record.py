@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the net's cases and writes what they gave.
 
-    python tests/net/record.py [--force] [--only=REGEX] [--out=FILE]
+    [DCAE_NET_ROOT=CHECKOUT] python tests/net/record.py [--force] [--only=REGEX] [--out=FILE]
 
-Without --out it writes recorded.json, the record that test_net.py compares with: once, by the code
-that is known to be right. With --only, the record's other cases are kept.
+Without --out it writes recorded.json, the record that test_net.py compares with, always by the
+code that is known to be right: DCAE_NET_ROOT names a checkout of commit e9d9a46. With --only, the
+record's other cases are kept.
 """
 
 import argparse
@@ -29,24 +30,29 @@ os.environ["XLA_FLAGS"] = os.environ.get(
 )
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECORD = os.path.join(HERE, "recorded.json")
-sys.path[:0] = [HERE, os.path.abspath(os.path.join(HERE, os.pardir, os.pardir))]
+sys.path.insert(0, HERE)
+
+from space import ROOT, Space  # noqa: E402
+
+sys.path.insert(0, ROOT)
 
 from cases import CASES  # noqa: E402
-from space import Space  # noqa: E402
 
 
 def run(names: list[str], root: str, keep: Callable[[dict], None]) -> dict[str, dict]:
     """{case: its result, or {'error': traceback}, with 'seconds'}; `keep` takes what is there."""
     space, results = Space(root), {}
     for name in names:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), sum(os.times()[:4])
         try:
             results[name] = CASES[name](space)
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-        results[name]["seconds"] = round(time.perf_counter() - began, 1)
+        seconds = time.perf_counter() - began
+        results[name]["seconds"] = round(seconds, 1)
         keep(results)
-        sys.stderr.write(f"{name}: {results[name]['seconds']} s\n")
+        busy = sum(os.times()[:4]) - before  # of one core
+        sys.stderr.write(f"{name}: {seconds:.1f} s, {busy:.1f} s of a core\n")
         sys.stderr.write(results[name].get("error", ""))
     return results
 

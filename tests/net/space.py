@@ -4,20 +4,23 @@
 import contextlib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import os
 import re
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import inputs
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir))
+HERE = os.path.dirname(os.path.abspath(__file__))
+# The checkout whose package and configurations run: this one, or that of the record.
+ROOT = os.path.abspath(os.environ.get("DCAE_NET_ROOT") or os.path.join(HERE, os.pardir, os.pardir))
 CONFIGS = os.path.join(ROOT, "configs")
 TIMES = ("_s", "_per_s")  # ends of the metrics that are no results
 EVALUATE = {
@@ -81,10 +84,7 @@ class Space:
         save_file(state, source)
         arguments = [source, f"--out={out}", "--allow_unknown_checksum"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if importlib.util.find_spec("dcae_jax.pretrained.torch_io"):
-                status = importlib.import_module("dcae_jax.pretrained.torch_io").main(arguments)
-            else:  # its name as a sub-command
-                status, _ = run(["convert", *arguments])
+            status = _torch_io().main(arguments)
         assert status == 0, f"{name} was not converted"
         return out
 
@@ -115,6 +115,14 @@ class Space:
         (file,) = [name for name in os.listdir(out) if name.endswith(".safetensors")]
         path = os.path.join(out, file)
         return load_file(path), path
+
+
+def _torch_io() -> ModuleType:
+    """The module that converts weights, under its name of today or that of the record."""
+    try:
+        return importlib.import_module("dcae_jax.pretrained.torch_io")
+    except ModuleNotFoundError:
+        return importlib.import_module("dcae_jax.torch_io")
 
 
 def digest(path: str) -> str:
@@ -167,5 +175,6 @@ def without_paths(text: str, space: Space) -> str:
     text = re.sub(r"'(?:encoder|decoder)\.[\w.]+'", "'PATH'", text)
     text = re.sub(r"\((?:[\w.*]+, )+\.\.\.\)", "(NAMES, ...)", text)
     text = re.sub(r"\d+\.\d{9,}", lambda number: f"{float(number[0]):.4g}", text)
+    text = re.sub(r"\(Error while deserializing header: .*\);", "(REASON);", text)
     text = re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S*", "TIME", text)
     return text.replace(os.path.realpath(sys.prefix), "PYTHON").replace(sys.prefix, "PYTHON")

@@ -3,7 +3,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import CONFIGS, NARROW, flags, run_job
+from support import CONFIGS, NARROW, ROOT, flags, run_job
 from tensorboardX.proto import event_pb2
 
 from dcae_jax import files
@@ -47,7 +46,7 @@ def _command(workdir, *changes):
 def _environment():
     """This process's, with one device."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    root = str(pathlib.Path(__file__).parent.parent)
+    root = ROOT
     return {**os.environ, "PYTHONPATH": root, "XLA_FLAGS": flags}
 
 

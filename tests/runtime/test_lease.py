@@ -5,20 +5,18 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
 import sys
 
 import pytest
-from support import run_job
+from support import ROOT, run_job
 
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 from dcae_jax.runtime import lease
 
-ROOT = str(pathlib.Path(__file__).parent.parent.parent)
 HOLD = "import sys, time\nfrom dcae_jax.runtime import lease\nwith lease.hold(sys.argv[1]):\n"
 
 

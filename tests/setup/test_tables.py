@@ -45,3 +45,15 @@ def test_the_share_of_lpips_is_vggs_share_of_the_step(small, one_device):
     flops = 3 * forward * small.batch_size
     assert share(size, flops) == pytest.approx(100, rel=0.1)
     assert share(size, 4 * flops) == pytest.approx(25, rel=0.1)
+
+
+def test_a_platform_that_counts_no_flops_has_no_share(small, one_device):
+    """Catches every run with LPIPS stopping before its first step, as on GPUs and TPUs, where
+    cost_analysis gives None."""
+    place = mesh_lib.replicated(one_device)
+    weights = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        for name, shape in lpips.shapes("vgg").items()
+    }
+    silent = types.SimpleNamespace(cost_analysis=lambda: None)
+    assert tables.lpips_percent(small.batch_size, weights, {32: silent}) is None

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from support import CONFIGS, NARROW, flags, run_job, small_judges
+from support import CONFIGS, NARROW, ROOT, flags, run_job, small_judges
 
 from dcae_jax import files
 from dcae_jax.checkpoints import manager as checkpoints
@@ -165,7 +164,7 @@ hosts.initialize(names, preemptible=True)
 def _start(script, *arguments, **environment):
     environment = {
         **os.environ,
-        "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
+        "PYTHONPATH": ROOT,
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
         **environment,
     }
@@ -386,7 +385,7 @@ def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
     ]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
+        "PYTHONPATH": ROOT,
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
     }
     processes = [
