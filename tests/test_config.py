@@ -106,7 +106,7 @@ def _training_configs():
 def test_every_training_config_builds_its_abstract_state(config, one_device):
     """Catches a pattern that matches nothing, or a key that does not fit, in a shipped config."""
     spec = state_lib.train_spec(config, one_device)
-    abstract = state_lib.abstract_state(config, one_device, spec)
+    abstract = state_lib.abstract_state(config.sharding, one_device, spec)
     assert abstract.params.keys() == spec.params.keys()
     assert abstract.ema.keys() == spec.trained
     moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]

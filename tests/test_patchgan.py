@@ -9,16 +9,15 @@ import pytest
 from flax import nnx
 from goldens import make_gan
 
-from dcae_jax import config as config_lib
+from dcae_jax.config.schema import SHARDING, Loss, Optimizer
 from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.training import state as state_lib
 
 
 def _spec(mesh, channels, depth):
-    config = config_lib.default()
-    config.loss.gan_channels, config.loss.gan_layers, config.dtype = channels, depth, "float32"
-    return state_lib.discriminator_spec(config, mesh)
+    loss = Loss(gan_channels=channels, gan_layers=depth)
+    return state_lib.discriminator_spec(loss, Optimizer(), SHARDING, "float32", mesh)
 
 
 @pytest.mark.parametrize("channels, depth", make_gan.DEPTHS)
@@ -76,5 +75,5 @@ def test_the_discriminator_is_seeded_by_the_run_and_unlike_the_model(one_device)
             state_lib.init_state(config, one_device, spec).discriminator.params["convs.0.kernel"]
         )
     assert not np.array_equal(found[0], found[1])
-    as_model = state_lib.create_discriminator(config, one_device, nnx.Rngs(1))
+    as_model = patchgan.create(config.loss, dtype="float32", rngs=nnx.Rngs(1))
     assert not np.array_equal(found[1], weights_lib.split(as_model)[1]["convs.0.kernel"])

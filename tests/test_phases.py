@@ -109,7 +109,7 @@ def _cost(config, mesh):
     """(FLOPs, bytes of temporaries) of the compiled step."""
     spec = state_lib.train_spec(config, mesh)
     step = jax.jit(step_lib.make_step(config, spec), donate_argnums=0)
-    abstract = state_lib.abstract_state(config, mesh, spec)
+    abstract = state_lib.abstract_state(config.sharding, mesh, spec)
     batch = run_lib.abstract_batch(config, config.resolution, mesh)
     compiled = step.lower(abstract, batch, {}).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
@@ -144,7 +144,7 @@ def test_phases_2_and_3_compute_and_keep_less_than_a_full_step(one_device, depth
 def _checkpoint(config, mesh, workdir, step):
     """Everything that the checkpoint of `step` holds: {path: array or number}."""
     spec = state_lib.train_spec(config, mesh)
-    abstract = state_lib.abstract_state(config, mesh, spec)
+    abstract = state_lib.abstract_state(config.sharding, mesh, spec)
     batch = run_lib.abstract_batch(config, 32, mesh)
     _, metrics = jax.eval_shape(step_lib.make_step(config, spec), abstract, batch, {})
     shapes = jax.eval_shape(lambda: metric_writer.empty_means(metrics))

@@ -77,7 +77,7 @@ def _program(kind, axes):
     config, mesh = _config(kind), _mesh(axes)
     with mock.patch.object(sharding, "SMALL", SPLIT):
         spec = state_lib.train_spec(config, mesh)
-        abstract = state_lib.abstract_state(config, mesh, spec)
+        abstract = state_lib.abstract_state(config.sharding, mesh, spec)
         (size,) = run_lib.batch_sizes(config)
         step = step_lib.jit_step(config, spec, abstract)
         traced = step.trace(abstract, run_lib.abstract_batch(config, size, mesh), {})
@@ -194,7 +194,7 @@ def test_the_backward_pass_keeps_activations_and_gathers_weights_again(kind):
     config, mesh = _config(kind), _mesh(FSDP)
     with mock.patch.object(sharding, "SMALL", SPLIT):
         plan = state_lib.train_spec(config, mesh)
-        abstract = state_lib.abstract_state(config, mesh, plan)
+        abstract = state_lib.abstract_state(config.sharding, mesh, plan)
         (size,) = run_lib.batch_sizes(config)
         batch = run_lib.abstract_batch(config, size, mesh)
         program = step_lib.jit_step(config, plan, abstract).trace(abstract, batch, {}).jaxpr
@@ -230,7 +230,7 @@ def test_moments_averages_and_discriminator_lie_as_the_weights_do():
         for config, axes in cases:
             mesh = _mesh(axes)
             spec = state_lib.train_spec(config, mesh)
-            abstract = state_lib.abstract_state(config, mesh, spec)
+            abstract = state_lib.abstract_state(config.sharding, mesh, spec)
             for part in filter(None, (abstract, abstract.discriminator)):
                 whole = 4 * sum(leaf.size for leaf in part.params.values())
                 assert sharding.chip_bytes(part.params) < 0.4 * whole

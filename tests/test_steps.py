@@ -134,7 +134,7 @@ def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device)
 def test_the_abstract_state_is_the_real_one(small, one_device):
     """Catches a planner, or a restore, that describes another state than training has."""
     spec = state_lib.train_spec(small, one_device)
-    abstract = state_lib.abstract_state(small, one_device, spec)
+    abstract = state_lib.abstract_state(small.sharding, one_device, spec)
     real = state_lib.init_state(small, one_device, spec)
     out, _ = jax.eval_shape(step_lib.make_step(small, spec), real, _batch(small), {})
 

@@ -183,7 +183,7 @@ def create_autoencoder(
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
     config = api_config(dtype, Model(variant=variant))
     mesh = mesh or mesh_lib.make_mesh(config.mesh)
-    return build_autoencoder(config, state_lib.random_weights(config, mesh, seed), mesh)
+    return build_autoencoder(config, state_lib.random_weights(config.model, mesh, seed), mesh)
 
 
 def load_autoencoder(
@@ -202,7 +202,7 @@ def load_autoencoder(
     Raises UserError, a ValueError, when there is nothing to load.
     """
     values, saved = checkpoint_weights.load_weights(path, weights, variant)
-    config = api_config(dtype, saved["model"])
+    config = api_config(dtype, saved.model)
     return build_autoencoder(config, values, mesh or mesh_lib.make_mesh(config.mesh))
 
 
@@ -219,7 +219,9 @@ def build_autoencoder(config: Config, weights: Weights | None, mesh: Mesh) -> Au
     Empties `weights` on the way, so that they are never in memory twice. None: their shapes
     instead, for planning.
     """
-    graph, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
+    graph, params, stats = weights_lib.split(
+        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    )
     placed = _placed(weights, {**params, **stats}, mesh)
     arch = models.find(config.model).architecture(config.model)
     return Autoencoder(graph, placed, arch, config.model, mesh)

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO-DOC"""
+"""Checks and copies checkpoints of training runs.
+
+    python -m dcae_jax.checkpoints check WORKDIR       whether each checkpoint is undamaged
+    python -m dcae_jax.checkpoints copy SOURCE WORKDIR
+
+SOURCE is a workdir, all of whose undamaged checkpoints are copied, or one WORKDIR/checkpoints/STEP.
+"""
 
 import argparse
 import logging
 import os
-import re
 import shutil
 import sys
 
@@ -13,26 +18,21 @@ from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.errors import UserError
 
-# --- the command ----------------------------------------------------------------------------------
-
 
 def copy(source: str, workdir: str) -> list[int]:
-    """Copies a workdir's whole checkpoints, or one WORKDIR/checkpoints/<step>, and its config.json
-    and metrics.jsonl, to `workdir`. Returns the steps copied. Raises UserError.
+    """Copies the undamaged checkpoints of a workdir, or one WORKDIR/checkpoints/<step>, with its
+    config.json and metrics.jsonl to `workdir`. Returns the steps copied. Raises UserError.
     """
     source, workdir = (os.path.abspath(os.path.expanduser(path)) for path in (source, workdir))
-    match = re.fullmatch(rf"(.*)/{checkpoints.FOLDER}/(\d+)", source)
-    origin = match[1] if match else source
-    steps = [int(match[2])] if match else checkpoints.saved_steps(source)
+    origin, step = checkpoints.split_path(source)
+    steps = checkpoints.saved_steps(source) if step is None else [step]
     if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
         raise UserError(f"{source!r} holds no finished checkpoint; name a workdir, or one of them")
     if workdir == origin or (set(steps) & set(checkpoints.saved_steps(workdir))):
         raise UserError(f"{workdir!r} has such a checkpoint already; name another workdir")
     copied = []
     for step in steps:
-        here, there = (
-            os.path.join(place, checkpoints.FOLDER, str(step)) for place in (origin, workdir)
-        )
+        here, there = (checkpoints.step_folder(place, step) for place in (origin, workdir))
         try:
             integrity.copy(here, there)
             copied.append(step)
@@ -51,7 +51,7 @@ def copy(source: str, workdir: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; -> exit status: 0 done, 1 something is damaged, 2 a mistake, in one line."""
+    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error."""
     parser = argparse.ArgumentParser(
         "python -m dcae_jax.checkpoints",
         description=__doc__,
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {workdir!r} holds no finished checkpoint; name a workdir\n")
         return 2
     for step in steps:
-        wrong = integrity.damage(os.path.join(workdir, checkpoints.FOLDER, str(step)))
+        wrong = integrity.damage(checkpoints.step_folder(workdir, step))
         worst = max(worst, bool(wrong))
         sys.stdout.write(f"{step}: {wrong or 'whole'}\n")
     return worst

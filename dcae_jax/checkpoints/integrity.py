@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint is still what was written: sizes and checksums of its files, kept in it.
+"""Integrity of checkpoints: a manifest with the size and checksum of every file.
 
-Orbax notices a file that is missing or cut, but reads a flipped bit in an array as if nothing had
-happened. A manifest is written into each checkpoint before it gets its name, and is compared
-before anything is restored.
+Orbax detects missing and truncated files, but not a flipped bit in an array. The manifest is
+written into each checkpoint before the rename that finishes it, and verified before a restore.
 """
 
 import json
@@ -11,26 +10,25 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 from dcae_jax import files as files_lib
 
 FILE = "manifest.json"
-# Orbax writes these after the manifest, and reads nothing from them that matters.
+# Orbax writes these after the manifest; restoring does not depend on them.
 _LATER = ("commit_success.txt", "_CHECKPOINT_METADATA", FILE)
 _CHUNK = 2**22
 
 
 def write(folder: str) -> None:
-    """Writes the manifest of the files below `folder` into it; they are on the disk before."""
+    """Flushes the files below `folder` to disk, then writes their manifest into it."""
     files = {name: _measure(os.path.join(folder, name), sync=True) for name in _names(folder)}
     files_lib.write_json(os.path.join(folder, FILE), {"checksum": "crc32", "files": files})
 
 
 def damage(folder: str, part: str = "") -> str:
-    """What is wrong with the files of `folder`, in a few words; '' if they are as written.
+    """What is wrong with the files of `folder`, in a few words; '' if they match the manifest.
 
-    part: a folder inside, which is looked at alone.
+    part: a subfolder to check alone; '' checks them all.
     """
     try:
         with open(os.path.join(folder, FILE), encoding="utf-8") as file:
@@ -61,7 +59,7 @@ def damage(folder: str, part: str = "") -> str:
 
 
 def copy(source: str, target: str) -> None:
-    """Copies the folder `source` to `target`, which gets its name when the copy is proved whole.
+    """Copies the folder `source` to `target`; `target` appears only once the copy is verified.
 
     Raises ValueError, in a few words, if the source or the copy is damaged.
     """
@@ -83,8 +81,8 @@ def _names(folder: str) -> Iterator[str]:
                 yield os.path.normpath(os.path.join(inside, name)).replace(os.sep, "/")
 
 
-def _measure(path: str, sync: bool = False) -> dict[str, Any]:
-    """{'bytes': size, 'crc32': checksum} of a file; with `sync` it is on the disk afterwards."""
+def _measure(path: str, sync: bool = False) -> dict[str, int]:
+    """{'bytes': size, 'crc32': checksum} of a file, flushed to disk first with `sync`."""
     checksum = size = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: state and data position together, never half of one.
+"""Checkpoints of a run: saves and restores training state and data position together.
 
-WORKDIR/checkpoints/<step>/ holds three Orbax items: `weights` (parameters, statistics, averages),
+WORKDIR/checkpoints/<step>/ has three Orbax items: `weights` (parameters, statistics, averages),
 `optimizer` (moments, counters, the running means of the metrics) and `data` (the global index of
-the next example). Weights stand apart so that readers need not know the optimizer.
-
-    python -m dcae_jax.checkpoints check WORKDIR       whether each checkpoint is whole
-    python -m dcae_jax.checkpoints copy SOURCE WORKDIR
-
-SOURCE is a workdir, all of whose whole checkpoints are copied, or one WORKDIR/checkpoints/<step>.
+the next example). Weights are an item of their own so that readers need not know the optimizer.
 """
 
 import dataclasses
 import functools
 import glob
 import logging
-import mmap
 import os
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,31 +20,33 @@ from jax.experimental import multihost_utils
 
 from dcae_jax.checkpoints import integrity
 from dcae_jax.errors import MachineError
-from dcae_jax.training.state import TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+    from _typeshed import DataclassInstance
 
+State = TypeVar("State", bound="DataclassInstance")  # training.state.TrainState
+Totals = TypeVar("Totals")  # a pytree
 
 CONFIG = "config.json"
 FOLDER = "checkpoints"
-DAMAGED = "damaged"  # where a run that resumes moves checkpoints that are not whole
-_WEIGHTS = ("params", "stats", "ema")
+DAMAGED = "damaged"  # where a run that resumes moves damaged checkpoints
+WEIGHTS = ("params", "stats", "ema")  # the fields of the state in the item `weights`
 
 
 def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
-    """The manager of WORKDIR/checkpoints: asynchronous saves, the newest `keep` kept."""
+    """The manager of WORKDIR/checkpoints: asynchronous saves, the newest `keep` are kept."""
     import orbax.checkpoint as ocp
 
     folder = os.path.join(os.path.abspath(workdir), FOLDER)
-    # Called when the items of a checkpoint are complete and its folder has not yet its name.
+    # Called when the items of a checkpoint are complete, before its folder is renamed.
     finish = functools.partial(_write_manifest, folder)
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
-            # What a killed process left; the workdir's lock keeps out any other writer.
+            # Left by a killed process; the workdir's lease keeps out any other writer.
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=finish),
         ),
@@ -59,17 +56,18 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
 
 def _write_manifest(folder: str) -> None:
     if jax.process_index() == 0:
-        # A folder that an earlier process left unfinished is older.
+        # The newest: an earlier process may have left an unfinished one.
         unfinished = glob.glob(os.path.join(glob.escape(folder), "*.orbax-checkpoint-tmp*"))
         integrity.write(max(unfinished, key=os.path.getmtime))
 
 
 def save(
-    manager: "ocp.CheckpointManager", state: TrainState, totals: Any, step: int, index: int
+    manager: "ocp.CheckpointManager", state: "DataclassInstance", totals: Any, step: int, index: int
 ) -> None:
     """Saves in the background; returns when the arrays may be changed again.
 
-    totals: running means of the metrics since the last row. index: the next example's.
+    state: a dataclass of arrays, with the fields WEIGHTS among others. totals: running means of the
+    metrics since the last row. index: the next example's.
     """
     import orbax.checkpoint as ocp
 
@@ -85,9 +83,9 @@ def save(
 
 
 def restore(
-    manager: "ocp.CheckpointManager", step: int, state: TrainState, totals: Any
-) -> tuple[TrainState, Any, int]:
-    """(state, totals, index) of checkpoint `step`, on the devices that the abstract trees name."""
+    manager: "ocp.CheckpointManager", step: int, state: State, totals: Totals
+) -> tuple[State, Totals, int]:
+    """(state, totals, index) of checkpoint `step`, with the shardings of the abstract trees."""
     import orbax.checkpoint as ocp
 
     weights, rest = _divide(state)
@@ -99,31 +97,33 @@ def restore(
             data=ocp.args.JsonRestore(),
         ),
     )
-    fields = {**restored["weights"], **restored["optimizer"]["state"]}
-    return TrainState(**fields), restored["optimizer"]["totals"], restored["data"]["index"]
+    optimizer = restored["optimizer"]
+    state = dataclasses.replace(state, **restored["weights"], **optimizer["state"])
+    return state, optimizer["totals"], restored["data"]["index"]
 
 
-def _divide(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+def _divide(state: "DataclassInstance") -> tuple[dict[str, Any], dict[str, Any]]:
     """The state's fields as (weights, everything else)."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    weights = {name: fields.pop(name) for name in _WEIGHTS}
+    weights = {name: fields.pop(name) for name in WEIGHTS}
     return weights, fields
 
 
-def _in_pages(value: np.ndarray) -> np.ndarray:
-    """A copy in pages of its own, which go back to the system when it is freed.
+def step_folder(workdir: str, step: int) -> str:
+    return os.path.join(workdir, FOLDER, str(step))
 
-    Orbax decodes arrays in threads, each with a heap of its own, of which the C library returns
-    little. Left there until they are placed, the weights would take twice their size.
-    """
-    pages = mmap.mmap(-1, max(value.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copy = np.frombuffer(pages, value.dtype, value.size).reshape(value.shape)
-    copy[...] = value
-    return copy
+
+def split_path(path: str) -> tuple[str, int | None]:
+    """(WORKDIR, step) of the path of a checkpoint; (path, None) of any other."""
+    match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
+    return (match[1], int(match[2])) if match else (path, None)
 
 
 def saved_steps(workdir: str) -> list[int]:
-    """Steps of the finished checkpoints of `workdir`, rising. Unfinished ones have other names."""
+    """Steps of the finished checkpoints of `workdir`, ascending.
+
+    Unfinished ones have names that are no numbers.
+    """
     folder = os.path.join(workdir, FOLDER)
     if not os.path.isdir(folder):
         return []
@@ -131,16 +131,15 @@ def saved_steps(workdir: str) -> list[int]:
 
 
 def resume_step(workdir: str) -> int | None:
-    """The step to resume from: the newest whole checkpoint; None where nothing was saved yet.
+    """The step to resume from: the newest undamaged checkpoint; None if nothing was saved yet.
 
-    Damaged checkpoints after it are named in the log and moved to WORKDIR/damaged, out of the way
-    of those that will be saved again. Every process of a run gets the first one's answer. Raises
-    MachineError if there are checkpoints and none is whole.
+    Newer, damaged ones are logged and moved to WORKDIR/damaged, since the run will save their steps
+    again. Process 0 decides for all processes. Raises MachineError if all checkpoints are damaged.
     """
     found, wrong = -1, {}
     if jax.process_index() == 0:
         for step in reversed(saved_steps(workdir)):
-            why = integrity.damage(os.path.join(workdir, FOLDER, str(step)))
+            why = integrity.damage(step_folder(workdir, step))
             if not why:
                 found = step
                 break
@@ -173,5 +172,5 @@ def _move_aside(workdir: str, step: int) -> str:
     aside, number = os.path.join(folder, str(step)), 1
     while os.path.exists(aside):
         aside, number = os.path.join(folder, f"{step}-{number}"), number + 1
-    os.rename(os.path.join(workdir, FOLDER, str(step)), aside)
+    os.rename(step_folder(workdir, step), aside)
     return aside

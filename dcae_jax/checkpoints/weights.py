@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO-DOC"""
+"""Reads weights from anywhere (a run, an export, published files); writes exports."""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
+import mmap
 import os
 import pathlib
-import re
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,10 +18,11 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
-from dcae_jax.models.weights import Weights
+from dcae_jax.models.protocol import Arrays
+from dcae_jax.models.weights import AnyWeights
 from dcae_jax.pretrained import published
+from dcae_jax.pretrained.published import Saved
 from dcae_jax.runtime import host_memory
 
 if TYPE_CHECKING:
@@ -28,80 +30,39 @@ if TYPE_CHECKING:
 
 
 EXPORT = "model.json"  # of an export
-# Bytes of arrays decoded together. Orbax reads at once whatever it is asked for, and holds what is
-# stored of each array beside what it becomes.
+# Bytes of arrays decoded together. Orbax reads everything it is asked for at once, and holds the
+# stored bytes of each array beside the decoded ones.
 READ_AT_ONCE = 2**25
-MOST_EXPANSION = 1000  # what zstd makes of weights that are all equal
-AUTOENCODER = "autoencoder"  # folder of a generator's export: the export of its autoencoder
-# What an export says of a diffusion model; `latents` holds the checksum of the encoder.
-GENERATOR_KEYS = ("model", "objective", "patch_size", "latents")
+MOST_EXPANSION = 1000  # of zstd, for weights that are all equal
+AUTOENCODER = "autoencoder"  # subfolder of a generator's export: the export of its autoencoder
 
 
 def load_weights(
     path: str, which: str = "ema", variant: str = "", kind: str = "autoencoder"
-) -> tuple[Weights, dict[str, Any]]:
-    """(weights by path, configuration) of a workdir or checkpoint, an export, or published weights.
+) -> tuple[Arrays, Saved]:
+    """(weights by path, their model) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
-    PyTorch weights, or their name on the hub. kind: 'autoencoder', or 'generator', a diffusion
-    model. The configuration has at least the key `model`, a generator's also `objective`,
-    `patch_size` and `autoencoder`; that of a run its `latents`, the manifest without its shards,
-    of an export the manifest's `autoencoder` and `encoder_checksum`. which: 'ema', a run's averages
-    where something was trained, or 'raw'. variant: what published weights are of, where they do not
-    say. Arrays are NumPy, float32, parameters and statistics together. Raises UserError when there
-    is nothing to load.
+    PyTorch weights, or their name on the hub. which: 'ema', a run's averages where something was
+    trained, or 'raw'. variant: of published weights that do not say it. kind: 'autoencoder' or
+    'generator', a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
+    Raises UserError if there is nothing to load.
     """
-    given, path = path, os.path.abspath(os.path.expanduser(path))
-    if os.path.exists(os.path.join(path, EXPORT)):
-        return _load_export(path, kind)
-    match = re.fullmatch(rf"(.*)/{checkpoints.FOLDER}/(\d+)", path)
-    workdir, step = (match[1], int(match[2])) if match else (path, None)
-    config = files.read_object(files.inside(workdir, checkpoints.CONFIG))
-    if config is None or "config" not in config:
-        if match:
-            raise UserError(
-                f"init_from={path!r} is of no workdir: {workdir} has no {checkpoints.CONFIG}"
-            )
-        there = path if os.path.exists(path) else given
-        if kind == "generator":
-            return published.read_generator(there, variant)
-        weights, model = published.read(there, variant)
-        return weights, {"model": model}
-    model = _model_in(os.path.join(workdir, checkpoints.CONFIG), config["config"])
-    if kind != (saved := "generator" if config["config"].get("objective") else "autoencoder"):
-        raise UserError(f"init_from={path!r} holds a run of the kind {saved}; name one of {kind}s")
-    steps = checkpoints.saved_steps(workdir)
-    if step is None and not steps:
-        raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
-    if step is not None and step not in steps:
-        raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
-    step = _whole_step(workdir, steps) if step is None else step
-    wrong = _damage(os.path.join(workdir, checkpoints.FOLDER, str(step)), "weights")
-    if wrong:
-        raise UserError(f"init_from={path!r} is damaged: {wrong}; name another checkpoint")
-    weights = _read_numpy(os.path.join(workdir, checkpoints.FOLDER, str(step), "weights"), which)
-    logging.info("read %s weights of step %d from %s", which, step, workdir)
-    return weights, config["config"] | {"model": model, "latents": config.get("latents")}
-
-
-def _whole_step(workdir: str, steps: list[int]) -> int:
-    """The newest of `steps` whose weights are whole. Raises UserError if none is."""
-    wrong = {}
-    for step in reversed(steps):
-        wrong[step] = _damage(os.path.join(workdir, checkpoints.FOLDER, str(step)), "weights")
-        if not wrong[step]:
-            return step
-        logging.warning("checkpoint %d of %s is damaged: %s", step, workdir, wrong[step])
-    what = "; ".join(f"{step}: {text}" for step, text in wrong.items())
-    raise UserError(f"init_from={workdir!r} has no whole checkpoint ({what}); use a copy of it")
-
-
-def _damage(folder: str, part: str = "") -> str:
-    """As integrity.damage, of weights; those that older versions wrote are let pass."""
-    if not os.path.exists(os.path.join(folder, integrity.FILE)):
-        logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
-        return ""
-    return integrity.damage(folder, part)
+    full = os.path.abspath(os.path.expanduser(path))
+    if os.path.exists(os.path.join(full, EXPORT)):
+        return _load_export(full, kind)
+    workdir, step = checkpoints.split_path(full)
+    record = files.read_object(files.inside(workdir, checkpoints.CONFIG))
+    if record is not None and "config" in record:
+        saved = _saved_in(os.path.join(workdir, checkpoints.CONFIG), record["config"])
+        saved = dataclasses.replace(saved, latents=record.get("latents"))
+        return _load_run(full, which, kind, saved), saved
+    if step is not None:
+        raise UserError(
+            f"init_from={full!r} is of no workdir: {workdir} has no {checkpoints.CONFIG}"
+        )
+    read = published.read_generator if kind == "generator" else published.read
+    return read(full if os.path.exists(full) else path, variant)
 
 
 def kind_of(path: str) -> str:
@@ -113,17 +74,74 @@ def kind_of(path: str) -> str:
     export = files.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))
-    workdir = re.sub(rf"/{checkpoints.FOLDER}/\d+$", "", full)
-    run = files.read_object(os.path.join(workdir, checkpoints.CONFIG)) or {}
+    workdir, _ = checkpoints.split_path(full)
+    record = os.path.join(workdir, checkpoints.CONFIG)
+    run = files.read_object(record) or {}
     if "config" in run:
-        return "generator" if run["config"].get("objective") else "autoencoder"
+        return _saved_in(record, run["config"]).kind
     return published.kind_of(full if os.path.exists(full) else path)
 
 
-def _read_numpy(path: str, which: str) -> Weights:
+def _saved_in(path: str, config: Any) -> Saved:
+    """The model that `config`, from the JSON file `path`, describes. Raises UserError."""
+    if not isinstance(config, dict) or "model" not in config:
+        raise UserError(f"{path} names no model; it is of no run or export")
+    try:
+        return Saved(
+            config_lib.model_section(config["model"]), config_lib.diffusion_section(config)
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
+    """The weights of a workdir's newest undamaged checkpoint, or of the one that `path` names."""
+    if kind != saved.kind:
+        raise UserError(
+            f"init_from={path!r} holds a run of the kind {saved.kind}; name one of {kind}s"
+        )
+    workdir, step = checkpoints.split_path(path)
+    steps = checkpoints.saved_steps(workdir)
+    if step is None and not steps:
+        raise UserError(f"init_from={path!r} has no finished checkpoint yet; let it train first")
+    if step is None:
+        step = _whole_step(workdir, steps)
+    elif step not in steps:
+        raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
+    elif wrong := _damage(path, "weights"):
+        raise UserError(f"init_from={path!r} is damaged: {wrong}; name another checkpoint")
+    weights = _read_numpy(os.path.join(checkpoints.step_folder(workdir, step), "weights"), which)
+    logging.info("read %s weights of step %d from %s", which, step, workdir)
+    return weights
+
+
+def _whole_step(workdir: str, steps: list[int]) -> int:
+    """The newest of `steps` whose weights are undamaged. Raises UserError if none is."""
+    wrong = {}
+    for step in reversed(steps):
+        wrong[step] = _damage(checkpoints.step_folder(workdir, step), "weights")
+        if not wrong[step]:
+            return step
+        logging.warning("checkpoint %d of %s is damaged: %s", step, workdir, wrong[step])
+    what = "; ".join(f"{step}: {text}" for step, text in wrong.items())
+    raise UserError(f"init_from={workdir!r} has no whole checkpoint ({what}); use a copy of it")
+
+
+def _damage(folder: str, part: str = "") -> str:
+    """As integrity.damage, but weights without a manifest pass, with a warning."""
+    if not os.path.exists(os.path.join(folder, integrity.FILE)):
+        logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
+        return ""
+    return integrity.damage(folder, part)
+
+
+# --- Orbax trees of weights -----------------------------------------------------------------------
+
+
+def _read_numpy(path: str, which: str) -> Arrays:
     """Weights of an Orbax tree as NumPy arrays, whatever devices it was saved from.
 
-    Of a weight and its average only the one that is wanted is read. Raises UserError.
+    Of a weight and its average only the wanted one is read. Raises UserError.
     """
     import orbax.checkpoint as ocp
 
@@ -137,27 +155,26 @@ def _read_numpy(path: str, which: str) -> Weights:
         raise UserError(f"{path} is no readable checkpoint ({reason}); use a copy of it") from error
 
 
-def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> Weights:
+def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> Arrays:
     import orbax.checkpoint as ocp
     from etils import epath
 
     folder = epath.Path(path)
     tree = reader.metadata(folder).tree
-    tree = {name: tree.get(name) or {} for name in checkpoints._WEIGHTS}
-    # A few bytes of JSON can claim any shape, which would be filled with zeros.
+    tree = {part: tree.get(part) or {} for part in checkpoints.WEIGHTS}
+    # A few bytes of JSON can claim any shape; Orbax would fill it with zeros.
     claimed = sum(math.prod(leaf.shape) for part in tree.values() for leaf in part.values()) * 4
     stored = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
     if claimed > MOST_EXPANSION * stored + 2**30:
         raise UserError(f"{path} has {stored} bytes and claims arrays of {claimed}; do not use it")
-    if which != "ema":
-        tree["ema"] = {}
+    averaged = tree["ema"] if which == "ema" else {}
     wanted = [
         (part, name, math.prod(leaf.shape) * 4)
-        for part in checkpoints._WEIGHTS
-        for name, leaf in tree[part].items()
-        if part == "ema" or name not in tree["ema"]
+        for part, leaves in tree.items()
+        for name, leaf in leaves.items()
+        if (part == "ema") == (name in averaged)
     ]
-    found: Weights = {}
+    found: Arrays = {}
     while wanted:
         now: dict[str, dict[str, int]] = {}
         size = 0
@@ -170,12 +187,27 @@ def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> 
         restored = reader.restore(folder, args=request)
         for values in restored.values():
             for name in list(values):
-                found[name] = checkpoints._in_pages(values.pop(name))
+                found[name] = _in_pages(values.pop(name))
                 host_memory.trim()
     return found
 
 
-def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
+def _in_pages(value: np.ndarray) -> np.ndarray:
+    """A copy in mapped pages of its own, which return to the system when it is freed.
+
+    Orbax decodes arrays in threads, each with a malloc arena of its own, which glibc hardly trims.
+    Arrays left there until they are on the device would take twice their size.
+    """
+    pages = mmap.mmap(-1, max(value.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(pages, value.dtype, value.size).reshape(value.shape)
+    copy[...] = value
+    return copy
+
+
+# --- exports --------------------------------------------------------------------------------------
+
+
+def save_export(folder: str, weights: AnyWeights, meta: dict[str, Any]) -> None:
     """Writes an export into `folder`, which exists: params/ (Orbax), then model.json."""
     import orbax.checkpoint as ocp
 
@@ -186,8 +218,8 @@ def save_export(folder: str, weights: Weights, meta: dict[str, Any]) -> None:
     files.write_json(os.path.join(folder, EXPORT), meta)
 
 
-def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
-    """(weights by path, configuration) of an export of ours."""
+def _load_export(folder: str, kind: str) -> tuple[Arrays, Saved]:
+    """(weights by path, their model) of an export of ours."""
     meta = files.read_object(files.inside(folder, EXPORT)) or {}
     if meta.get("kind") != kind:
         found = meta.get("kind")
@@ -198,31 +230,19 @@ def _load_export(folder: str, kind: str) -> tuple[Weights, dict[str, Any]]:
     wrong = _damage(params)
     if wrong:
         raise UserError(f"init_from={folder!r} is a damaged export: {wrong}; export it again")
-    model = _model_in(os.path.join(folder, EXPORT), meta)
+    if kind == "generator":
+        meta["autoencoder"] = files.inside(folder, AUTOENCODER)
+    saved = _saved_in(os.path.join(folder, EXPORT), meta)
     weights = _read_numpy(params, "raw")
     logging.info("read the export %s", folder)
-    if kind == "generator":
-        inner = files.inside(folder, AUTOENCODER)
-        kept = {k: meta.get(k) for k in GENERATOR_KEYS}
-        return weights, kept | {"autoencoder": inner, "model": model}
-    return weights, {"model": model}
+    return weights, dataclasses.replace(saved, latents=meta.get("latents"))
 
 
-def _model_in(path: str, config: Any) -> Model:
-    """config.model of the JSON file `path`, which has `config`. Raises UserError."""
-    if not isinstance(config, dict) or "model" not in config:
-        raise UserError(f"{path} names no model; it is of no run or export")
-    try:
-        return config_lib.model_section(config["model"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def checksum(weights: Weights, parts: tuple[str, ...] = ("",)) -> str:
+def checksum(weights: AnyWeights, parts: tuple[str, ...] = ("",)) -> str:
     """sha256 of the names, shapes and float32 values of weights, in the order of their names.
 
-    parts: only weights whose names begin with one of these. The arrays are ones that this process
-    has whole.
+    parts: only weights whose names begin with one of these. The arrays must be fully addressable by
+    this process.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -233,6 +253,6 @@ def checksum(weights: Weights, parts: tuple[str, ...] = ("",)) -> str:
     return digest.hexdigest()
 
 
-def encoder_checksum(weights: Weights) -> str:
-    """The checksum of what latents depend on; training of a decoder alone leaves it as it was."""
+def encoder_checksum(weights: AnyWeights) -> str:
+    """The checksum of the weights that latents depend on; training a decoder alone keeps it."""
     return checksum(weights, ("encoder.", "quant_conv."))

@@ -5,7 +5,7 @@ from dcae_jax.config.checks import check, check_resolution
 from dcae_jax.config.identity import flatten, identity_changes, to_json
 from dcae_jax.config.loading import MISTAKES, explain, load_file, parse_file, suggest
 from dcae_jax.config.schema import Config, default, replace, training_resolutions
-from dcae_jax.config.validation import model_section, validate
+from dcae_jax.config.validation import diffusion_section, model_section, validate
 
 __all__ = [
     "MISTAKES",
@@ -13,6 +13,7 @@ __all__ = [
     "check",
     "check_resolution",
     "default",
+    "diffusion_section",
     "explain",
     "flatten",
     "identity_changes",

@@ -31,7 +31,7 @@ NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
 
 
 def to_json(config: Config | Model) -> dict[str, Any]:
-    """The configuration, or its section `model`, as JSON values: tuples become lists."""
+    """The configuration (or a section) as JSON values: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 from ml_collections import ConfigDict
 
 from dcae_jax.config import checks
-from dcae_jax.config.schema import INT_MAX, Config, Model, known_keys
+from dcae_jax.config.schema import INT_MAX, Config, Diffusion, Model, known_keys
 from dcae_jax.errors import UserError
 
 T = TypeVar("T")
@@ -39,6 +39,12 @@ def model_section(saved: Any) -> Model:
         if name not in known_keys(Model):
             raise UserError(f"model.{str(name)[:40]} is no key of this version")
     return _section(Model, dataclasses.asdict(Model()) | saved, "model.")
+
+
+def diffusion_section(saved: Mapping[str, Any]) -> Diffusion:
+    """The keys of a diffusion model from a JSON file's, others ignored. Raises UserError."""
+    known = {key: saved[key] for key in known_keys(Diffusion) if key in saved}
+    return _section(Diffusion, dataclasses.asdict(Diffusion()) | known, "")
 
 
 @functools.cache

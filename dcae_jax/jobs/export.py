@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's weights in the format that another program reads, or as a program of their own.
+"""The job `export`: weights in our format or another program's, or as a StableHLO program.
 
-Every export is written beside its folder, read back and compared, and only then renamed.
+Every export is written to a temporary folder, read back and compared, and only then renamed.
 """
 
 import functools
@@ -20,17 +20,20 @@ from dcae_jax import files, models
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config import Config
-from dcae_jax.config.schema import MeshSizes, Model
+from dcae_jax.config.schema import Job, MeshSizes, Model
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.weights import Weights
+from dcae_jax.models.protocol import Arrays, AutoencoderArchitecture
 from dcae_jax.pretrained import export_formats
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
+# The numbers do not depend on the number of devices.
+ONE_DEVICE = MeshSizes(data=1, fsdp=1, tensor=1, spatial=1)
+
 
 def run(config: Config, workdir: str) -> int:
-    """The job `export`. Raises UserError for what the format cannot express."""
+    """Runs the job. Raises UserError for what the format cannot express."""
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to the weights to export")
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
@@ -42,11 +45,14 @@ def run(config: Config, workdir: str) -> int:
         weights, saved = checkpoint_weights.load_weights(
             config.init_from, config.weights, config.model.variant
         )
-        config = config_lib.replace(config, model=saved["model"])
-        writer = functools.partial(write, config, weights)
+        writer = functools.partial(write, config_lib.replace(config, model=saved.model), weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
-    size = sum(entry.stat().st_size for entry in _files(out))
+    size = sum(
+        os.path.getsize(os.path.join(parent, name))
+        for parent, _, names in os.walk(out)
+        for name in names
+    )
     logging.info(
         "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",
         out,
@@ -57,16 +63,18 @@ def run(config: Config, workdir: str) -> int:
     return 0
 
 
-def write(config: Config, weights: Weights, folder: str) -> float:
-    """Writes `weights` of config.model into `folder` as config.export says, and reads it back.
+def write(config: Config, weights: Arrays, folder: str) -> float:
+    """Writes `weights` of config.model to `folder` as config.export.format says, and reads it back.
 
     Returns the largest difference: of weights, or of what the exported program computes.
     """
     arch = models.find(config.model).architecture(config.model)
     mesh = mesh_lib.make_mesh(ONE_DEVICE, jax.devices()[:1])
-    _, params, stats = weights_lib.split(state_lib.abstract_model(config, mesh))
+    _, params, stats = weights_lib.split(
+        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    )
     state_lib.check_weights(weights, {**params, **stats})
-    meta = _autoencoder_meta(config, config.model, arch)
+    meta = _autoencoder_meta(config.model, arch, _provenance(config))
     if config.export.format == "stablehlo":
         return _write_stablehlo(config, mesh, weights, meta, folder)
     if config.export.format == "orbax":
@@ -74,13 +82,13 @@ def write(config: Config, weights: Weights, folder: str) -> float:
     else:
         export_formats.write_torch(config.export.format, weights, arch, folder)
     back, _ = checkpoint_weights.load_weights(folder)
-    return _equal(export_formats.difference(weights, back))
+    return _equal(export_formats.max_difference(weights, back))
 
 
 def _write_stablehlo(
-    config: Config, mesh: Mesh, weights: Weights, meta: dict[str, Any], folder: str
+    config: Config, mesh: Mesh, weights: Arrays, meta: dict[str, Any], folder: str
 ) -> float:
-    """The program has no platform of its own: it uses the grouped depthwise form and, unless
+    """The program is platform-independent: it uses the grouped depthwise form and, unless
     config.dtype says otherwise, float32.
     """
     if importlib.util.find_spec("flatbuffers") is None:
@@ -89,7 +97,9 @@ def _write_stablehlo(
         config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":
         config = config_lib.replace(config, model={"depthwise": "grouped"})
-    graph, _, _ = weights_lib.split(state_lib.abstract_model(config, mesh))
+    graph, _, _ = weights_lib.split(
+        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    )
     arch = models.find(config.model).architecture(config.model)
     return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
 
@@ -100,8 +110,10 @@ def _equal(worst: float) -> float:
     return worst
 
 
-def _autoencoder_meta(config: Config, model: Model, arch: Any) -> dict[str, Any]:
-    """model.json of the autoencoder with the settings `model`."""
+def _autoencoder_meta(
+    model: Model, arch: AutoencoderArchitecture, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """model.json of an autoencoder."""
     return {
         "kind": "autoencoder",
         "variant": model.variant,
@@ -112,32 +124,21 @@ def _autoencoder_meta(config: Config, model: Model, arch: Any) -> dict[str, Any]
         "scaling": "latents times scaling_factor have an rms of about 1; encode does not scale",
         "dtype": "float32",
         "layout": "images [B, H, W, 3] in [-1, 1], latents [B, H/f, W/f, c]",
-        "provenance": _provenance(config),
+        "provenance": provenance,
     }
 
 
-def _provenance(config: Config) -> dict[str, Any]:
+def _provenance(job: Job) -> dict[str, Any]:
     return {
-        "source": config.init_from,
-        "weights": config.weights,
+        "source": job.init_from,
+        "weights": job.weights,
         "versions": {"dcae_jax": dcae_jax.__version__, "jax": jax.__version__},
     }
 
 
-# The numbers do not depend on how many devices there are.
-ONE_DEVICE = MeshSizes(data=1, fsdp=1, tensor=1, spatial=1)
-
-
-def _files(folder: str) -> list[os.DirEntry]:
-    found = []
-    for entry in os.scandir(folder):
-        found += _files(entry.path) if entry.is_dir() else [entry]
-    return found
-
-
 # --- diffusion models -----------------------------------------------------------------------------
 
-# Why a format has no diffusion model.
+# Formats that cannot hold a diffusion model, with the reason.
 NO_GENERATOR = {
     "diffusers": "diffusers has no UViT of this kind, and its DiT pipeline takes no DC-AE",
     "stablehlo": "the program would fix labels, guidance, sampler and steps",
@@ -145,7 +146,10 @@ NO_GENERATOR = {
 
 
 def _load_generator(config: Config) -> generator.Generator:
-    """The diffusion model of config.init_from with its autoencoder, if the format can hold it."""
+    """The diffusion model of config.init_from with its autoencoder.
+
+    Raises UserError if the format cannot hold it.
+    """
     form = config.export.format
     if form in NO_GENERATOR:
         raise UserError(
@@ -164,7 +168,7 @@ def _load_generator(config: Config) -> generator.Generator:
 
 
 def write_generator(config: Config, model: generator.Generator, folder: str) -> float:
-    """Writes a diffusion model with its autoencoder into `folder`, and reads both back.
+    """Writes a diffusion model with its autoencoder to `folder`, and reads both back.
 
     Returns the largest difference of weights.
     """
@@ -173,7 +177,7 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
         for part in (model.weights, model.autoencoder.weights)
     )
     if config.export.format == "orbax":
-        _write_generator_orbax(config, model, weights, inner, folder)
+        _write_generator_orbax(_provenance(config), model, weights, inner, folder)
     else:
         export_formats.write_authors_generator(
             models.find(model.model_config),
@@ -186,22 +190,25 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
             autoencoder=(inner, model.autoencoder.architecture),
         )
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
-    again = Config(
-        model=saved["model"], objective=saved["objective"], patch_size=saved["patch_size"]
-    )
-    if (again.objective, state_lib.architecture(again)) != (model.objective, model.architecture):
+    objective, patch_size = saved.diffusion.objective, saved.diffusion.patch_size
+    again = state_lib.architecture(saved.model, objective, patch_size)
+    if (objective, again) != (model.objective, model.architecture):
         raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
-    worst = export_formats.difference(weights, back)
-    if saved["autoencoder"]:
-        read, _ = checkpoint_weights.load_weights(saved["autoencoder"])
-        worst = max(worst, export_formats.difference(inner, read))
+    worst = export_formats.max_difference(weights, back)
+    if saved.diffusion.autoencoder:
+        read, _ = checkpoint_weights.load_weights(saved.diffusion.autoencoder)
+        worst = max(worst, export_formats.max_difference(inner, read))
     return _equal(worst)
 
 
 def _write_generator_orbax(
-    config: Config, model: generator.Generator, weights: Weights, inner: Weights, folder: str
+    provenance: dict[str, Any],
+    model: generator.Generator,
+    weights: Arrays,
+    inner: Arrays,
+    folder: str,
 ) -> None:
-    """model.json, params/ and autoencoder/, which is an export of its own."""
+    """Writes model.json, params/ and autoencoder/, which is an export of its own."""
     ae, arch = model.autoencoder, model.architecture
     meta = {
         "kind": "generator",
@@ -218,10 +225,10 @@ def _write_generator_orbax(
             "encoder_checksum": checkpoint_weights.encoder_checksum(inner),
         },
         "dtype": "float32",
-        "provenance": _provenance(config),
+        "provenance": provenance,
     }
     within = os.path.join(folder, checkpoint_weights.AUTOENCODER)
     os.makedirs(within)
-    of_ae = _autoencoder_meta(config, ae.model_config, ae.architecture)
-    checkpoint_weights.save_export(within, inner, of_ae)
+    inner_meta = _autoencoder_meta(ae.model_config, ae.architecture, provenance)
+    checkpoint_weights.save_export(within, inner, inner_meta)
     checkpoint_weights.save_export(folder, weights, meta)

@@ -73,6 +73,11 @@ def owner(architecture: Any) -> Any:
     return importlib.import_module(type(architecture).__module__)
 
 
+def name_of(module: Any) -> str:
+    """What config.model.name calls a model file."""
+    return module.__name__.rpartition(".")[2]
+
+
 def autoencoder_names(module: "AutoencoderModule") -> "AutoencoderNames":
     """What others call the weights of an autoencoder. Raises UserError if no file knows."""
     return _torch(module)
@@ -85,11 +90,11 @@ def backbone_names(module: "BackboneModule") -> "BackboneNames":
 
 def has_names(module: Any) -> bool:
     """Whether a file beside that of the model knows what others call its weights."""
-    return _imported(f"{module.__name__.rpartition('.')[2]}_torch") is not None
+    return _imported(f"{name_of(module)}_torch") is not None
 
 
 def _torch(module: Any) -> Any:
-    name = module.__name__.rpartition(".")[2]
+    name = name_of(module)
     found = _imported(f"{name}_torch")
     if found is None:
         raise UserError(f"model.name={name!r} has no {name}_torch.py: use export.format=orbax")

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
 Weights = dict[str, Array]
+AnyWeights = Mapping[str, Array | np.ndarray]  # on devices or on the host
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:

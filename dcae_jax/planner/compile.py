@@ -273,7 +273,7 @@ def step_and_arguments(config: Config, mesh: Mesh, size: int) -> tuple[Any, tupl
         )
         return generator_lib.abstract_generator(config, mesh).program(config.batch_size, settings)
     spec = state_lib.train_spec(config, mesh)
-    state = state_lib.abstract_state(config, mesh, spec)
+    state = state_lib.abstract_state(config.sharding, mesh, spec)
     batch = run_lib.abstract_batch(config, size, mesh)
     step = step_lib.jit_step(config, spec, state)
     return step, (state, batch, abstract_lpips(config, mesh))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writers of the formats that other programs read: diffusers, the authors', StableHLO.
+"""Writers of other programs' formats: diffusers, the authors', StableHLO.
 
-Each writes host arrays into a folder that exists; reading back and comparing is the job's.
+Each writes host arrays into a folder that exists; the job `export` reads them back and compares.
 """
 
 import logging
@@ -20,9 +20,8 @@ from dcae_jax import files, models
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderArchitecture, BackboneArchitecture, BackboneModule
+from dcae_jax.models.weights import AnyWeights
 from dcae_jax.pretrained import hub, published, torch_io
-
-Arrays = Mapping[str, jax.Array | np.ndarray]
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS = "weights.safetensors"
@@ -48,17 +47,17 @@ np.savez("reconstruction.npz", latents=z, images=y)
 '''
 
 
-def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """The largest absolute difference of two dicts of arrays. Raises RuntimeError if names do."""
+def max_difference(a: AnyWeights, b: AnyWeights) -> float:
+    """The largest absolute difference of two dicts of arrays. RuntimeError if names differ."""
     if a.keys() != b.keys():
         raise RuntimeError(f"read back with other names: {sorted(a.keys() ^ b.keys())[:3]}")
     return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
 
 
-def write_torch(form: str, weights: Arrays, arch: "AutoencoderArchitecture", folder: str) -> None:
-    """config.json and safetensors as diffusers or the authors name them.
+def write_torch(form: str, weights: AnyWeights, arch: AutoencoderArchitecture, folder: str) -> None:
+    """Writes config.json and safetensors with the names of diffusers or of the authors.
 
-    Raises UserError for what the format cannot express.
+    form: 'diffusers' or 'authors'. Raises UserError for what the format cannot express.
     """
     names = models.autoencoder_names(models.owner(arch))
     settings = names.config_of(arch, form)  # first: it refuses what the format cannot express
@@ -70,23 +69,23 @@ def write_torch(form: str, weights: Arrays, arch: "AutoencoderArchitecture", fol
 
 
 def write_authors_generator(
-    module: "BackboneModule",
-    weights: Arrays,
-    arch: "BackboneArchitecture",
+    module: BackboneModule,
+    weights: AnyWeights,
+    arch: BackboneArchitecture,
     folder: str,
     *,
     objective: str,
     resolution: int,
     scaling_factor: float,
-    autoencoder: "tuple[Arrays, AutoencoderArchitecture]",
+    autoencoder: tuple[AnyWeights, AutoencoderArchitecture],
 ) -> None:
-    """A diffusion model, and its autoencoder where the authors published it, as one safetensors.
+    """Writes a diffusion model, with its autoencoder if that is a published one, as a safetensors.
 
-    autoencoder: its weights and architecture; its latents are multiplied by scaling_factor. Raises
+    autoencoder: its weights and architecture. scaling_factor: multiplies its latents. Raises
     UserError for what the format cannot express.
     """
     inner, inner_arch = autoencoder
-    names, backbone = models.backbone_names(module), module.__name__.rpartition(".")[2]
+    names, backbone = models.backbone_names(module), models.name_of(module)
     if objective not in names.KINDS:
         raise UserError(
             f"the authors' format cannot express objective={objective!r} of {backbone}: a reader "
@@ -133,29 +132,31 @@ def _warn_of_factor(implied: float | None, name: str, factor: float | None) -> N
         )
 
 
-def _write_folder(folder: str, settings: dict[str, Any], tensors: Arrays, authors: bool) -> None:
+def _write_folder(
+    folder: str, settings: dict[str, Any], tensors: AnyWeights, authors: bool
+) -> None:
     file = hub.AUTHORS_FILE if authors else hub.DIFFUSERS_FILE
     files.write_json(os.path.join(folder, "config.json"), settings)
     path = os.path.join(folder, file)
     torch_io.write_safetensors(path, _contiguous(tensors), {"format": "pt"})
 
 
-def _contiguous(tensors: Arrays) -> dict[str, np.ndarray]:
+def _contiguous(tensors: AnyWeights) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def write_stablehlo(
     graph: nnx.GraphDef,
-    weights: Arrays,
-    arch: "AutoencoderArchitecture",
+    weights: AnyWeights,
+    arch: AutoencoderArchitecture,
     meta: dict[str, Any],
     folder: str,
 ) -> float:
-    """encode.stablehlo and decode.stablehlo for every platform and size, with the weights beside.
+    """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
-    Both take (weights, x). Weights as constants inside would not fit a file of 2 GB. graph: of a
-    model that computes alike on every platform. Returns the largest difference of what the example
-    computes in a process of its own.
+    Both programs take (weights, x): weights as constants would exceed the 2 GB of a flatbuffer.
+    graph: of a model without platform-specific layers. Returns the largest difference between the
+    results of the example, run in its own process, and ours.
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
@@ -177,13 +178,13 @@ def write_stablehlo(
 
 
 def _compare_stablehlo(
-    functions: Mapping[str, Callable[..., jax.Array]], weights: Arrays, f: int, folder: str
+    functions: Mapping[str, Callable[..., jax.Array]], weights: AnyWeights, f: int, folder: str
 ) -> float:
-    """Runs the example in a fresh process, and here the same; the largest difference."""
+    """Runs the example in a fresh process; the largest difference from the same computed here."""
     x = np.random.default_rng(0).uniform(-1, 1, (1, 2 * f, f, 3)).astype(np.float32)
     np.save(os.path.join(folder, "x.npy"), x)
     command = [sys.executable, "-I", "example.py", "x.npy"]
-    # On the CPU: this process holds the accelerator.
+    # On the CPU, since this process holds the accelerator.
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -191,7 +192,7 @@ def _compare_stablehlo(
     z = functions["encode"](weights, x)
     y = functions["decode"](weights, z)
     with np.load(os.path.join(folder, "reconstruction.npz")) as theirs:
-        worst = difference(
+        worst = max_difference(
             {"latents": z, "images": y}, {k: theirs[k] for k in ("latents", "images")}
         )
     for name in ("x.npy", "reconstruction.npz"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of weights that PyTorch models were published with: where they are, and what is in them.
+"""Finds and opens published PyTorch weights: on disk, or on the Hugging Face hub.
 
-A folder of diffusers or of the authors, a bare file, or a name on the Hugging Face hub.
-safetensors files are mapped, and each tensor is read where it is used, without PyTorch.
+A folder as diffusers or the authors write it, a bare file, or a hub name. safetensors files are
+memory-mapped and each tensor is read when it is used, without PyTorch.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 AUTHORS_FILE = "model.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-# What is fetched of a model on the hub: configuration and weights in full precision, those of the
-# model itself or of a pipeline's autoencoder.
+# Downloaded from the hub: configuration and full-precision weights of the model itself or of a
+# pipeline's autoencoder.
 HUB_FILES = [
     "model_index.json",
     *(
@@ -63,7 +63,7 @@ def read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """(config.json or None, files of weights) of a folder. A pipeline's is in its `vae`."""
+    """(config.json or None, weight files) of a folder; of a pipeline, those of its `vae`."""
     inner = os.path.join(path, "vae")
     if os.path.exists(os.path.join(path, "model_index.json")) and os.path.isdir(inner):
         path = files_lib.inside(path, "vae")
@@ -90,7 +90,8 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
 def fetch(name: str) -> str:
     """The folder of the user's cache with the files of hub model `name`.
 
-    What is cached whole is taken from there without a look at the network; the rest is fetched.
+    A model that is cached completely is used without network access; otherwise the missing files
+    are downloaded.
     """
     try:
         import huggingface_hub
@@ -105,8 +106,8 @@ def fetch(name: str) -> str:
             folder = huggingface_hub.snapshot_download(
                 name, allow_patterns=HUB_FILES, local_files_only=offline
             )
-        except Exception as error:  # of the network, the hub, or httpx, which is not ours to import
-            if offline:  # not cached, or only in part
+        except Exception as error:  # of the network, the hub, or httpx, which we do not import
+            if offline:  # not cached, or incomplete
                 continue
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
@@ -120,7 +121,7 @@ def fetch(name: str) -> str:
 
 
 def _missing(folder: str) -> str:
-    """What the snapshot of a hub model lacks; '' if it is whole."""
+    """What the snapshot of a hub model lacks; '' if it is complete."""
     try:
         config, files = _folder(folder)
     except (UserError, OSError):
@@ -135,26 +136,26 @@ def _missing(folder: str) -> str:
 
 
 def _shards(index: str) -> list[str]:
-    """Names of the files that an index lists; in its own folder, wherever it points."""
+    """Names of the files that an index lists, always taken from the index's own folder."""
     parts = (files_lib.read_object(index) or {}).get("weight_map")
     if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
         raise UserError(f"{index} has no weight_map; fetch it again")
     return sorted({os.path.basename(name) for name in parts.values()})
 
 
-# --- what is in a file ----------------------------------------------------------------------------
+# --- opening files --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file, which is read where it is used."""
+    """A tensor in a safetensors file; np.asarray reads it."""
 
     file: "safe_open"
     name: str
     shape: tuple[int, ...]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # it is one
+        del copy  # always a copy
         try:
             return np.asarray(self.file.get_tensor(self.name), dtype)
         except AttributeError as error:  # NumPy has no such type
@@ -165,23 +166,17 @@ class Stored:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """{name: array, or what np.asarray reads as one} of a safetensors or a PyTorch file.
-
-    Raises UserError.
-    """
-    if not path.endswith(PICKLES):
-        return read_safetensors(path)
-    try:
+    """{name: array or Stored} of a safetensors or a PyTorch file. Raises UserError."""
+    if path.endswith(PICKLES):
         return torch_io.read_state_dict(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return read_safetensors(path)
 
 
 def read_safetensors(path: str) -> dict[str, Stored]:
-    """{name: tensor, not yet read} of a file whose header is sound. Raises UserError."""
+    """{name: tensor, not yet read} of a safetensors file. Raises UserError for a bad header."""
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.isfile(path):  # of a pipe, opening it would wait for ever
+    if not os.path.isfile(path):  # opening a pipe would block forever
         raise UserError(f"{path} is no file; check the path")
     try:
         with open(path, "rb") as opened:

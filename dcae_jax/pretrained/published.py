@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that PyTorch models were published with: which model they are of, and what it is here.
+"""Published PyTorch weights: identifies the model they belong to and converts them to ours.
 
-`read` is for autoencoders, `read_generator` for diffusion models. Both know a model by what stands
-beside its file in dcae_jax/models, and name none.
+`read` is for autoencoders, `read_generator` for diffusion models. Both go by the `*_torch.py`
+beside each model in dcae_jax/models; no model is named here.
 """
 
 import dataclasses
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dcae_jax import models
-from dcae_jax.config.schema import Model
+from dcae_jax.config.schema import Diffusion, Model
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import (
     Arrays,
@@ -25,11 +25,26 @@ from dcae_jax.models.protocol import (
 from dcae_jax.pretrained import hub
 
 
-def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
-    """(weights by path, config.model) of a published folder, file or hub name.
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The model that weights belong to, as the files beside them describe it."""
 
-    variant: what the weights are of; needed by files whose tensors do not tell, and checked
-    against the others. Arrays are NumPy, float32. Raises UserError, one line.
+    model: Model
+    diffusion: Diffusion = Diffusion()  # objective '' for an autoencoder
+    # Provenance of the latents that a diffusion model was trained on: `autoencoder` (a path) and
+    # `encoder_checksum`, of a run the rest of the manifest too. None where unknown.
+    latents: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        return "generator" if self.diffusion.objective else "autoencoder"
+
+
+def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
+    """(weights by path, their model) of a published autoencoder: folder, file or hub name.
+
+    variant: of the weights; needed for files whose tensors are ambiguous, and checked against the
+    others. Arrays are NumPy, float32. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
@@ -39,14 +54,14 @@ def read(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
         weights = names.from_torch(tensors, arch, form)
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
-    settings = model_settings(arch)
-    logging.info("read %s weights, named as %s name them, from %s", settings.variant, form, path)
-    return weights, settings
+    model = model_settings(arch)
+    logging.info("read %s weights, named as %s name them, from %s", model.variant, form, path)
+    return weights, Saved(model)
 
 
 def _identify(
     tensors: Mapping[str, Any], config: dict[str, Any] | None, variant: str
-) -> "tuple[AutoencoderNames, AutoencoderArchitecture, str]":
+) -> tuple[AutoencoderNames, AutoencoderArchitecture, str]:
     """(names, architecture, format) of tensors and the config.json beside them."""
     if variant:
         module = models.autoencoder_of(variant)
@@ -64,17 +79,17 @@ def _identify(
     return names, arch, _form(names, tensors)
 
 
-def _form(names: "AutoencoderNames", tensors: Mapping[str, Any]) -> str:
+def _form(names: AutoencoderNames, tensors: Mapping[str, Any]) -> str:
     found = names.format_of(tensors)
     return found if found in names.FORMATS else names.FORMATS[0]
 
 
-def _all_names() -> "list[AutoencoderNames]":
+def _all_names() -> list[AutoencoderNames]:
     modules = [module for module in models.autoencoders() if models.has_names(module)]
     return [models.autoencoder_names(module) for module in modules]
 
 
-def _names_of(config: Mapping[str, Any]) -> "AutoencoderNames":
+def _names_of(config: Mapping[str, Any]) -> AutoencoderNames:
     """The names of the class that config.json is of; DC-AE's where it says none."""
     found = (names for names in _all_names() if names.CLASS_NAME == config.get("_class_name"))
     default = models.autoencoder_names(models.autoencoder_of(""))
@@ -83,7 +98,7 @@ def _names_of(config: Mapping[str, Any]) -> "AutoencoderNames":
 
 def _guess(
     tensors: Mapping[str, Any],
-) -> "tuple[AutoencoderNames, AutoencoderArchitecture, str]":
+) -> tuple[AutoencoderNames, AutoencoderArchitecture, str]:
     """The variant that has exactly these tensors, its scaling factor left unknown."""
     for names in _all_names():
         arch = names.recognise(tensors)
@@ -97,7 +112,7 @@ def _guess(
     )
 
 
-def model_settings(arch: "AutoencoderArchitecture") -> Model:
+def model_settings(arch: AutoencoderArchitecture) -> Model:
     """All of config.model for the architecture `arch`, its scaling factor included."""
     module = models.owner(arch)
     settings = Model(**models.autoencoder_names(module).settings_of(arch))
@@ -112,40 +127,39 @@ AUTOENCODER_PREFIX = "autoencoder."
 HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that their names refer to
 
 
-def read_generator(path: str, variant: str = "") -> "tuple[Arrays, dict[str, Any]]":
-    """(weights by path, settings) of a published UViT, USiT or DiT: folder, file or hub name.
+def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
+    """(weights by path, their model) of a published UViT, USiT or DiT: folder, file or hub name.
 
-    settings: {'model': all of config.model, 'patch_size': int, 'objective': 'epsilon',
-    'learned_sigma' or 'flow', 'autoencoder': where its weights are, or ''}. The last two come from
-    the config.json beside the weights; without it a UViT is taken for one that predicts epsilon,
-    since a USiT has the same tensors. model.latent_size is 0 where the weights do not tell it (a
-    DiT without its fixed positions).
-    variant: whose heads the model has, needed where its width is that of no variant, and checked
-    where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
+    Objective and autoencoder come from the config.json beside the weights; without it a UViT is
+    taken for one that predicts epsilon, since a USiT has the same tensors. model.latent_size is 0
+    where the weights do not determine it (a DiT without its fixed position table).
+    variant: whose number of heads the model has; needed where its width is that of no variant, and
+    checked where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     try:
         module, arch, prefix = _recognise(tensors, variant)
         names = models.backbone_names(module)
         weights = names.from_torch(tensors, arch, prefix)
-        settings = _generator_settings(module, arch, variant)
+        model = _generator_settings(module, arch, variant)
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
     name = str((config or {}).get("model_name", ""))
-    settings["objective"] = _objective(names, arch, name)
-    settings["autoencoder"] = ""
-    if autoencoder := _autoencoder_of(name):
+    autoencoder = _autoencoder_of(name)
+    if autoencoder:
         inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
-        settings["autoencoder"] = path if inside else f"{HUB_OWNER}/{autoencoder}"
-    model = settings["model"]
+        autoencoder = path if inside else f"{HUB_OWNER}/{autoencoder}"
     logging.info("read %s %s weights from %s", model.name, model.variant, path)
-    return weights, settings
+    diffusion = Diffusion(
+        objective=_objective(names, arch, name), patch_size=arch.patch_size, autoencoder=autoencoder
+    )
+    return weights, Saved(model, diffusion)
 
 
 def kind_of(path: str) -> str:
-    """'generator' where the tensors of a folder, file or hub name hold a backbone.
+    """'generator' if the tensors of a folder, file or hub name contain a backbone.
 
-    Else 'autoencoder', whether or not they are one's. Raises UserError where there are none.
+    Otherwise 'autoencoder', without looking further. Raises UserError if there are no tensors.
     """
     _, tensors = hub.read_tensors(path)
     first = [names.FIRST for _, names in _backbones()]
@@ -153,23 +167,23 @@ def kind_of(path: str) -> str:
     return "generator" if found else "autoencoder"
 
 
-def _backbones() -> "list[tuple[BackboneModule, BackboneNames]]":
+def _backbones() -> list[tuple[BackboneModule, BackboneNames]]:
     modules = [module for module in models.backbones() if models.has_names(module)]
     return [(module, models.backbone_names(module)) for module in modules]
 
 
 def _prefixes() -> list[str]:
-    """What stands before the names: in folders of the hub, in files of the authors' trainers;
-    nothing in those of U-ViT and DiT.
+    """Prefixes of the names: in the hub's folders, in files of the authors' trainers, and none in
+    those of U-ViT and DiT.
     """
-    own = [f"{module.__name__.rpartition('.')[2]}." for module, _ in _backbones()]
+    own = [f"{models.name_of(module)}." for module, _ in _backbones()]
     return ["diffusion_model.", *own, "0.", ""]
 
 
 def _recognise(
     tensors: Mapping[str, Any], variant: str
-) -> "tuple[BackboneModule, BackboneArchitecture, str]":
-    """(the backbone's file, architecture, prefix of the names) of tensors."""
+) -> tuple[BackboneModule, BackboneArchitecture, str]:
+    """(the backbone's module, architecture, prefix of the names) of tensors."""
     for prefix in _prefixes():
         for module, names in _backbones():
             row = module.VARIANTS.get(variant)
@@ -178,7 +192,7 @@ def _recognise(
                 continue
             if variant and row is None:
                 raise UserError(
-                    f"variant={variant!r} is no size of {module.__name__.rpartition('.')[2]}; "
+                    f"variant={variant!r} is no size of {models.name_of(module)}; "
                     f"choose one of {', '.join(module.VARIANTS)}"
                 )
             known = [v for v in module.VARIANTS.values() if v.width == arch.width]
@@ -200,7 +214,9 @@ def _recognise(
     )
 
 
-def _objective(names: "BackboneNames", arch: "BackboneArchitecture", model_name: str) -> str:
+def _objective(
+    names: BackboneNames, arch: BackboneArchitecture, model_name: str
+) -> Literal["epsilon", "learned_sigma", "flow"]:
     """What a published model predicts, by its name or, without one, by its output channels."""
     flows = "|".join(n.KINDS["flow"] for _, n in _backbones() if "flow" in n.KINDS)
     if re.search(rf"(^|-)({flows})-", model_name):
@@ -210,22 +226,19 @@ def _objective(names: "BackboneNames", arch: "BackboneArchitecture", model_name:
     return "epsilon" if "epsilon" in names.KINDS else "flow"
 
 
-def _generator_settings(
-    module: "BackboneModule", arch: "BackboneArchitecture", variant: str
-) -> dict[str, Any]:
+def _generator_settings(module: BackboneModule, arch: BackboneArchitecture, variant: str) -> Model:
+    """All of config.model for a backbone of the architecture `arch`."""
     rows = module.VARIANTS
     variant = variant or next(name for name, row in rows.items() if row.width == arch.width)
     sizes = {key: getattr(arch, key) for key in ("depth", "width", "heads")}
-    row = rows[variant]
-    model = Model(
-        name=module.__name__.rpartition(".")[2],
+    return Model(
+        name=models.name_of(module),
         variant=variant,
         latent_size=arch.latent_size,
         latent_channels=arch.latent_channels,
         num_classes=arch.num_classes,
-        **{key: size for key, size in sizes.items() if size != getattr(row, key)},
+        **{key: size for key, size in sizes.items() if size != getattr(rows[variant], key)},
     )
-    return {"model": model, "patch_size": arch.patch_size}
 
 
 def _autoencoder_of(model_name: str) -> str:
@@ -238,7 +251,7 @@ def _autoencoder_of(model_name: str) -> str:
 def _inside(
     config: dict[str, Any] | None, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """(config.json, tensors) of the autoencoder that lies beside a diffusion model in its file."""
+    """(config.json, tensors) of the autoencoder stored in the same file as a diffusion model."""
     name = _autoencoder_of(str((config or {}).get("model_name", "")))
     own = {
         key.removeprefix(AUTOENCODER_PREFIX): tensor

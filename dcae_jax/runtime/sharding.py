@@ -21,7 +21,7 @@ from dcae_jax.runtime import mesh as mesh_lib
 
 SMALL = 2**16  # parameters of fewer elements are replicated: splitting them only costs messages
 
-
+Rules = Sequence[tuple[str, str]]  # config.sharding: (path pattern, one of RULES)
 RULES = ("fsdp", "rows", "columns", "replicate")
 
 
@@ -52,12 +52,12 @@ def weight_spec(
     return P(*(name[0] if len(name) == 1 else name or None for name in names))
 
 
-def _rule(path: str, rules: Sequence[Sequence[str]]) -> str:
+def _rule(path: str, rules: Rules) -> str:
     """The first of the (pattern, rule) pairs that matches the path; 'replicate' if none does."""
     return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), "replicate")
 
 
-def check_tensor(weights: dict[str, Any], rules: Sequence[Sequence[str]], mesh: Mesh) -> None:
+def check_tensor(weights: dict[str, Any], rules: Rules, mesh: Mesh) -> None:
     """Raises UserError where devices along mesh.tensor would all do the same."""
     specs = [weight_spec(w.shape, _rule(k, rules), mesh, "*" in k) for k, w in weights.items()]
     if mesh.shape["tensor"] > 1 and all(map(_without_tensor, specs)):
@@ -71,7 +71,7 @@ def _without_tensor(spec: P) -> bool:
     return not any(names == "tensor" or "tensor" in (names or ()) for names in spec)
 
 
-def check_rules(rules: Sequence[Sequence[str]]) -> None:
+def check_rules(rules: Rules) -> None:
     """Raises UserError unless each of config.sharding is (regular expression, known rule)."""
     for pair in rules:
         if len(pair) != 2 or pair[1] not in RULES:
@@ -85,7 +85,7 @@ def check_rules(rules: Sequence[Sequence[str]]) -> None:
             raise UserError(f"sharding has the pattern {pair[0]!r}: {error}; mend it") from error
 
 
-def state_shardings(state: Any, rules: Sequence[Sequence[str]], mesh: Mesh) -> Any:
+def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
     """The tree `state` (arrays or shapes) with a NamedSharding for each leaf.
 
     A leaf below a key that is a parameter's path, in weights, moments and averages alike, follows
@@ -132,7 +132,7 @@ def weights_mesh() -> AbstractMesh | None:
     return mesh if max(mesh.shape.get("fsdp", 1), mesh.shape.get("tensor", 1)) > 1 else None
 
 
-def set_rules(model: nnx.Module, rules: Sequence[Sequence[str]]) -> nnx.Module:
+def set_rules(model: nnx.Module, rules: Rules) -> nnx.Module:
     """`model` with its rule of config.sharding in each parameter's metadata, in place.
 
     Metadata is part of the graph definition, so a layer that is merged by itself inside a loop

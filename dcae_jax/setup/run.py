@@ -106,7 +106,7 @@ def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> 
         workdir=workdir,
         mesh=mesh,
         spec=spec,
-        abstract=state_lib.abstract_state(config, mesh, spec),
+        abstract=state_lib.abstract_state(config.sharding, mesh, spec),
         source=latents or sources.training_source(config.data),
         latents=latents,
         lpips=lpips_weights(config, mesh),
@@ -190,7 +190,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
         return state, f"random, seed {config.seed}"
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
-    theirs, ours = saved["model"].variant, config.model.variant
+    theirs, ours = saved.model.variant, config.model.variant
     try:
         state = state_lib.init_state(config, run.mesh, run.spec, weights)
     except UserError as error:
@@ -200,7 +200,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
-    theirs, ours = saved["model"].scaling_factor, config.model.scaling_factor
+    theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "

@@ -2,11 +2,11 @@
 """Losses of the autoencoder and its discriminator. All float32, whatever the models compute in."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dcae_jax.config.schema import Loss
 from dcae_jax.models import lpips
 from dcae_jax.models.weights import Array, Weights
 
@@ -14,7 +14,7 @@ from dcae_jax.models.weights import Array, Weights
 ReconstructionTerm = Callable[[Array, Array, Weights], Array]
 
 
-def reconstruction_terms(loss: Any) -> dict[str, tuple[ReconstructionTerm, float]]:
+def reconstruction_terms(loss: Loss) -> dict[str, tuple[ReconstructionTerm, float]]:
     """The terms of the reconstruction loss, {name of its metric: (function, weight)}.
 
     A new term is one function and one weight in config.loss. Terms of weight 0 that cost time are

@@ -2,25 +2,25 @@
 """The optimizer of a run, and which parameters it trains."""
 
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import optax
 
+from dcae_jax.config.schema import Optimizer
 from dcae_jax.errors import UserError
 
 
-def schedule(config: Any) -> optax.Schedule:
-    """Learning rate over steps: linear warm-up, then constant or cosine to 0 at config.steps."""
-    o = config.optimizer
-    peak, warmup = o.learning_rate, o.warmup_steps
-    if o.schedule == "constant":
+def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate over steps: linear warm-up, then constant or cosine to 0 at `steps`."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1))
     if not warmup:
         return after
-    rise = optax.linear_schedule(o.warmup_from * peak, peak, warmup)
+    rise = optax.linear_schedule(settings.warmup_from * peak, peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
 
@@ -54,42 +54,44 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
 
 
 def optimizer(
-    config: Any, names: Iterable[str], trained: frozenset[str]
+    settings: Optimizer, steps: int, names: Iterable[str], trained: frozenset[str]
 ) -> optax.GradientTransformation:
     """AdamW on the parameters in `trained`; the others get zero updates and have no moments.
 
     Clipping and weight decay stand inside the trained branch: outside of it they would need the
     gradients of frozen parameters, and XLA would compute the backward pass that freezing saves.
     """
-    o = config.optimizer
     names = tuple(names)
-    decayed = match(o.decay, names, "optimizer.decay") if o.decay else frozenset()
+    decayed = match(settings.decay, names, "optimizer.decay") if settings.decay else frozenset()
 
-    def decays(params: Any) -> dict[str, bool]:
+    def decays(params: Mapping[str, Any]) -> dict[str, bool]:
         return {name: name in decayed for name in params}
 
-    steps = []
-    if o.clip_norm:
-        steps.append(optax.clip_by_global_norm(o.clip_norm))
-    steps.append(
+    parts = []
+    if settings.clip_norm:
+        parts.append(optax.clip_by_global_norm(settings.clip_norm))
+    parts.append(
         optax.adamw(
-            schedule(config),
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
+            schedule(settings, steps),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
             mask=decays,
         )
     )
     labels = {name: "train" if name in trained else "freeze" for name in names}
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        "train": optax.chain(*steps),
+        "train": optax.chain(*parts),
         "freeze": optax.set_to_zero(),
     }
     return optax.partition(transforms, labels)
 
 
-def discriminator_optimizer(config: Any) -> optax.GradientTransformation:
+def discriminator_optimizer(
+    settings: Optimizer, learning_rate: float
+) -> optax.GradientTransformation:
     """AdamW for all of the discriminator, with the betas of the run and its own learning rate."""
-    o = config.optimizer
-    return optax.adamw(config.loss.gan_learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=0.0)
+    return optax.adamw(
+        learning_rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=0.0
+    )

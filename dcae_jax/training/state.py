@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dcae_jax import models
+from dcae_jax.config import Config
+from dcae_jax.config.schema import SHARDING, Loss, Model, Optimizer
 from dcae_jax.errors import UserError
 from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.weights import Weights
+from dcae_jax.models.weights import AnyWeights, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import optim
@@ -68,65 +71,106 @@ class TrainSpec:
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
 
 
-def create_model(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
-    """The model of `config` for the devices of `mesh`."""
-    dtype, remat = mesh_lib.compute_dtype(config.dtype, mesh), config.remat == "blocks"
-    if config.objective:
-        arch = architecture(config)
-        mesh_lib.check_heads(arch.heads, mesh)
-        model = models.find(config.model).create(
-            arch, dtype=dtype, remat=remat, unroll=config.unroll, rngs=rngs
+def create_model(
+    model: Model,
+    mesh: Mesh,
+    rngs: nnx.Rngs,
+    *,
+    dtype: str = "auto",
+    objective: str = "",
+    patch_size: int = 1,
+    remat: bool = False,
+    unroll: bool = False,
+) -> nnx.Module:
+    """The model of config.model for the devices of `mesh`.
+
+    objective, patch_size: of a diffusion model; '' makes an autoencoder. dtype: as config.dtype.
+    """
+    module, compute = models.find(model), mesh_lib.compute_dtype(dtype, mesh)
+    if not objective:
+        return module.create(
+            model, platform=mesh_lib.platform(mesh), remat=remat, dtype=compute, rngs=rngs
         )
-    else:
-        model = models.find(config.model).create(
-            config.model, platform=mesh_lib.platform(mesh), remat=remat, dtype=dtype, rngs=rngs
-        )
-    return sharding.set_rules(model, config.sharding)
+    arch = architecture(model, objective, patch_size)
+    mesh_lib.check_heads(arch.heads, mesh)
+    return module.create(arch, dtype=compute, remat=remat, unroll=unroll, rngs=rngs)
 
 
-def abstract_model(config: Any, mesh: Mesh) -> nnx.Module:
-    """`create_model` with shapes in place of arrays."""
-    return weights_lib.abstract(functools.partial(create_model, config, mesh))
+def abstract_model(
+    model: Model,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    objective: str = "",
+    patch_size: int = 1,
+    remat: bool = False,
+    unroll: bool = False,
+    rules: sharding.Rules = SHARDING,
+) -> nnx.Module:
+    """`create_model` with shapes in place of arrays, and in each the rule of config.sharding."""
+    create = functools.partial(
+        create_model,
+        model,
+        mesh,
+        dtype=dtype,
+        objective=objective,
+        patch_size=patch_size,
+        remat=remat,
+        unroll=unroll,
+    )
+    return sharding.set_rules(weights_lib.abstract(create), rules)
 
 
-def random_weights(config: Any, mesh: Mesh, seed: int) -> Weights:
-    """Initial parameters and statistics of the model of `config`.
+def random_weights(
+    model: Model, mesh: Mesh, seed: int, *, objective: str = "", patch_size: int = 1
+) -> Weights:
+    """Initial parameters and statistics of the model of config.model.
 
     A transformer's few draws, of stacked blocks, are compiled. An autoencoder's hundreds would
     take XLA minutes: its layers draw on the host (`layers.on_host`).
     """
-    create = functools.partial(create_model, config, mesh)
-    return _joined((nnx.jit(create) if config.objective else create)(nnx.Rngs(seed)))
+    create = functools.partial(
+        create_model, model, mesh, objective=objective, patch_size=patch_size
+    )
+    return _joined((nnx.jit(create) if objective else create)(nnx.Rngs(seed)))
 
 
-def architecture(config: Any) -> Any:
-    """What fixes the parameters of the model of `config`. Raises UserError."""
-    module = models.find(config.model)
-    if not config.objective:
-        return module.architecture(config.model)
+def architecture(model: Model, objective: str = "", patch_size: int = 1) -> Any:
+    """What fixes the parameters of the model of config.model. Raises UserError."""
+    module = models.find(model)
+    if not objective:
+        return module.architecture(model)
     if models.is_autoencoder(module):
         raise UserError(
-            f"objective={config.objective!r} is a diffusion model's, and model.name="
-            f"{config.model.name!r} names none; choose uvit or dit"
+            f"objective={objective!r} is a diffusion model's, and model.name={model.name!r} "
+            "names none; choose uvit or dit"
         )
     return module.architecture(
-        config.model,
-        patch_size=config.patch_size,
-        learn_sigma=config.objective == "learned_sigma",
+        model, patch_size=patch_size, learn_sigma=objective == "learned_sigma"
     )
 
 
-def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
+def train_spec(config: Config, mesh: Mesh) -> TrainSpec:
     """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
-    graphdef, params, stats = weights_lib.split(abstract_model(config, mesh))
-    arch = architecture(config)
+    model = abstract_model(
+        config.model,
+        mesh,
+        dtype=config.dtype,
+        objective=config.objective,
+        patch_size=config.patch_size,
+        remat=config.remat == "blocks",
+        unroll=config.unroll,
+        rules=config.sharding,
+    )
+    graphdef, params, stats = weights_lib.split(model)
+    arch = architecture(config.model, config.objective, config.patch_size)
     patterns = config.trainable
     if not config.objective:
         patterns = [fill_pattern(pattern, arch) for pattern in patterns]
     trained = optim.match(patterns, params, "trainable")
     if not trained:
         raise UserError("trainable=() trains nothing; name at least one pattern")
-    optimizer = optim.optimizer(config, params, trained)
+    optimizer = optim.optimizer(config.optimizer, config.steps, params, trained)
     moving = frozenset(name for name in stats if _norm_of(name) & trained)
     moved = trained | moving
     averaged = moved if config.ema_decay else frozenset()
@@ -138,22 +182,23 @@ def train_spec(config: Any, mesh: Mesh) -> TrainSpec:
             f"loss.gan_weight={config.loss.gan_weight} needs {last_layer!r} in trainable: its "
             "gradients weigh the GAN loss"
         )
-    other = discriminator_spec(config, mesh) if config.loss.gan_weight else None
+    other = None
+    if config.loss.gan_weight:
+        other = discriminator_spec(
+            config.loss, config.optimizer, config.sharding, config.dtype, mesh
+        )
     return TrainSpec(graphdef, params, stats, moved, averaged, optimizer, other, last_layer)
 
 
-def discriminator_spec(config: Any, mesh: Mesh) -> DiscriminatorSpec:
-    """The PatchGAN of config.loss, and its optimizer."""
-    model = weights_lib.abstract(functools.partial(create_discriminator, config, mesh))
-    graphdef, params, _ = weights_lib.split(model)
-    return DiscriminatorSpec(graphdef, params, optim.discriminator_optimizer(config))
-
-
-def create_discriminator(config: Any, mesh: Mesh, rngs: nnx.Rngs) -> nnx.Module:
-    """The PatchGAN of config.loss for the devices of `mesh`."""
-    dtype = mesh_lib.compute_dtype(config.dtype, mesh)
-    model = patchgan.create(config.loss, dtype=dtype, rngs=rngs)
-    return sharding.set_rules(model, config.sharding)
+def discriminator_spec(
+    loss: Loss, optimizer: Optimizer, rules: sharding.Rules, dtype: str, mesh: Mesh
+) -> DiscriminatorSpec:
+    """The PatchGAN of config.loss for the devices of `mesh`, and its optimizer."""
+    compute = mesh_lib.compute_dtype(dtype, mesh)
+    model = weights_lib.abstract(lambda rngs: patchgan.create(loss, dtype=compute, rngs=rngs))
+    graphdef, params, _ = weights_lib.split(sharding.set_rules(model, rules))
+    adam = optim.discriminator_optimizer(optimizer, loss.gan_learning_rate)
+    return DiscriminatorSpec(graphdef, params, adam)
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
@@ -197,7 +242,7 @@ def fresh(spec: TrainSpec, weights: Weights, other: Weights) -> TrainState:
     )
 
 
-def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
+def abstract_state(rules: sharding.Rules, mesh: Mesh, spec: TrainSpec) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings: for restoring, planning, init."""
     other = spec.discriminator
     shapes = jax.eval_shape(
@@ -205,7 +250,7 @@ def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
         {**spec.params, **spec.stats},
         other.params if other else {},
     )
-    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+    shardings = sharding.state_shardings(shapes, rules, mesh)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -214,24 +259,30 @@ def abstract_state(config: Any, mesh: Mesh, spec: TrainSpec) -> TrainState:
 
 
 def init_state(
-    config: Any, mesh: Mesh, spec: TrainSpec, weights: Weights | None = None
+    config: Config, mesh: Mesh, spec: TrainSpec, weights: AnyWeights | None = None
 ) -> TrainState:
     """The state before the first step, each array made where it will lie.
 
     Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
     Raises UserError when `weights` are not those of this model.
     """
-    abstract = abstract_state(config, mesh, spec)
+    abstract = abstract_state(config.sharding, mesh, spec)
     if weights is None:
-        weights = random_weights(config, mesh, config.seed)
+        weights = random_weights(
+            config.model,
+            mesh,
+            config.seed,
+            objective=config.objective,
+            patch_size=config.patch_size,
+        )
     check_weights(weights, {**spec.params, **spec.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
     if spec.discriminator:
         # Another key than the model's, or both would start from the same draws.
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
-        discriminator = _joined(create_discriminator(config, mesh, rngs))
-        other = _place(discriminator, abstract.discriminator.params)
+        discriminator = patchgan.create(config.loss, dtype="float32", rngs=rngs)
+        other = _place(_joined(discriminator), abstract.discriminator.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     start = jax.jit(functools.partial(fresh, spec), out_shardings=shardings, donate_argnums=(0, 1))
     return start(weights, other)
@@ -242,14 +293,14 @@ def _joined(model: nnx.Module) -> Weights:
     return {**params, **stats}
 
 
-def _place(weights: Weights, abstract: Weights) -> Weights:
+def _place(weights: AnyWeights, abstract: Weights) -> Weights:
     return {
         name: mesh_lib.host_to_global(weights[name], leaf.sharding)
         for name, leaf in abstract.items()
     }
 
 
-def check_weights(weights: Weights, wanted: Weights) -> None:
+def check_weights(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises UserError, with the first few names, unless names and shapes are those wanted."""
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [

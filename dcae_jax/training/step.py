@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dcae_jax.config import Config
 from dcae_jax.data import transforms
 from dcae_jax.diffusion import objectives
 from dcae_jax.models import layers
@@ -35,7 +36,7 @@ class Gradients:
     stats: Weights  # the model's running statistics after these passes
 
 
-def make_step(config: Any, spec: TrainSpec) -> TrainStep:
+def make_step(config: Config, spec: TrainSpec) -> TrainStep:
     """The step of a run: of an autoencoder in any of its phases, or of a diffusion model.
 
     An autoencoder's batch holds 'image' [B, H, W, 3] uint8; `lpips` are the weights of the
@@ -44,7 +45,7 @@ def make_step(config: Any, spec: TrainSpec) -> TrainStep:
     Metrics are float32 scalars; 'finite' is 0 for a step that was skipped because its loss or
     gradient was not finite: nothing but the counters changes then.
     """
-    learning_rate = optim.schedule(config)
+    learning_rate = optim.schedule(config.optimizer, config.steps)
 
     def train_step(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -58,7 +59,9 @@ def make_step(config: Any, spec: TrainSpec) -> TrainStep:
             state,
             params=params,
             stats=grads.stats,
-            ema=moving_average(state, {**params, **grads.stats}, config),
+            ema=moving_average(
+                state, {**params, **grads.stats}, config.ema_decay, config.ema_warmup
+            ),
             opt_state=opt_state,
             discriminator=update_discriminator(spec, state.discriminator, grads.discriminator),
         )
@@ -84,7 +87,7 @@ def make_step(config: Any, spec: TrainSpec) -> TrainStep:
     return train_step
 
 
-def jit_step(config: Any, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
+def jit_step(config: Config, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
     """Jitted train step. Donates the state; the new one keeps its sharding.
 
     abstract: the state as `state.abstract_state` gives it.
@@ -104,7 +107,7 @@ def jit_step(config: Any, spec: TrainSpec, abstract: TrainState) -> jax.stages.W
 
 
 def accumulated_gradients(
-    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
+    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
 ) -> Gradients:
     """Gradients over the batch, in config.accumulate microbatches."""
 
@@ -136,7 +139,7 @@ def accumulated_gradients(
 
 
 def denoising_gradients(
-    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
+    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
 ) -> Gradients:
     """One forward and backward pass of a diffusion model."""
     x0 = objectives.scaled(batch["latent"], config.model.scaling_factor)
@@ -153,7 +156,7 @@ def denoising_gradients(
 
 
 def reconstruction_gradients(
-    config: Any, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
+    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
 ) -> Gradients:
     """One forward and backward pass of an autoencoder, and of a discriminator where there is one.
 
@@ -267,10 +270,13 @@ def update_discriminator(
     return Discriminator(apply_updates(old.params, updates, old.params), opt_state)
 
 
-def moving_average(state: TrainState, new: Weights, config: Any) -> Weights:
-    """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal."""
+def moving_average(state: TrainState, new: Weights, limit: float, warmup: int) -> Weights:
+    """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal.
+
+    The decay d rises to `limit` over about `warmup` steps.
+    """
     done = (state.step - state.skipped + 1).astype(jnp.float32)
-    decay = config.ema_decay * (1 - jnp.exp(-done / config.ema_warmup))
+    decay = limit * (1 - jnp.exp(-done / warmup))
     return {name: old + (1 - decay) * (new[name] - old) for name, old in state.ema.items()}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from strangers: refused in one line, in little memory, and never run.
 
-tests/test_published.py has the rest: offsets, sizes and shapes of safetensors, pickles.
+tests/pretrained/test_hub.py has the rest: offsets, sizes and shapes of safetensors, pickles.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def _model(**changes):
         (_model(name="../../evil"), "no file of dcae_jax/models"),
         (_model(name="layers"), "no file of dcae_jax/models"),
         (_model(name="os"), "no file of dcae_jax/models"),
-        (_model(variant=3), "model.variant='3'"),
+        (_model(variant=3), "model.variant=3 must be"),
         (_model(widths="wide"), "model.widths"),
         (_model(widths=[10**9] * 6), "model.widths"),
         (_model(encoder_depths=[10**9] * 6), "model.encoder_depths"),
@@ -102,9 +102,9 @@ def test_a_configuration_that_cannot_be(tmp_path, saved, words):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError) as caught:
-        values, config = checkpoint_weights.load_weights(str(tmp_path))
+        values, loaded = checkpoint_weights.load_weights(str(tmp_path))
         del values
-        api.create_autoencoder(config["model"].variant)
+        api.create_autoencoder(loaded.model.variant)
     said = str(caught.value)
     if "models" in words:  # seen where the model is built, which needs weights; not reached here
         with pytest.raises(UserError, match=words):

@@ -52,7 +52,7 @@ def _intact(workdir):
     """The newest checkpoint, which is whole and can be loaded."""
     (*_, step) = checkpoints.saved_steps(str(workdir))
     assert integrity.damage(str(workdir / "checkpoints" / str(step))) == ""
-    assert checkpoint_weights.load_weights(str(workdir))[1]["batch_size"] == 4
+    assert checkpoint_weights.load_weights(str(workdir))[1].model.latent_channels == 8
     return step
 
 

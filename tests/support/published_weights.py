@@ -9,9 +9,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from dcae_jax import config as config_lib
+from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.pretrained import hub
+from dcae_jax.pretrained import hub, published
 
 # The blocks of published models at a hundredth of their width.
 SMALL = {
@@ -54,6 +56,14 @@ def write_folder(folder, arch, weights, form="diffusers"):
     file = hub.AUTHORS_FILE if form == "authors" else hub.DIFFUSERS_FILE
     save_file(tensors, folder / file)
     return tensors
+
+
+def write_export(folder, arch, weights, **settings):
+    """An export of ours; settings: keys of config.model that differ from the architecture's."""
+    folder.mkdir()
+    model = config_lib.to_json(published.model_settings(arch)) | settings
+    meta = {"kind": "autoencoder", "model": model}
+    checkpoint_weights.save_export(str(folder), weights, meta)
 
 
 def hollow_file(path, shapes):

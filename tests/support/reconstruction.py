@@ -25,4 +25,4 @@ def judge(config, devices=1, source=None):
 def model_weights(config):
     """Random weights by path, NumPy."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
-    return {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}
+    return {k: np.asarray(v) for k, v in state_lib.random_weights(config.model, mesh, 5).items()}

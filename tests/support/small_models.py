@@ -23,7 +23,7 @@ def export_autoencoder(folder, change=None, **settings):
     config.model.update({"variant": "tiny", "widths": (8, 8, 16, 32, 32), **settings})
     config.model.latent_channels = 8
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
-    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 3).items()}
+    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config.model, mesh, 3).items()}
     if change:
         change(weights)
     meta = {"kind": "autoencoder", "model": to_json(config.model)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import run_job, small_models, to_json
-from support.published_weights import PUBLISHED, random_weights, same
+from support.published_weights import PUBLISHED, random_weights, same, write_export
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -19,7 +19,6 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 from dcae_jax.models import dcae
-from dcae_jax.pretrained import published
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import process
 from dcae_jax.training import state as state_lib
@@ -35,7 +34,7 @@ def export_generator(folder, name, objective, inner, **changes):
     config.model.update({"name": name, "variant": "tiny", **sizes, **changes})
     config.objective = objective
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
-    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config, mesh, 5).items()}
+    weights = {k: np.asarray(v) for k, v in state_lib.random_weights(config.model, mesh, 5).items()}
     meta = {"kind": "generator", "model": to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}
     shutil.copytree(inner, os.path.join(folder, checkpoint_weights.AUTOENCODER))
@@ -49,13 +48,8 @@ def named(tmp_path, monkeypatch):
     arch = dataclasses.replace(PUBLISHED, scaling_factor=None)
     monkeypatch.setitem(dcae.VARIANTS, "f32c32", arch)
     folder = tmp_path / "named"
-    folder.mkdir()
     weights = random_weights(arch)
-    meta = {
-        "kind": "autoencoder",
-        "model": config_lib.to_json(published.model_settings(dcae.variant(NAME))),
-    }
-    checkpoint_weights.save_export(str(folder), weights, meta)
+    write_export(folder, dcae.variant(NAME), weights)
     return str(folder), weights
 
 
@@ -91,14 +85,14 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     assert status == 0, said
     read, saved = checkpoint_weights.load_weights(back, kind="generator")
     same(read, weights)
-    same(checkpoint_weights.load_weights(saved["autoencoder"])[0], inner_weights)
+    same(checkpoint_weights.load_weights(saved.diffusion.autoencoder)[0], inner_weights)
     before, after = (dcae_jax.load_generator(folder) for folder in (ours, back))
     assert after.architecture == before.architecture and after.objective == objective
     assert after.scaling_factor == before.scaling_factor == 0.3189
     assert after.autoencoder.architecture == before.autoencoder.architecture
 
 
-def test_an_export_samples_the_pictures_of_its_workdir(
+def test_an_export_samples_the_images_of_its_workdir(
     run_export,
     unnamed,
     tmp_path,
@@ -155,7 +149,7 @@ def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
     assert all(name.startswith("diffusion_model.") for name in tensors)
     read, saved = checkpoint_weights.load_weights(out, kind="generator")
     same(read, weights)
-    assert saved["objective"] == "flow" and saved["autoencoder"] == ""
+    assert saved.diffusion.objective == "flow" and saved.diffusion.autoencoder == ""
 
 
 def test_a_factor_that_the_name_does_not_have_is_told(run_export, named, tmp_path):

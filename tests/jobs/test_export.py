@@ -19,15 +19,15 @@ from support.published_weights import (
     hollow_file,
     random_weights,
     same,
+    write_export,
     write_folder,
 )
 
 import dcae_jax
-from dcae_jax import config as config_lib
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
-from dcae_jax.pretrained import export_formats, hub, published
+from dcae_jax.pretrained import export_formats, hub
 from dcae_jax.runtime import process
 
 ARCH = dataclasses.replace(
@@ -39,11 +39,9 @@ ARCH = dataclasses.replace(
 def source(tmp_path_factory):
     """An export of ours with random weights -> (its path, the weights)."""
     folder = tmp_path_factory.mktemp("exports") / "ours"
-    folder.mkdir()
     weights = random_weights(ARCH)
     weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
-    meta = {"kind": "autoencoder", "model": config_lib.to_json(published.model_settings(ARCH))}
-    checkpoint_weights.save_export(str(folder), weights, meta)
+    write_export(folder, ARCH, weights)
     return str(folder), weights
 
 
@@ -69,7 +67,7 @@ def test_ours_to_diffusers_to_ours_is_bit_identical(run_export, source):
     read, saved = checkpoint_weights.load_weights(back)
     assert status == 0
     same(weights, read)
-    assert dcae.architecture(saved["model"]) == ARCH
+    assert dcae.architecture(saved.model) == ARCH
 
 
 def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
@@ -153,10 +151,7 @@ def test_the_example_is_short_and_needs_jax_and_safetensors_alone():
 def test_what_a_format_cannot_express_is_refused_with_the_reason(run_export, tmp_path):
     """Catches an export that another program opens as another model."""
     tiny = dcae.VARIANTS["tiny"]
-    settings = {**config_lib.to_json(published.model_settings(tiny)), "residual": False}
-    (tmp_path / "ours").mkdir()
-    meta = {"kind": "autoencoder", "model": settings}
-    checkpoint_weights.save_export(str(tmp_path / "ours"), random_weights(tiny), meta)
+    write_export(tmp_path / "ours", tiny, random_weights(tiny), residual=False)
     for form in ("diffusers", "authors"):
         status, said, out = run_export(tmp_path / "ours", form)
         assert status == process.MISTAKE and "cannot express residual=False" in said
@@ -201,15 +196,13 @@ def test_a_difference_after_reading_back_fails_and_leaves_nothing(
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["dc-ae-f32c32-mix-1.0", "dc-ae-lite-f32c32-sana-1.1", "kl"])
 def test_diffusers_opens_an_export_and_computes_the_same(run_export, name, tmp_path, one_device):
-    """Catches a folder that from_pretrained refuses, or that gives other pictures there."""
+    """Catches a folder that from_pretrained refuses, or that gives other images there."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     arch = KL if name == "kl" else SMALL[name]
     weights = random_weights(arch)
     weights = {k: v + 0.5 if k.endswith("var") else v for k, v in weights.items()}
-    (tmp_path / "ours").mkdir()
-    meta = {"kind": "autoencoder", "model": config_lib.to_json(published.model_settings(arch))}
-    checkpoint_weights.save_export(str(tmp_path / "ours"), weights, meta)
+    write_export(tmp_path / "ours", arch, weights)
     status, said, out = run_export(tmp_path / "ours", "diffusers")
     assert status == 0, said
     kind = diffusers.AutoencoderKL if name == "kl" else diffusers.AutoencoderDC

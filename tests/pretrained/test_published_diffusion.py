@@ -69,33 +69,29 @@ def test_folders_of_the_hub_are_read(tmp_path):
     folder = write_folder(
         tmp_path / "a", uvit, UVIT, weights, "dc-ae-f64c128-in-1.0-uvit-h-in-512px", others
     )
-    found, settings = published.read_generator(str(folder))
+    found, saved = published.read_generator(str(folder))
     same(found, weights)
-    model = settings.pop("model")
-    assert settings == {
-        "patch_size": 2,
-        "objective": "epsilon",
-        "autoencoder": str(folder),
-    }
-    keys = ("name", "variant", "depth", "width", "heads")
-    assert [getattr(model, key) for key in keys] == ["uvit", "tiny", 2, 0, 0]
-    keys = ("latent_size", "latent_channels", "num_classes")
-    assert [getattr(model, key) for key in keys] == [4, 8, 10]
+    model, diffusion = saved.model, saved.diffusion
+    assert (diffusion.patch_size, diffusion.objective) == (2, "epsilon")
+    assert diffusion.autoencoder == str(folder)
+    assert (model.name, model.variant) == ("uvit", "tiny")
+    assert (model.depth, model.width, model.heads) == (2, 0, 0)
+    assert (model.latent_size, model.latent_channels, model.num_classes) == (4, 8, 10)
 
     name = "dc-ae-f32c32-in-1.0-usit-2b-in-512px"
     folder = write_folder(tmp_path / "b", uvit, UVIT, weights, name)
-    settings = published.read_generator(str(folder))[1]
-    assert settings["objective"] == "flow"
-    assert settings["autoencoder"] == "mit-han-lab/dc-ae-f32c32-in-1.0"
+    saved = published.read_generator(str(folder))[1]
+    assert saved.diffusion.objective == "flow"
+    assert saved.diffusion.autoencoder == "mit-han-lab/dc-ae-f32c32-in-1.0"
 
     weights = random_weights(dit, DIT)
     name = "dc-ae-f32c32-in-1.0-dit-xl-in-512px-trainbs1024"
-    found, settings = published.read_generator(
+    found, saved = published.read_generator(
         str(write_folder(tmp_path / "c", dit, DIT, weights, name))
     )
     same(found, weights)
-    assert settings["model"].name == "dit"
-    assert settings["objective"] == "learned_sigma"
+    assert saved.model.name == "dit"
+    assert saved.diffusion.objective == "learned_sigma"
 
 
 def test_settings_make_the_same_architecture_again(tmp_path):
@@ -105,11 +101,12 @@ def test_settings_make_the_same_architecture_again(tmp_path):
         weights = random_weights(module, arch)
         path = tmp_path / f"{module.__name__}.safetensors"
         save_file(contiguous(models.backbone_names(module).to_torch(weights, arch)), path)
-        _, settings = published.read_generator(str(path))
-        sizes = dict(
-            patch_size=settings["patch_size"], learn_sigma=settings["objective"] == "learned_sigma"
+        _, saved = published.read_generator(str(path))
+        patch_size, objective = saved.diffusion.patch_size, saved.diffusion.objective
+        again = module.architecture(
+            saved.model, patch_size=patch_size, learn_sigma=objective == "learned_sigma"
         )
-        assert module.architecture(settings["model"], **sizes) == arch
+        assert again == arch
 
 
 def test_names_of_the_first_uvit_are_read(tmp_path):
@@ -118,9 +115,9 @@ def test_names_of_the_first_uvit_are_read(tmp_path):
     tensors = contiguous(uvit_torch.to_torch(weights, UVIT))
     tensors["label_emb.weight"] = tensors.pop("label_emb.embedding_table.weight")
     save_file(tensors, tmp_path / "old.safetensors")
-    found, settings = published.read_generator(str(tmp_path / "old.safetensors"))
+    found, saved = published.read_generator(str(tmp_path / "old.safetensors"))
     same(found, weights)
-    assert settings["autoencoder"] == ""
+    assert saved.diffusion.autoencoder == ""
 
 
 def test_half_precision_is_widened(tmp_path):
@@ -153,15 +150,10 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
     save_file(contiguous(uvit_torch.to_torch(weights, arch)), path)
     with pytest.raises(UserError, match="64 is that of no variant.* tiny, s, h, 2b"):
         published.read_generator(path)
-    found, settings = published.read_generator(path, "s")
+    found, saved = published.read_generator(path, "s")
     same(found, weights)
-    model = settings["model"]
-    assert [getattr(model, key) for key in ("variant", "depth", "width", "heads")] == [
-        "s",
-        2,
-        64,
-        0,
-    ]
+    model = saved.model
+    assert (model.variant, model.depth, model.width, model.heads) == ("s", 2, 64, 0)
 
 
 @pytest.mark.parametrize(

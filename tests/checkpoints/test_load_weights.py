@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights read from runs and exports."""
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support import to_json
+from support.published_weights import random_weights, write_export, write_folder
+
+from dcae_jax import files
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.errors import UserError
+from dcae_jax.models import dcae
+from dcae_jax.pretrained import hub
+from dcae_jax.training import state as state_lib
+
+
+@pytest.mark.parametrize("at_once", [1, 2000, 2**27])  # each array alone, a few, all
+def test_weights_are_read_without_the_optimizer(
+    small, one_device, tmp_path, caplog, monkeypatch, at_once
+):
+    """Catches 'ema' that returns raw weights, what is left out between reads, Orbax's warnings."""
+    monkeypatch.setattr(checkpoint_weights, "READ_AT_ONCE", at_once)
+    spec = state_lib.train_spec(small, one_device)
+    fresh = state_lib.init_state(small, one_device, spec)
+    fresh = state_lib.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
+    manager = checkpoints.open_manager(str(tmp_path), 2)
+    checkpoints.save(manager, fresh, {}, 3, 0)
+    manager.close()
+    files.write_json(str(tmp_path / "config.json"), {"config": to_json(small)})
+    averaged, saved = checkpoint_weights.load_weights(str(tmp_path))
+    raw, _ = checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
+    assert saved.model.variant == "tiny"
+    assert raw.keys() == averaged.keys() == spec.params.keys() | spec.stats.keys()
+    for name, leaf in raw.items():
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf + 1, averaged[name])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_nothing_to_load_is_said_in_one_line(tmp_path):
+    """Catches a traceback from Orbax for a path that is no workdir, or has no checkpoint yet."""
+    with pytest.raises(UserError, match="config.json"):
+        checkpoint_weights.load_weights(str(tmp_path))
+    files.write_json(str(tmp_path / "config.json"), {"config": {"model": {}}})
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        checkpoint_weights.load_weights(str(tmp_path))
+    with pytest.raises(UserError, match="there are"):
+        checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "7"))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time
+import jax, dcae_jax, orbax.checkpoint
+from dcae_jax import config as config_lib
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+jax.numpy.zeros(3).block_until_ready()
+peak = start = anonymous()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+ae = dcae_jax.load_autoencoder(sys.argv[1])
+jax.block_until_ready(ae.weights)
+done = True
+thread.join()
+size = sum(4 * v.size for v in ae.weights.values())
+print(size, peak - start)
+"""
+
+
+def peak_of(path):
+    """(bytes of the float32 weights, peak of anonymous memory while they are loaded)."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["diffusers", "bfloat16", "orbax"])
+def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
+    """Catches weights that are in memory twice: as read, and as placed.
+
+    And, of Orbax, blocks that its threads have freed and the C library keeps.
+    """
+    arch = dataclasses.replace(dcae.VARIANTS["f32c32-sana"], widths=(96, 192, 384, 384, 768, 768))
+    weights = random_weights(arch)
+    assert sum(v.nbytes for v in weights.values()) > 600e6
+    if kind == "orbax":
+        write_export(tmp_path / "hub", arch, weights)
+    else:
+        tensors = write_folder(tmp_path / "hub", arch, weights)
+        if kind == "bfloat16":
+            half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+            save_file(half, tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    del weights
+    size, peak = peak_of(tmp_path / "hub")
+    logging.info("%s: %.0f MB of weights, peak %.2f times", kind, size / 1e6, peak / size)
+    assert peak <= 1.3 * size, peak / size
