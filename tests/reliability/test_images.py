@@ -166,7 +166,7 @@ def test_one_broken_picture_to_judge_is_a_users_mistake(small, tmp_path):
     """Catches a traceback of Pillow's for the file that was named."""
     (tmp_path / "photo.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="photo.png.* cannot be read"):
-        evaluate.read_picture(str(tmp_path / "photo.png"))
+        evaluate.read_image(str(tmp_path / "photo.png"))
 
 
 def _mend(content):
