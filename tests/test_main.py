@@ -33,7 +33,7 @@ def run(tmp_path, capsys):
     [
         (["--config.batch_sise=3"], ["no key batch_sise; did you mean batch_size"]),
         (["--config.optimizer.lr=3"], ["no key optimizer.lr; did you mean optimizer."]),
-        (["--config.zzzz=3"], ["no key zzzz; see dcae_jax/config.py"]),
+        (["--config.zzzz=3"], ["no key zzzz; see dcae_jax/config/schema.py"]),
         (["--config.batch_size=three"], ["batch_size", "three"]),
         (["--config.resolution=72"], ["resolution=72", "f=16", "64 or 80"]),
         (["--config.evaluate.resolutions=(64,100)"], ["evaluate.resolutions=100", "96 or 112"]),
