@@ -60,7 +60,7 @@ def _run(config: Any, workdir: str, model: generator.Generator) -> int:
         logging.info("%s is there already: %d samples", done, config.sample.count)
         return 0
     count, size = config.sample.count, config.sample.batch_size
-    with preemption.flag(together=True) as stopped, _progress(count) as bar:
+    with preemption.flag(all_processes=True) as stopped, _progress(count) as bar:
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
             bar.update(len(numbers))
