@@ -23,7 +23,7 @@ test-torch: $(VENV)/installed  ## parity with PyTorch, which must be installed i
 	$(PY) -m pytest -m 'torch and not slow'
 
 test-slow: $(VENV)/installed  ## full-size and long tests
-	$(PY) -m pytest -n 2 -m slow
+	$(PY) -m pytest -n 2 --dist loadgroup -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from dcae_jax import config as config_lib
 from dcae_jax import models
 from dcae_jax.config import Config, check_resolution
-from dcae_jax.data import sources
+from dcae_jax.data import latents as latents_lib
 from dcae_jax.data.latents import Latents
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.errors import UserError
@@ -38,7 +38,7 @@ def on_latents(config: Config) -> tuple[Config, Latents]:
             f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
             "run configs/encode.py, then set data.source=latents and data.path to its workdir"
         )
-    latents = sources.training_source(config.data)
+    latents = latents_lib.latents(config.data.path)
     return latent_spec.resolve_latent_spec(config, latents.manifest), latents
 
 

@@ -23,13 +23,11 @@ from cases import CASES  # noqa: E402
 RECORD = HERE / "recorded.json"
 SHOWN = 12  # differences
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     """{case: result} of the cases that were selected, run in one process of one device."""
-    here = [item for item in request.session.items if item.module is request.module]
+    here = [item for item in request.session.items if item.path == request.path]
     names = {item.callspec.params["name"] for item in here if hasattr(item, "callspec")}
     out = tmp_path_factory.mktemp("net") / "found.json"
     only = "|".join(f"^{name}$" for name in sorted(names))
@@ -39,6 +37,8 @@ def results(request, tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("net")  # or each worker would run every case
 @pytest.mark.parametrize("name", CASES)
 def test_gives_what_was_recorded(name, results):
     """Catches what the docstring of the case says."""
