@@ -139,9 +139,8 @@ def _samples(run: Run) -> Evaluate:
             config.model,
             config.objective,
             autoencoder,
-            mesh,
         )
-        images = sample.pictures(config, model, range(config.sample.count))
+        images = sample.draw(config.sample, config.seed, model, range(config.sample.count))
         writer.scores(step, {})
         if jax.process_index() == 0:
             grid = sample.grid(images)

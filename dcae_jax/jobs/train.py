@@ -142,8 +142,17 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
             logging.info("stopped by a signal before step %d; the same command resumes", start + 1)
             return preemption.STATUS
 
-        share, shares = mesh_lib.process_batch_slice(run.mesh)
-        batches = pipeline.training_batches(config, run.source, next_example, share, shares)
+        process, processes = mesh_lib.process_batch_slice(run.mesh)
+        batches = pipeline.training_batches(
+            run.source,
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sizes=config_lib.training_resolutions(config),
+            start=next_example,
+            process=process,
+            processes=processes,
+        )
         for number in range(start + 1, config.steps + 1):
             profile(number)
             batch = next(batches)

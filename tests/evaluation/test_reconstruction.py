@@ -47,10 +47,12 @@ def test_two_halves_are_the_whole(evaluate_config, small_inception, one_device):
     evaluate_config.evaluate.inception_weights = small_inception
     config = config_lib.validate(evaluate_config)
     loaded = networks.load_networks(config.evaluate, one_device)
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
+    model = autoencoder_lib.build_autoencoder(
+        config.model, model_weights(config).items(), one_device
+    )
     source = sources.evaluation_source(config.data)
     subsets = [sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))]
-    given = config.evaluate, config.data, model.graph, model.weights, one_device
+    given = config.evaluate, config.data, model.graphdef, model.weights, one_device
     parts = [reconstruction.accumulate(*given, part, loaded, 32) for part in (source, *subsets)]
     for name, total in parts[0].sums.items():
         assert parts[1].sums[name] + parts[2].sums[name] == pytest.approx(total, rel=1e-5), name
