@@ -72,7 +72,7 @@ def test_samples_on_eight_devices_are_those_of_one(generator_run, alone):
     ],
 )
 def test_wrong_arguments_are_named(generator_run, alone, change, words):
-    """Catches a label past the table, which JAX clamps, and a picture made of NaN."""
+    """Catches a label past the table, which JAX clamps, and an image made of NaN."""
     model = dcae_jax.load_generator(generator_run)
     with pytest.raises(ValueError, match=re.escape(words)):
         model.sample(**{"labels": [0], "steps": 2, **change})

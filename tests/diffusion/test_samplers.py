@@ -166,7 +166,7 @@ def test_a_respaced_chain_is_as_noisy_at_its_steps():
 
 
 def test_noise_is_that_of_the_sample_and_not_of_the_batch():
-    """Catches noise drawn for a batch: a resumed job would make other pictures."""
+    """Catches noise drawn for a batch: a resumed job would make other images."""
 
     def noise(seed, numbers):
         return samplers.initial_noise(samplers.sample_keys(seed, numbers), (2, 2, 3))

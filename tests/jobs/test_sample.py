@@ -83,7 +83,7 @@ print(json.dumps(run_job(sample, config, settings["workdir"])))
 
 
 def test_files_and_grids(generator_run, alone, tmp_path):
-    """Catches pictures under wrong numbers, and labels that are lost."""
+    """Catches images under wrong numbers, and labels that are lost."""
     folder = str(tmp_path / "files")
     assert (
         run_job(sample, _sample_config(generator_run, format="png", labels=(2, 0), count=3), folder)
@@ -93,9 +93,9 @@ def test_files_and_grids(generator_run, alone, tmp_path):
     with open(os.path.join(folder, "labels.json")) as file:
         assert json.load(file) == {"000000.png": 2, "000001.png": 0, "000002.png": 2}
     want = dcae_jax.load_generator(generator_run).sample([2, 0, 2], steps=2)
-    with Image.open(os.path.join(folder, "images", "000001.png")) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), want[1])
+    with Image.open(os.path.join(folder, "images", "000001.png")) as image:
+        np.testing.assert_array_equal(np.asarray(image), want[1])
     folder = str(tmp_path / "grid")
     assert run_job(sample, _sample_config(generator_run, format="grid", count=5), folder) == 0
-    with Image.open(os.path.join(folder, "samples.png")) as picture:
-        assert picture.size == (3 * 130 - 2, 2 * 130 - 2)
+    with Image.open(os.path.join(folder, "samples.png")) as image:
+        assert image.size == (3 * 130 - 2, 2 * 130 - 2)

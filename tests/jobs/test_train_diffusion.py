@@ -30,8 +30,8 @@ def test_a_run_leaves_rows_samples_and_what_the_latents_fix(
     rows = files.read_rows(generator_run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert {"loss", "mse", "grad_norm", "learning_rate", "images_per_s"} <= rows[0].keys()
-    with Image.open(os.path.join(generator_run, "images", "step0000004_samples.png")) as picture:
-        assert picture.size == (2 * 130 - 2, 2 * 130 - 2)
+    with Image.open(os.path.join(generator_run, "images", "step0000004_samples.png")) as image:
+        assert image.size == (2 * 130 - 2, 2 * 130 - 2)
     saved = files.read_json(os.path.join(generator_run, "config.json"))
     manifest = files.read_json(os.path.join(latents_folder, "manifest.json"))
     model = saved["config"]["model"]
