@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Frechet distance of `dcae_jax.metrics` against one with scipy's matrix square root.
+"""The Frechet distance of `evaluation.metrics` against one with scipy's matrix square root.
 
     python benchmarks/frechet.py [--dim=2048] [--repeats=3]
 
-Prints a table: regular covariances (more pictures than dimensions) and rank-deficient ones, the
-best time of the repeats, the ratio, and how far each is from the exact value, which comes from the
-singular values of the features themselves.
+Prints a table of regular covariances (more images than dimensions) and rank-deficient ones: the
+best time of the repeats, the ratio, and the errors against the exact value, which is computed from
+the singular values of the features themselves.
 """
 
 import argparse

@@ -4,7 +4,7 @@ docs/benchmarks.md.
 
     python benchmarks/run.py [--only=loader]
 
-What the peers need: torch and diffusers (and torch-fidelity for the judge), as README says.
+What the peers need: torch and diffusers (and torch-fidelity for Inception), as README says.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import common
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DOC = os.path.join(HERE, os.pardir, "docs", "benchmarks.md")
-SCRIPTS = ("autoencoder", "transformer", "loader", "judge", "startup", "memory", "growth")
+SCRIPTS = ("autoencoder", "transformer", "loader", "inception", "startup", "memory", "growth")
 
 
 def main() -> None:

@@ -24,12 +24,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 from goldens import judges as goldens
-from support import CONFIGS, NARROW, small_judges
+from safetensors.numpy import save_file
+from support import CONFIGS, NARROW, small_networks
 
 from dcae_jax import config as config_lib
 from dcae_jax import main
 from dcae_jax.evaluation import reconstruction, samples
-from dcae_jax.models import inception, inception_torch
+from dcae_jax.models import inception, inception_torch, lpips_torch
 from dcae_jax.runtime import mesh as mesh_lib
 
 
@@ -77,28 +78,37 @@ def small():
 
 @pytest.fixture
 def small_inception(monkeypatch, tmp_path):
-    """Puts a fast network in Inception's place; -> the file that has its weights."""
-    monkeypatch.setattr(inception, "features", small_judges.small_features)
-    monkeypatch.setattr(inception_torch, "load", small_judges.small_weights)
-    reconstruction.judge_fn.cache_clear()
-    samples.features_fn.cache_clear()
+    """Replaces Inception by a fast network; returns the path of its weights."""
+    monkeypatch.setattr(inception, "features", small_networks.small_features)
+    monkeypatch.setattr(inception_torch, "load", small_networks.small_weights)
+    reconstruction.eval_step.cache_clear()
+    samples.feature_step.cache_clear()
     path = tmp_path / "inception.safetensors"
     path.write_bytes(b"small")
     yield str(path)
-    reconstruction.judge_fn.cache_clear()
-    samples.features_fn.cache_clear()
+    reconstruction.eval_step.cache_clear()
+    samples.feature_step.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def alexnet(tmp_path_factory):
+    """The file of LPIPS with random features."""
+    path = tmp_path_factory.mktemp("lpips") / "lpips-alex.safetensors"
+    weights = lpips_torch.from_torch(goldens.lpips_state("alex", scale=1.0))[1]
+    save_file(weights, path, metadata={"network": "lpips-alex"})
+    return str(path)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten photographs' worth of noise and waves, 32 pixels a side."""
+    """Ten photographs' worth of noise and waves, 32 pixels per side."""
     root = tmp_path / "pictures"
-    small_judges.write_pictures(root, goldens.pictures(10, 32))
+    small_networks.write_images(root, goldens.pictures(10, 32))
     return str(root)
 
 
 @pytest.fixture
-def judge_config(small, folder):
+def evaluate_config(small, folder):
     """The job at 32 pixels on `folder`."""
     config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
     config.model = small.model

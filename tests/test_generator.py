@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS, on_latents, run_job, small_judges, small_models
+from support import CONFIGS, on_latents, run_job, small_models
+from support.processes import two_processes
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -364,7 +365,7 @@ config.sample.update(settings["sample"])
 print(json.dumps(run_job(sample, config, settings["workdir"])))
 """
     given = {"sample": {"steps": 2, "format": "npz", **changes}, "trained": trained}
-    assert small_judges.two_processes(script, given | {"workdir": together}) == [0, 0]
+    assert two_processes(script, given | {"workdir": together}) == [0, 0]
     left, right = (np.load(os.path.join(f, "samples.npz"))["arr_0"] for f in (alone, together))
     assert left.shape == right.shape and np.mean(left != right) <= 1e-3
     assert np.abs(left.astype(int) - right).max() <= 1

@@ -30,7 +30,7 @@ from dcae_jax.config.loading import PHASES
 from dcae_jax.data import pipeline, sources, transforms
 from dcae_jax.demo import diffusion
 from dcae_jax.errors import UserError
-from dcae_jax.evaluation import metrics, reconstruction
+from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import process
@@ -45,7 +45,7 @@ def run(workdir: str) -> int:
         raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
     configs = os.path.join(os.path.dirname(dcae_jax.__file__), os.pardir, "configs")
     given = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
-    phases = {phase: config_lib.validate(given[phase]) for phase in PHASES}
+    phases = config_lib.validate_phases(given)
     status = train.run_phases(phases, workdir) or diffusion.make(workdir, configs)
     if status != train.DONE:
         return status
@@ -76,9 +76,12 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
     rows = [(name, pca_scores(config, source, f, channels))]
+    metric_networks = networks.load_networks(config.evaluate, mesh)
     shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
-        results = reconstruction.evaluate(config, model.graph, model.weights, mesh, source)
+        results = reconstruction.evaluate(
+            config.evaluate, config.data, model.graphdef, model.weights, mesh, source, metric_networks
+        )
         rows.append((phase.replace("phase", "after phase "), reconstruction.flat_scores(results)))
         for size, result in results.items():
             shown.setdefault(size, [result.images]).append(result.outputs)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image quality metrics: PSNR, SSIM, FID, Inception score, KID, precision and recall.
 
-Every function works on arrays: images, or the features that `models/inception.py` makes of them.
-FID and rFID follow mseitzer/pytorch-fid; the Inception score, KID, precision and recall follow
+Functions of arrays: images, or the features that `models/inception.py` computes of them. Device
+code runs in float32 with matrix products at the highest precision, host code in float64. FID and
+rFID follow mseitzer/pytorch-fid; the Inception score, KID, precision and recall follow
 torch-fidelity, with its order of random draws, so that equal features give its numbers.
 """
 
@@ -13,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
-Moments = dict[str, Array]  # see `moments_init`
+from dcae_jax.models.weights import AnyArray
+
+Moments = dict[str, AnyArray]  # see `moments_init`
 
 PSNR_CAP = 100.0  # dB; what identical images score, so that a mean over images stays finite
 MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
 
 
-def psnr(x: Array, y: Array) -> jax.Array:
+def psnr(x: AnyArray, y: AnyArray) -> jax.Array:
     """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
 
-    x, y: [B, H, W, C] levels 0..255 (`crops.to_levels`) -> [B] float32 in dB, at most `PSNR_CAP`:
-    identical pictures score the cap, not infinity, and so leave the mean of a set meaningful.
+    x, y: [B, H, W, C] levels 0..255 (`transforms.to_levels`) -> [B] float32 in dB. Identical images
+    score `PSNR_CAP`, not infinity, so that the mean of a set stays finite.
     """
     x, y = _pair(x, y)
     mse = jnp.mean(jnp.square(x - y), axis=(1, 2, 3))
@@ -32,24 +34,24 @@ def psnr(x: Array, y: Array) -> jax.Array:
     return 10 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
 
 
-def ssim(x: Array, y: Array) -> jax.Array:
+def ssim(x: AnyArray, y: AnyArray) -> jax.Array:
     """Structural similarity of each pair (Wang et al. 2004), as torchmetrics computes it.
 
     x, y: [B, H, W, C] levels 0..255, H and W at least 6 -> [B] float32 in [-1, 1]. A Gaussian
-    window of 11x11 with sigma 1.5, K1 0.01, K2 0.03, each channel by itself, reflect padding, the
-    mean over the full picture. On the interior (5 pixels cropped) it equals scikit-image's
+    window of 11x11 with sigma 1.5, K1 0.01, K2 0.03, each channel separately, reflect padding, the
+    mean over the full image. On the interior (5 pixels cropped) it equals scikit-image's
     `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.
     """
     return jnp.mean(ssim_map(x, y), axis=(1, 2, 3))
 
 
-def ssim_map(x: Array, y: Array) -> jax.Array:
+def ssim_map(x: AnyArray, y: AnyArray) -> jax.Array:
     """SSIM before the mean: [B, H, W, C], see `ssim`."""
     x, y = _pair(x, y)
     if min(x.shape[1:3]) < 6:
         raise ValueError(f"ssim needs pictures of at least 6x6 pixels, got {x.shape[1:3]}; enlarge")
     c1, c2 = (0.01 * 255.0) ** 2, (0.03 * 255.0) ** 2
-    # Variances do not change when a constant is taken off, and float32 loses 4 times less on it.
+    # Subtracting a constant leaves variances as they are and costs float32 4 times less precision.
     a, b = x - 127.5, y - 127.5
     mean_a, mean_b, aa, bb, ab = (_gaussian_blur(v) for v in (a, b, a * a, b * b, a * b))
     var_a = jnp.maximum(aa - mean_a * mean_a, 0.0)
@@ -60,7 +62,7 @@ def ssim_map(x: Array, y: Array) -> jax.Array:
     return luminance * (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _pair(x: Array, y: Array) -> tuple[jax.Array, jax.Array]:
+def _pair(x: AnyArray, y: AnyArray) -> tuple[jax.Array, jax.Array]:
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(
@@ -83,11 +85,11 @@ def _gaussian_blur(x: jax.Array) -> jax.Array:
 
 
 def moments_init(dim: int = 2048) -> Moments:
-    """Empty sums for `moments_update`: a dict of float32 arrays that lives on the devices.
+    """Empty sums for `moments_update`: a dict of float32 arrays on the devices.
 
     Keys: count [], shift [dim], sum and outer with their compensations sum_low and outer_low
-    ([dim], [dim, dim]). The shift is the mean of the first batch; sums of x - shift lose nothing
-    where a feature's mean is large against its deviation.
+    ([dim], [dim, dim]). The shift is the mean of the first batch; sums of x - shift stay
+    precise where a feature's mean is large compared with its deviation.
     """
     vector, matrix = jnp.zeros((dim,), jnp.float32), jnp.zeros((dim, dim), jnp.float32)
     return {
@@ -100,7 +102,7 @@ def moments_init(dim: int = 2048) -> Moments:
     }
 
 
-def moments_update(state: Moments, features: Array, weight: Array | None = None) -> Moments:
+def moments_update(state: Moments, features: AnyArray, weight: AnyArray | None = None) -> Moments:
     """Adds a batch to the sums. Pure, for use under jit; the batch may be sharded over a mesh.
 
     features: [B, dim]; weight: [B], 1 for a row that counts and 0 for padding (a padded row may
@@ -127,8 +129,8 @@ def moments_update(state: Moments, features: Array, weight: Array | None = None)
     }
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b rounded, and what the rounding lost."""
+def _two_sum(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """a + b rounded, and the rounding error (Knuth)."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
@@ -150,7 +152,7 @@ def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
 
 
 def biased(count: int) -> bool:
-    """Whether `count` pictures are too few for an FID to be compared; if so, logs a warning."""
+    """Whether `count` images are too few for an FID to be compared; if so, logs a warning."""
     if count >= MIN_FRECHET_SAMPLES:
         return False
     logging.warning(
@@ -161,7 +163,7 @@ def biased(count: int) -> bool:
     return True
 
 
-def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
+def frechet_distance(mu1: AnyArray, sigma1: AnyArray, mu2: AnyArray, sigma2: AnyArray) -> float:
     """Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     mu1, mu2: [d]; sigma1, sigma2: [d, d] symmetric positive semidefinite, rank-deficient ones
@@ -196,7 +198,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     return max(float(distance), 0.0)
 
 
-def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+def inception_score(logits: AnyArray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
 
     logits: [N, classes], those of the network without the bias of its last layer, as the original
@@ -224,8 +226,8 @@ def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> tuple[
 
 
 def kernel_distance(
-    features1: Array,
-    features2: Array,
+    features1: AnyArray,
+    features2: AnyArray,
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 2020,
@@ -256,10 +258,10 @@ def kernel_distance(
 
 
 @jax.jit
-def _kernel_sums(x: Array, y: Array) -> tuple[jax.Array, ...]:
+def _kernel_sums(x: AnyArray, y: AnyArray) -> tuple[jax.Array, ...]:
     """Row sums of the three kernel matrices, those of x and of y without their diagonals."""
 
-    def kernel(a: Array, b: Array) -> jax.Array:
+    def kernel(a: AnyArray, b: AnyArray) -> jax.Array:
         root = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST) / a.shape[1] + 1.0
         return root * root * root
 
@@ -269,14 +271,14 @@ def _kernel_sums(x: Array, y: Array) -> tuple[jax.Array, ...]:
 
 
 def precision_recall(
-    generated: Array, real: Array, k: int = 3, block: int = 1024
+    generated: AnyArray, real: AnyArray, k: int = 3, block: int = 1024
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019), as torch-fidelity computes them.
 
-    generated, real: [N, d] and [M, d] -> (precision, recall). Precision is the share of generated
-    rows that lie in the ball of some real row, whose radius reaches its k-th neighbour among the
-    real ones; recall exchanges the roles. Distances run on the default device in float32, `block`
-    rows at a time (block x N floats of memory).
+    generated, real: [N, d] and [M, d] -> (precision, recall). Precision is the fraction of
+    generated rows inside the ball of some real row, whose radius reaches its k-th neighbour among
+    the real ones; recall exchanges the roles. Distances run on the default device in float32,
+    `block` rows at a time (block x N floats of memory).
     """
     generated, real = _feature_pair(generated, real)
     if min(len(generated), len(real)) <= k:
@@ -292,7 +294,7 @@ def precision_recall(
 
 
 def _covered(queries: jax.Array, points: jax.Array, k: int, block: int) -> float:
-    """Share of the queries within reach of a point: its distance to its k-th other point."""
+    """Fraction of queries closer to some point than that point is to its k-th neighbour."""
     radii = jnp.concatenate(
         [_kth_distance(points[i : i + block], points, k) for i in range(0, len(points), block)]
     )
@@ -320,7 +322,7 @@ def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1) - 2 * product
 
 
-def _feature_pair(a: Array, b: Array) -> tuple[np.ndarray, np.ndarray]:
+def _feature_pair(a: AnyArray, b: AnyArray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(

@@ -1,38 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What judges pictures: LPIPS and Inception, and the batches of pictures that they see.
+"""Metric networks (LPIPS, Inception) and the batches of images that are evaluated.
 
+Both run in float32 with matrix products at the highest precision, whatever the model computes in.
 Their published weights are not part of this package: config.evaluate names the files.
 """
 
-import functools
+import collections
+import dataclasses
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dcae_jax.data import pipeline
+from dcae_jax.config.schema import Data, Evaluate
+from dcae_jax.data import pipeline, transforms
+from dcae_jax.data.sources import Source
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics
-from dcae_jax.models import inception, inception_torch, lpips_torch
-from dcae_jax.models.weights import Array, Weights
+from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
+from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 
-Judges = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
+T = TypeVar("T")
+MetricNetworks = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
 
-# Judge -> (key, what it unlocks, file to fetch, where it is, file to convert it to).
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """Where the weights of a metric network come from, and what they are for."""
+
+    key: str  # of config.evaluate
+    unlocks: str  # metrics
+    source: str  # file to download
+    host: str  # who publishes it
+    converted: str  # file to convert it to
+
+    @property
+    def conversion(self) -> str:
+        return (
+            f"run `python -m dcae_jax.pretrained.torch_io {self.source} --out={self.converted}` "
+            f"and name {self.converted}"
+        )
+
+
 FILES = {
-    "lpips": (
-        "evaluate.lpips_weights",
+    "lpips": WeightsFile(
+        "lpips_weights",
         "LPIPS",
         "alexnet-owt-7be5be79.pth",
         "torchvision",
         "lpips-alex.safetensors",
     ),
-    "inception": (
-        "evaluate.inception_weights",
+    "inception": WeightsFile(
+        "inception_weights",
         "rFID, FID, Inception score, KID, precision and recall",
         "pt_inception-2015-12-05-6726825d.pth",
         "mseitzer/pytorch-fid",
@@ -41,71 +64,84 @@ FILES = {
 }
 
 
-def load_judges(config: Any, mesh: Mesh) -> Judges:
-    """The networks whose files config.evaluate names, on every device. Raises UserError."""
-    readers = {
-        "lpips": functools.partial(lpips_torch.load, net="alex"),
-        "inception": inception_torch.load,
-    }
-    judges = {}
-    for name, read in readers.items():
-        key, _, source, _, converted = FILES[name]
-        path = getattr(config.evaluate, key.removeprefix("evaluate."))
+def load_networks(settings: Evaluate, mesh: Mesh) -> MetricNetworks:
+    """The networks whose files `settings` names, replicated on the mesh. Raises UserError."""
+    networks = {}
+    for name, file in FILES.items():
+        path = getattr(settings, file.key)
         if not path:
             continue
         if not os.path.isfile(path):
-            raise UserError(f"{key}={path!r} is no file; {conversion(source, converted)}")
+            raise UserError(f"evaluate.{file.key}={path!r} is no file; {file.conversion}")
         try:
-            weights = read(path)
+            weights = (
+                lpips_torch.load(path, "alex") if name == "lpips" else inception_torch.load(path)
+            )
         except ValueError as error:
-            raise UserError(f"{key}={path!r}: {' '.join(str(error).split())}") from error
+            message = " ".join(str(error).split())
+            raise UserError(f"evaluate.{file.key}={path!r}: {message}") from error
         place = mesh_lib.replicated(mesh)
-        judges[name] = {k: mesh_lib.host_to_global(v, place) for k, v in weights.items()}
-    return judges
+        networks[name] = {k: mesh_lib.host_to_global(v, place) for k, v in weights.items()}
+    return networks
 
 
-def locked(judges: Judges) -> str:
-    """One line: which file unlocks what, and the command that converts it; '' with all there."""
-    parts = []
-    for name, (key, what, source, where, converted) in FILES.items():
-        if name not in judges:
-            parts.append(f"{what}: {source} ({where}), {conversion(source, converted)} as {key}")
+def missing_files(networks: MetricNetworks) -> str:
+    """One line: which file unlocks what, and how to convert it; '' if none is missing."""
+    parts = [
+        f"{file.unlocks}: {file.source} ({file.host}), {file.conversion} as evaluate.{file.key}"
+        for name, file in FILES.items()
+        if name not in networks
+    ]
     return f"not computed without a file: {'; '.join(parts)}" if parts else ""
 
 
-def conversion(source: str, converted: str) -> str:
-    return f"run `python -m dcae_jax.pretrained.torch_io {source} --out={converted}` and name {converted}"
+def lpips_distance(weights: Weights, target: jax.Array, output: jax.Array) -> jax.Array:
+    """The published LPIPS of levels 0..255 [B, H, W, 3] float32: [B]."""
+    x, y = transforms.to_float(target), transforms.to_float(output)
+    return lpips.distance(weights, x, y, "alex", "torchmetrics")
 
 
-def pool3(weights: Weights, levels: Array, kind: str) -> tuple[Array, Array]:
-    """Inception's (pool3, logits) of levels 0..255."""
-    return inception.features(weights, inception.preprocess(levels, kind))
+def inception_features(
+    weights: Weights, levels: jax.Array, preprocessing: str
+) -> tuple[jax.Array, jax.Array]:
+    """Inception's (pool3 [B, d], logits [B, classes]) of levels 0..255 [B, H, W, 3]."""
+    return inception.features(weights, inception.preprocess(levels, preprocessing))
 
 
-def empty_moments(judges: Judges, mesh: Mesh) -> metrics.Moments:
-    dim = judges["inception"]["fc.kernel"].shape[0]
+def empty_moments(networks: MetricNetworks, mesh: Mesh) -> metrics.Moments:
+    """Sums over no images, of Inception's features, replicated on the mesh."""
+    dim = networks["inception"]["fc.kernel"].shape[0]
     empty = jax.jit(lambda: metrics.moments_init(dim), out_shardings=mesh_lib.replicated(mesh))
     return empty()
 
 
 def batches(
-    config: Any, source: Any, size: int, mesh: Mesh, count: int | None = None, crops: int = 0
+    settings: Evaluate, data: Data, source: Source, size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, pipeline.Batch]]:
-    """(the numbers of the rows among all images, this process's batch), every image once."""
-    settings = config.evaluate
+    """(row numbers among all images, this process's batch) until every image was seen once."""
     mesh_lib.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
     mesh_lib.check_height(size, mesh, key="evaluate.resolutions")
     process, processes = mesh_lib.process_batch_slice(mesh)
-    found = pipeline.evaluation_batches(
+    local_batches = pipeline.evaluation_batches(
         source,
         size=size,
         batch_size=settings.batch_size,
-        count=settings.count if count is None else count,
-        crops=crops or settings.crops,
-        threads=config.data.threads,
+        count=settings.count,
+        crops=settings.crops,
+        threads=data.threads,
         process=process,
         processes=processes,
     )
-    for i, batch in enumerate(found):
+    for i, batch in enumerate(local_batches):
         local = len(batch["mask"])
         yield (i * processes + process) * local + np.arange(local), batch
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Each item once the next was made: the devices work on that one while the host reads this."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting

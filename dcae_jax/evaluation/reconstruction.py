@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `evaluate`: how good reconstructions or samples are, tables and picture grids.
+"""Reconstruction quality: PSNR, SSIM, LPIPS and rFID of an autoencoder, tables and image grids.
 
 Protocol: ADM centre crop, the model sees [-1, 1], both images are rounded to 8 bits before every
 metric, means over images. docs/evaluation.md says what each number is computed on.
@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +20,38 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dcae_jax import files
+from dcae_jax.config.schema import Data, Evaluate
 from dcae_jax.data import pipeline, transforms
+from dcae_jax.data.sources import Source
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks
-from dcae_jax.evaluation.networks import Judges, load_judges
-from dcae_jax.models import lpips
+from dcae_jax.evaluation.networks import MetricNetworks
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.weights import Array, Weights
+from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 
-Kept = dict[int, tuple[float, np.ndarray, np.ndarray]]  # image number -> PSNR, image, output
+Pair = tuple[np.ndarray, np.ndarray]  # images and their reconstructions, uint8
+Extremes = dict[int, tuple[float, np.ndarray, np.ndarray]]  # row number -> PSNR, image, output
 SCORES = ("psnr", "ssim", "lpips")  # of each image, in the order of tables
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """The figures of one resolution, and some reconstructions."""
+class Summary:
+    """The scores of a set of images at one resolution."""
 
     scores: dict[str, float]  # metric -> value, of PSNR, SSIM and LPIPS the mean over images
     count: int
+    biased: bool  # too few images for the Frechet distance to be compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(Summary):
+    """The scores of reconstructions, and some of them."""
+
     images: np.ndarray  # [grid, size, size, 3] uint8, the first ones
     outputs: np.ndarray  # [grid, size, size, 3] uint8
-    extremes: dict[str, tuple[np.ndarray, np.ndarray]]  # 'best', 'worst' by PSNR: likewise
-    biased: bool  # too few images for the Frechet distance to be compared
+    extremes: dict[str, Pair]  # 'best', 'worst' by PSNR: likewise
 
     def grid(self) -> np.ndarray:
         """Columns: image, reconstruction, difference."""
@@ -52,156 +59,150 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """Sums over the images of one resolution, which those of other images can be added to."""
+class Totals:
+    """Sums over the images of one resolution, to which those over other images can be added."""
 
     sums: dict[str, float]  # 'count', and metric -> sum over images
     moments: dict[str, metrics.Moments]  # 'image', 'output': Inception's, on the devices
-    first: tuple[np.ndarray, np.ndarray]  # (images, outputs) [grid, size, size, 3] uint8
-    kept: Kept  # the best and the worst
-
-
-# --- reconstructions ------------------------------------------------------------------------------
+    preview: Pair  # [grid, size, size, 3] uint8, the first images of this process
+    extremes: Extremes  # the best and the worst of this process
 
 
 @functools.lru_cache(maxsize=4)  # a training run evaluates many times, and compiles once
-def judge_fn(graph: nnx.GraphDef, mesh: Mesh) -> Callable:
-    """A jitted function that reconstructs a batch and judges it.
+def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
+    """A jitted function that reconstructs a batch and scores it.
 
-    (weights, judges, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, sums of the
-    scores, PSNR [B], reconstructions [B, H, W, 3] uint8). The moments passed in are given up.
+    (weights, networks, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, sums of the
+    scores, PSNR [B], reconstructions [B, H, W, 3] uint8). The moments passed in are donated.
     """
     rows = NamedSharding(mesh, P(mesh_lib.BATCH_AXES))
 
-    def judge(weights: Weights, judges: Judges, moments: Any, images: Array, mask: Array):
-        model = weights_lib.merge(graph, sharding.replicate_weights(weights, mesh))
+    def step(
+        weights: Weights,
+        metric_networks: MetricNetworks,
+        moments: dict[str, metrics.Moments],
+        images: jax.Array,
+        mask: jax.Array,
+    ) -> tuple[dict[str, metrics.Moments], dict[str, jax.Array], jax.Array, jax.Array]:
+        model = weights_lib.merge(graphdef, sharding.replicate_weights(weights, mesh))
         # From here on levels in float32, whatever the model computes in. An image stays on one
-        # device, where the judges' resizing and pooling need no neighbour's rows.
+        # device, where the networks' resizing and pooling need no neighbour's rows.
         output = transforms.to_levels(model(transforms.to_float(images)))
         target = images.astype(jnp.float32)
         target, output = (jax.lax.with_sharding_constraint(x, rows) for x in (target, output))
         scores = {"psnr": metrics.psnr(output, target), "ssim": metrics.ssim(output, target)}
-        if "lpips" in judges:
-            scores["lpips"] = _lpips(judges["lpips"], target, output)
-        if "inception" in judges:
-            moments = {
-                name: metrics.moments_update(
-                    moments[name],
-                    networks.pool3(judges["inception"], levels, "pytorch-fid")[0],
-                    mask,
-                )
-                for name, levels in (("image", target), ("output", output))
-            }
+        if "lpips" in metric_networks:
+            scores["lpips"] = networks.lpips_distance(metric_networks["lpips"], target, output)
+        if "inception" in metric_networks:
+            inception = metric_networks["inception"]
+            for name, levels in (("image", target), ("output", output)):
+                features, _ = networks.inception_features(inception, levels, "pytorch-fid")
+                moments = moments | {name: metrics.moments_update(moments[name], features, mask)}
         sums = {name: jnp.sum(jnp.where(mask > 0, score, 0)) for name, score in scores.items()}
         sums["count"] = jnp.sum(mask)
         return moments, sums, scores["psnr"], output.astype(jnp.uint8)
 
     everywhere = mesh_lib.replicated(mesh)
-    return jax.jit(judge, donate_argnums=2, out_shardings=(everywhere, everywhere, rows, rows))
-
-
-def _lpips(weights: Weights, target: Array, output: Array) -> Array:
-    """The published LPIPS of levels 0..255: [B]."""
-    x, y = transforms.to_float(target), transforms.to_float(output)
-    return lpips.distance(weights, x, y, "alex", "torchmetrics")
+    return jax.jit(step, donate_argnums=2, out_shardings=(everywhere, everywhere, rows, rows))
 
 
 class Stopped(Exception):
-    """The evaluation was given up, as its caller asked for."""
+    """The evaluation was abandoned, as its caller asked for."""
 
 
 def evaluate(
-    config: Any,
-    graph: nnx.GraphDef,
+    settings: Evaluate,
+    data: Data,
+    graphdef: nnx.GraphDef,
     weights: Weights,
     mesh: Mesh,
-    source: Any,
-    judges: Judges | None = None,
+    source: Source,
+    metric_networks: MetricNetworks,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[int, Result]:
-    """Scores at each of config.evaluate.resolutions, every image of `source` counted once.
+    """Scores at each of settings.resolutions, every image of `source` counted once.
 
-    judges: what `load_judges` gives, which is called if None. stopped: asked before each batch.
-    Raises UserError, and Stopped.
+    stopped: called before each batch. Raises UserError, and Stopped.
     """
-    judges = load_judges(config, mesh) if judges is None else judges
     results = {}
-    for size in config.evaluate.resolutions:
-        measured = measure(config, graph, weights, mesh, source, judges, size, stopped)
-        results[size] = finish(measured, size, config)
+    for size in settings.resolutions:
+        totals = accumulate(
+            settings, data, graphdef, weights, mesh, source, metric_networks, size, stopped
+        )
+        results[size] = finalize(totals, size, settings.grid)
     return results
 
 
-def measure(
-    config: Any,
-    graph: nnx.GraphDef,
+def accumulate(
+    settings: Evaluate,
+    data: Data,
+    graphdef: nnx.GraphDef,
     weights: Weights,
     mesh: Mesh,
-    source: Any,
-    judges: Judges,
+    source: Source,
+    metric_networks: MetricNetworks,
     size: int,
     stopped: Callable[[], bool] = lambda: False,
-) -> Measurement:
+) -> Totals:
     """Sums over the images of `source`, cut to `size` pixels. Raises UserError, and Stopped."""
-    settings = config.evaluate
-    judge = judge_fn(graph, mesh)
-    moments = {}
-    if "inception" in judges:
-        moments = {name: networks.empty_moments(judges, mesh) for name in ("image", "output")}
-    every_sum, first, kept, waiting = [], None, {}, None
+    step = eval_step(graphdef, mesh)
+    moments: dict[str, metrics.Moments] = {}
+    if "inception" in metric_networks:
+        moments = {k: networks.empty_moments(metric_networks, mesh) for k in ("image", "output")}
+    all_sums: list[dict[str, jax.Array]] = []
 
-    def look(batch, numbers, psnr, output):
-        nonlocal first
-        if first is None:
+    def reconstructed() -> Iterator[tuple[np.ndarray, pipeline.Batch, jax.Array, jax.Array]]:
+        nonlocal moments
+        for numbers, batch in networks.batches(settings, data, source, size, mesh):
+            if stopped():
+                raise Stopped
+            placed = mesh_lib.put_batch(batch, mesh)
+            moments, sums, psnr, output = step(
+                weights, metric_networks, moments, placed["image"], placed["mask"]
+            )
+            all_sums.append(sums)
+            yield numbers, batch, psnr, output
+
+    preview, extremes = None, {}
+    for numbers, batch, psnr, output in networks.one_behind(reconstructed()):
+        if preview is None:
             shown = int(min(settings.grid, batch["mask"].sum()))
-            first = batch["image"][:shown], _local_rows(output)[:shown]
-        _keep_extremes(kept, batch, numbers, psnr, output, settings.grid)
-
-    for numbers, batch in networks.batches(config, source, size, mesh):
-        if stopped():
-            raise Stopped
-        placed = mesh_lib.put_batch(batch, mesh)
-        moments, sums, psnr, output = judge(
-            weights, judges, moments, placed["image"], placed["mask"]
-        )
-        every_sum.append(sums)
-        if waiting:  # one batch late, when the devices have the next to work on
-            look(*waiting)
-        waiting = batch, numbers, psnr, output
-    if waiting:
-        look(*waiting)
-    fetched = jax.device_get(every_sum) or [{"count": 0}]
+            preview = batch["image"][:shown], _local_rows(output)[:shown]
+        _keep_extremes(extremes, batch, numbers, psnr, output, settings.grid)
+    if preview is None:
+        raise _no_image()
+    fetched = jax.device_get(all_sums)
     names = [name for name in (*SCORES, "count") if name in fetched[0]]  # JAX sorts keys
-    totals = {name: math.fsum(float(sums[name]) for sums in fetched) for name in names}
-    return Measurement(totals, moments, first, kept)
+    sums = {name: math.fsum(float(batch[name]) for batch in fetched) for name in names}
+    return Totals(sums, moments, preview, extremes)
 
 
-def finish(measured: Measurement, size: int, config: Any) -> Result:
-    """The means and the rFID of a measurement. Raises UserError if no image was read."""
-    count = _some(measured.sums["count"])
-    scores = {name: total / count for name, total in measured.sums.items() if name != "count"}
+def finalize(totals: Totals, size: int, grid: int) -> Result:
+    """The means and the rFID. Raises UserError if no image was read."""
+    count = round(totals.sums["count"])
+    if not count:
+        raise _no_image()
+    scores = {name: total / count for name, total in totals.sums.items() if name != "count"}
     biased = False
-    if measured.moments and count > 1:
-        image, output = (metrics.moments_finalize(measured.moments[k]) for k in ("image", "output"))
+    if totals.moments and count > 1:
+        image, output = (metrics.moments_finalize(totals.moments[k]) for k in ("image", "output"))
         scores["rfid"] = metrics.frechet_distance(*output, *image)
         biased = metrics.biased(count)
-    kept = sorted(_gather(measured.kept, size, config.evaluate.grid).items())
-    order = sorted(kept, key=lambda item: (item[1][0], item[0]))
-    shown = min(config.evaluate.grid, len(order))
+    found = _gather(totals.extremes, size, grid)
+    order = sorted(found, key=lambda number: (found[number][0], number))
     extremes = {}
-    for name, chosen in (("worst", order[:shown]), ("best", order[::-1][:shown])):
-        extremes[name] = tuple(np.stack([item[1][i] for item in chosen]) for i in (1, 2))
-    return Result(scores, count, *measured.first, extremes, biased)
+    for name, chosen in (("worst", order[:grid]), ("best", order[::-1][:grid])):
+        images, outputs = (np.stack([found[number][i] for number in chosen]) for i in (1, 2))
+        extremes[name] = images, outputs
+    return Result(scores, count, biased, *totals.preview, extremes)
 
 
-def _some(count: float) -> int:
-    if not round(count):
-        raise UserError("no image could be read for evaluation; see the log for their names")
-    return round(count)
+def _no_image() -> UserError:
+    return UserError("no image could be read for evaluation; see the log for their names")
 
 
-def _local_rows(array: Array) -> np.ndarray:
-    """This process's rows of a batch that may be spread over other processes too."""
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a batch that may be sharded over other processes too."""
     if array.is_fully_addressable:
         return np.asarray(array)
     rows = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
@@ -209,46 +210,51 @@ def _local_rows(array: Array) -> np.ndarray:
 
 
 def _keep_extremes(
-    kept: Kept, batch: pipeline.Batch, numbers: np.ndarray, psnr: Array, output: Array, size: int
+    extremes: Extremes,
+    batch: pipeline.Batch,
+    numbers: np.ndarray,
+    psnr: jax.Array,
+    output: jax.Array,
+    grid: int,
 ) -> None:
-    """Changes `kept` to hold the `size` best and worst, so far, with this batch."""
+    """Updates `extremes` to the `grid` best and worst images so far, this batch included."""
     local = np.nan_to_num(_local_rows(psnr), nan=-math.inf).tolist()
-    found = {int(number): row for row, number in enumerate(numbers) if batch["mask"][row] > 0}
-    ranks = [(value[0], number) for number, value in kept.items()]
-    ranks = sorted(ranks + [(local[row], number) for number, row in found.items()])
-    wanted = {number for _, number in ranks[:size] + ranks[-size:]}
-    new = wanted & found.keys()
+    rows = {int(number): row for row, number in enumerate(numbers) if batch["mask"][row] > 0}
+    ranks = [(value[0], number) for number, value in extremes.items()]
+    ranks = sorted(ranks + [(local[row], number) for number, row in rows.items()])
+    wanted = {number for _, number in ranks[:grid] + ranks[-grid:]}
+    new = wanted & rows.keys()
     if new:  # else nothing more is fetched from the devices
         outputs = _local_rows(output)
         for number in new:
-            row = found[number]
-            kept[number] = local[row], batch["image"][row].copy(), outputs[row].copy()
-    for number in kept.keys() - wanted:
-        del kept[number]
+            row = rows[number]
+            extremes[number] = local[row], batch["image"][row].copy(), outputs[row].copy()
+    for number in extremes.keys() - wanted:
+        del extremes[number]
 
 
-def _gather(kept: Kept, size: int, grid: int) -> Kept:
-    """The kept images of all processes."""
+def _gather(extremes: Extremes, size: int, grid: int) -> Extremes:
+    """The extremes of all processes."""
     if jax.process_count() == 1:
-        return kept
+        return extremes
     slots = 2 * grid
     numbers, psnr = np.full(slots, -1, np.int32), np.zeros(slots, np.float32)
-    pictures = np.zeros((slots, 2, size, size, 3), np.uint8)
-    for slot, (number, value) in enumerate(kept.items()):
-        numbers[slot], psnr[slot], pictures[slot] = number, value[0], np.stack(value[1:])
-    everywhere = multihost_utils.process_allgather((numbers, psnr, pictures))
-    numbers, psnr, pictures = (np.concatenate(part) for part in everywhere)
+    pairs = np.zeros((slots, 2, size, size, 3), np.uint8)
+    for slot, (number, value) in enumerate(extremes.items()):
+        numbers[slot], psnr[slot], pairs[slot] = number, value[0], np.stack(value[1:])
+    everywhere = multihost_utils.process_allgather((numbers, psnr, pairs))
+    numbers, psnr, pairs = (np.concatenate(part) for part in everywhere)
     return {
         int(number): (float(value), *pair)
-        for number, value, pair in zip(numbers, psnr, pictures, strict=True)
+        for number, value, pair in zip(numbers, psnr, pairs, strict=True)
         if number >= 0
     }
 
 
-# --- what is left for people ----------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 
-def flat_scores(results: dict[int, Result]) -> dict[str, float]:
+def flat_scores(results: Mapping[int, Summary]) -> dict[str, float]:
     """{'psnr_256': ...}, as in metrics.jsonl."""
     return {
         f"{name}_{size}": score
@@ -257,14 +263,14 @@ def flat_scores(results: dict[int, Result]) -> dict[str, float]:
     }
 
 
-def row_values(results: dict[int, Result]) -> dict[str, float | bool]:
+def row_values(results: Mapping[int, Summary]) -> dict[str, float | bool]:
     """The flat scores, and 'biased_256' where there were too few images for the rFID."""
     return flat_scores(results) | {
         f"biased_{size}": True for size, r in results.items() if r.biased
     }
 
 
-def score_table(results: dict[int, Result]) -> str:
+def score_table(results: Mapping[int, Summary]) -> str:
     """The results as aligned text."""
     names = list(next(iter(results.values())).scores)
     head = ["resolution", "images", *(name.upper() for name in names)]
@@ -277,7 +283,7 @@ def score_table(results: dict[int, Result]) -> str:
 
 
 def write_grids(
-    results: dict[int, Result], workdir: str, name: str, extremes: bool = False
+    results: Mapping[int, Result], workdir: str, name: str, extremes: bool = False
 ) -> None:
     """WORKDIR/images/NAME_<resolution>.png for each result; `extremes` adds _best and _worst."""
     for size, result in results.items():

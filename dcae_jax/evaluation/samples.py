@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality of samples: FID, Inception score, KID, precision and recall, against a reference.
+"""Sample quality: FID, Inception score, KID, precision and recall, against a reference.
 
 The FID is computed on features that are preprocessed as pytorch-fid does, the other scores as
 torch-fidelity does. Sets of images are folders, or arr_0 of an .npz; a reference may also be the
@@ -15,8 +15,7 @@ import logging
 import math
 import os
 import zipfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -25,12 +24,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from dcae_jax import files as files_lib
+from dcae_jax import files
+from dcae_jax.config.schema import Data, Evaluate
 from dcae_jax.data import sources
+from dcae_jax.data.sources import Source
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks
+from dcae_jax.evaluation.networks import MetricNetworks
 from dcae_jax.models import inception
-from dcae_jax.models.weights import Array, Weights
+from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 
 KID_SUBSET = 1000  # rows, torch-fidelity's default; of smaller sets all rows
@@ -40,20 +42,20 @@ REFERENCE_ROWS = 50_000  # features of the reference that are kept for KID, prec
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What Inception makes of a set of images."""
+    """Inception's features of a set of images, and their moments."""
 
     mu: np.ndarray  # [d] float64, preprocessed as pytorch-fid does
     sigma: np.ndarray  # [d, d]
-    count: int  # 0: not known
+    count: int  # 0: unknown
     features: np.ndarray | None  # [n, d] float32, preprocessed as torch-fidelity does; None where
-    logits: np.ndarray | None  # [n, classes] they are not known, and on processes other than 0
+    logits: np.ndarray | None  # [n, classes]  they are unknown, and on processes other than 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
     """The images of an .npz, as a source of `data`."""
 
-    images: np.ndarray  # [N, H, W, 3] uint8, left on disk where the file allows it
+    images: np.ndarray  # [N, H, W, 3] uint8, memory-mapped where the file allows it
     path: str
 
     def __len__(self) -> int:
@@ -87,61 +89,64 @@ def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str
 
 
 @functools.lru_cache(maxsize=2)
-def features_fn(mesh: Mesh) -> Callable:
-    """A jitted (inception, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, pool3 [B, d],
-    logits [B, classes], mask): the moments as pytorch-fid, the others as torch-fidelity."""
+def feature_step(mesh: Mesh) -> Callable:
+    """A jitted function from a batch of images to Inception's features.
+
+    (inception, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, features [B, d], logits
+    [B, classes], mask), replicated: the moments preprocessed as pytorch-fid does, features and
+    logits as torch-fidelity does. The moments passed in are donated.
+    """
     rows = NamedSharding(mesh, P(mesh_lib.BATCH_AXES))
 
-    def features(
-        weights: Weights, moments: metrics.Moments, images: Array, mask: Array
-    ) -> tuple[Any, ...]:
+    def step(
+        weights: Weights, moments: metrics.Moments, images: jax.Array, mask: jax.Array
+    ) -> tuple[metrics.Moments, jax.Array, jax.Array, jax.Array]:
         images = jax.lax.with_sharding_constraint(images, rows)
-        moments = metrics.moments_update(
-            moments, networks.pool3(weights, images, "pytorch-fid")[0], mask
-        )
-        return moments, *networks.pool3(weights, images, "torch-fidelity"), mask
+        features, _ = networks.inception_features(weights, images, "pytorch-fid")
+        moments = metrics.moments_update(moments, features, mask)
+        return moments, *networks.inception_features(weights, images, "torch-fidelity"), mask
 
-    return jax.jit(features, donate_argnums=1, out_shardings=mesh_lib.replicated(mesh))
+    return jax.jit(step, donate_argnums=1, out_shardings=mesh_lib.replicated(mesh))
 
 
 def statistics(
-    config: Any,
+    settings: Evaluate,
+    data: Data,
     mesh: Mesh,
-    judges: networks.Judges,
-    source: Any,
+    metric_networks: MetricNetworks,
+    source: Source,
     size: int,
-    count: int,
     keep: int = 0,
 ) -> Statistics:
-    """Statistics of all images of `source`, cut to `size` pixels, `count` > 0 at most.
+    """Statistics of the images of `source`, cut to `size` pixels; settings.count > 0 at most.
 
     keep: features of so many images at most are returned, evenly spread; 0: of all.
     """
-    run = features_fn(mesh)
-    moments = networks.empty_moments(judges, mesh)
-    total = min(len(source), count or len(source))
+    settings = dataclasses.replace(settings, crops=1)
+    step = feature_step(mesh)
+    moments = networks.empty_moments(metric_networks, mesh)
+    total = min(len(source), settings.count or len(source))
     stride = math.ceil(total / keep) if keep else 1
-    features, logits, read, waiting = [], [], 0, None
 
-    def look(pool3: Array, unnormalised: Array, mask_of: Array) -> None:
-        nonlocal read
-        mask = np.asarray(mask_of) > 0
-        # Every process has all rows: it counts them alike.
+    def batches() -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+        nonlocal moments
+        for _, batch in networks.batches(settings, data, source, size, mesh):
+            placed = mesh_lib.put_batch(batch, mesh)
+            moments, *found = step(
+                metric_networks["inception"], moments, placed["image"], placed["mask"]
+            )
+            yield tuple(found)
+
+    features, logits, read = [], [], 0
+    for batch_features, batch_logits, mask in networks.one_behind(batches()):
+        mask = np.asarray(mask) > 0
+        # Every process has all rows, and so counts the same.
         numbers = read + np.cumsum(mask) - 1
         read += int(mask.sum())
         if jax.process_index() == 0:
             chosen = mask & (numbers % stride == 0)
-            features.append(np.asarray(pool3)[chosen])
-            logits.append(np.asarray(unnormalised)[chosen])
-
-    for _, batch in networks.batches(config, source, size, mesh, count, crops=1):
-        placed = mesh_lib.put_batch(batch, mesh)
-        moments, *found = run(judges["inception"], moments, placed["image"], placed["mask"])
-        if waiting:  # one batch late, when the devices have the next to work on
-            look(*waiting)
-        waiting = found
-    if waiting:
-        look(*waiting)
+            features.append(np.asarray(batch_features)[chosen])
+            logits.append(np.asarray(batch_logits)[chosen])
     if read < 2:
         raise UserError(f"{read} images could be read; statistics need 2 at least, papers 50000")
     mu, sigma = metrics.moments_finalize(moments)
@@ -151,21 +156,25 @@ def statistics(
 
 
 def reference_statistics(
-    config: Any, mesh: Mesh, judges: networks.Judges, size: int, workdir: str
+    settings: Evaluate,
+    data: Data,
+    mesh: Mesh,
+    metric_networks: MetricNetworks,
+    size: int,
+    workdir: str,
 ) -> Statistics | None:
-    """Statistics of evaluate.reference: from the file, from WORKDIR/reference, or computed.
+    """Statistics of settings.reference: from the file, from WORKDIR/reference, or computed.
 
-    What is computed is kept there under a name that is made of the images, their size, the
-    preprocessings and the network's weights. Whole on process 0 alone; others may get None. Raises
-    UserError.
+    Computed ones are cached there under a fingerprint of the images, their size, the preprocessings
+    and the network's weights. Complete on process 0 alone; others may get None. Raises UserError.
     """
-    path, key = config.evaluate.reference, "evaluate.reference"
+    path, key = settings.reference, "evaluate.reference"
     names = array_names(path, key)
-    given = _given_moments(path, judges) if {"mu", "sigma"} <= names else None
+    given = _given_moments(path, metric_networks) if {"mu", "sigma"} <= names else None
     if given and "arr_0" not in names:
         return Statistics(*given, 0, None, None)
     source = image_source(path, key)
-    name = _fingerprint(path, source, size, config.evaluate.inception_weights)
+    name = _fingerprint(path, source, size, settings.inception_weights)
     cached = os.path.join(workdir, "reference", f"{name}.npz")
     found = jax.process_index() == 0 and os.path.exists(cached)
     if jax.process_count() > 1:  # another process may not see process 0's disk
@@ -174,7 +183,8 @@ def reference_statistics(
         logging.info("reference statistics read from %s", cached)
         stats = _read_statistics(cached) if jax.process_index() == 0 else None
     else:
-        stats = statistics(config, mesh, judges, source, size, 0, keep=REFERENCE_ROWS)
+        every = dataclasses.replace(settings, count=0)
+        stats = statistics(every, data, mesh, metric_networks, source, size, REFERENCE_ROWS)
         if jax.process_index() == 0:
             _write_statistics(cached, stats)
             logging.info("reference statistics of %d images kept in %s", stats.count, cached)
@@ -196,7 +206,7 @@ def array_names(path: str, key: str) -> set[str]:
         raise UserError(f"{key}={path!r} is no .npz; name a folder of images or an .npz") from error
 
 
-def _given_moments(path: str, judges: networks.Judges) -> tuple[np.ndarray, np.ndarray]:
+def _given_moments(path: str, metric_networks: MetricNetworks) -> tuple[np.ndarray, np.ndarray]:
     """mu and sigma of the .npz `path`. Raises UserError."""
     try:
         with np.load(path) as arrays:
@@ -205,7 +215,7 @@ def _given_moments(path: str, judges: networks.Judges) -> tuple[np.ndarray, np.n
         raise UserError(
             f"evaluate.reference={path!r}: mu or sigma cannot be read ({error}); fetch it again"
         ) from error
-    dim = judges["inception"]["fc.kernel"].shape[0]
+    dim = metric_networks["inception"]["fc.kernel"].shape[0]
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise UserError(
             f"evaluate.reference={path!r}: mu is {mu.shape} and sigma {sigma.shape}, pool3 of "
@@ -214,7 +224,7 @@ def _given_moments(path: str, judges: networks.Judges) -> tuple[np.ndarray, np.n
     return mu, sigma
 
 
-def image_source(path: str, key: str) -> Any:
+def image_source(path: str, key: str) -> Source:
     """A folder of images or the arr_0 of an .npz, as a source of `data`. Raises UserError."""
     if os.path.isdir(path):
         try:
@@ -236,12 +246,12 @@ def image_source(path: str, key: str) -> Any:
 
 
 def _map_array(path: str, name: str) -> np.ndarray:
-    """An array of an .npz, left on disk unless it is compressed: 50,000 samples are 10 GB."""
+    """An array of an .npz, memory-mapped unless it is compressed: 50,000 samples are 10 GB."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type == zipfile.ZIP_STORED:
         with open(path, "rb") as file:
-            file.seek(entry.header_offset)  # of a ZIP header of some length, then the .npy itself
+            file.seek(entry.header_offset)  # of a ZIP header, then the .npy itself
             head = file.read(2**12)
             file.seek(entry.header_offset + head.index(np.lib.format.MAGIC_PREFIX))
             if np.lib.format.read_magic(file) == (1, 0):
@@ -252,17 +262,17 @@ def _map_array(path: str, name: str) -> np.ndarray:
         return arrays[name]
 
 
-def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
-    """Names the statistics of a set of images: another set, size or network has another name."""
+def _fingerprint(path: str, source: Source, size: int, weights: str) -> str:
+    """A digest of a set of images, their size and the network: the name of cached statistics."""
     if isinstance(source, sources.Folder):
-        files = [os.path.join(source.root, file) for file in source.files]
+        paths = [os.path.join(source.root, file) for file in source.files]
     else:
-        files = [path]
-    stats = [os.stat(file) for file in files]
+        paths = [path]
+    stats = [os.stat(file) for file in paths]
     parts = {
         "files": [
             (os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
-            for file, stat in zip(files, stats, strict=True)
+            for file, stat in zip(paths, stats, strict=True)
         ],
         "size": size,
         "preprocessings": inception.PREPROCESSINGS,
@@ -277,7 +287,7 @@ def _fingerprint(path: str, source: Any, size: int, weights: str) -> str:
 def _write_statistics(path: str, stats: Statistics) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **{key: getattr(stats, key) for key in ("mu", "sigma", "count", "features")})
-    files_lib.write_file(path, buffer.getvalue())
+    files.write_file(path, buffer.getvalue())
 
 
 def _read_statistics(path: str) -> Statistics:

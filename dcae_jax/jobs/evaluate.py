@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO-DOC"""
+"""The job `evaluate`: scores of reconstructions, of one image, or of samples."""
 
 import logging
 import os
 import re
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,70 +18,62 @@ from dcae_jax.data import sources, transforms
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.evaluation import samples as samples_lib
-from dcae_jax.evaluation.networks import Judges, load_judges
-from dcae_jax.evaluation.reconstruction import Result
+from dcae_jax.evaluation.networks import MetricNetworks
+from dcae_jax.evaluation.reconstruction import Summary
 from dcae_jax.models import lpips
 from dcae_jax.runtime import lease
 from dcae_jax.runtime import mesh as mesh_lib
 
-PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels a side
+PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels per side
 PROTOCOL_COUNT = 50_000  # images of ImageNet's validation set, and samples of a published FID
 
 
-def _write(config: Any, workdir: str, step: int, results: dict[int, Result]) -> None:
-    """WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
-    scores = {
-        str(size): {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
-        for size, r in results.items()
-    }
-    summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
-    files.write_json(os.path.join(workdir, "evaluate.json"), summary)
-    files.merge_row(workdir, step, reconstruction.row_values(results))
-    logging.info("%s\nwritten to %s", reconstruction.score_table(results), workdir)
-
-
-# --- the job --------------------------------------------------------------------------------------
-
-
-def run(config: Any, workdir: str) -> int:
-    """The job `evaluate`: a trained model on a data set or one picture, or samples."""
+def run(config: Config, workdir: str) -> int:
+    """Evaluates a trained model on a data set or one image, or samples."""
     config = resolve(config)
     with lease.hold(workdir, jax.process_index()):
-        return _run(config, workdir)
+        if config.evaluate.samples:
+            _evaluate_samples(config, workdir)
+        else:
+            _evaluate_model(config, workdir)
+    return 0
 
 
-def _run(config: Any, workdir: str) -> int:
-    if config.evaluate.samples:
-        return _run_samples(config, workdir)
+def _evaluate_model(config: Config, workdir: str) -> None:
+    """Scores of a model's reconstructions, of one image or of a data set."""
+    settings, data = config.evaluate, config.data
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
     mesh = mesh_lib.make_mesh(config.mesh)
-    judges = load_judges(config, mesh)
+    metric_networks = networks.load_networks(settings, mesh)
     model = autoencoder.load_autoencoder(config.init_from, config.dtype, mesh, config.weights)
-    if jax.process_index() == 0 and networks.locked(judges):
-        logging.info("%s", networks.locked(judges))
-    if config.data.source == "folder" and os.path.isfile(config.data.path):
-        return _run_one(config, model, judges, workdir)
-    for size in config.evaluate.resolutions:
+    missing = networks.missing_files(metric_networks)
+    if jax.process_index() == 0 and missing:
+        logging.info("%s", missing)
+    if data.source == "folder" and os.path.isfile(data.path):
+        _evaluate_image(data.path, model, metric_networks, workdir)
+        return
+    for size in settings.resolutions:
         config_lib.check_resolution(size, model.compression, "evaluate.resolutions")
         mesh_lib.check_height(size, mesh, key="evaluate.resolutions", compression=model.compression)
-        if "lpips" in judges and size < lpips.MIN_SIZE["alex"]:
+        if "lpips" in metric_networks and size < lpips.MIN_SIZE["alex"]:
             raise UserError(
                 f"evaluate.resolutions={size} is too small for LPIPS, which needs "
                 f"{lpips.MIN_SIZE['alex']} pixels; leave evaluate.lpips_weights empty"
             )
-    source = sources.evaluation_source(config.data)
-    if config.evaluate.protocol:
-        _warn_of_count(config.evaluate.protocol, len(source), "images")
-    results = reconstruction.evaluate(config, model.graph, model.weights, mesh, source, judges)
+    source = sources.evaluation_source(data)
+    if settings.protocol:
+        _warn_of_count(settings.protocol, len(source), "images")
+    results = reconstruction.evaluate(
+        settings, data, model.graphdef, model.weights, mesh, source, metric_networks
+    )
     if jax.process_index() == 0:
         reconstruction.write_grids(results, workdir, "evaluate", extremes=True)
         _write(config, workdir, step_of(config.init_from), results)
-    return 0
 
 
 def resolve(config: Config) -> Config:
-    """A copy of `config` with what the protocol fixes. Raises UserError where keys contradict it.
+    """`config` with what the protocol fixes. Raises UserError where keys contradict it.
 
     Empty evaluate.resolutions become the protocol's, or config.resolution.
     """
@@ -130,14 +122,14 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _run_samples(config: Any, workdir: str) -> int:
-    """Scores of samples by themselves, and against a reference."""
-    settings = config.evaluate
+def _evaluate_samples(config: Config, workdir: str) -> None:
+    """Scores of samples alone, and against a reference."""
+    settings, data = config.evaluate, config.data
     if not settings.inception_weights:
-        _, what, source, where, converted = networks.FILES["inception"]
+        file = networks.FILES["inception"]
         raise UserError(
-            f"evaluate.samples needs evaluate.inception_weights: fetch {source} ({where}), "
-            f"{networks.conversion(source, converted)}"
+            f"evaluate.samples needs evaluate.inception_weights: fetch {file.source} "
+            f"({file.host}), {file.conversion}"
         )
     mesh = mesh_lib.make_mesh(config.mesh)
     source = samples_lib.image_source(settings.samples, "evaluate.samples")
@@ -151,23 +143,34 @@ def _run_samples(config: Any, workdir: str) -> int:
         )
     if settings.reference:
         samples_lib.array_names(settings.reference, "evaluate.reference")
-    judges = load_judges(config, mesh)
+    metric_networks = networks.load_networks(settings, mesh)
     if settings.protocol:
         _warn_of_count(settings.protocol, len(source), "samples")
     reference = None
     if settings.reference:
-        reference = samples_lib.reference_statistics(config, mesh, judges, size, workdir)
+        reference = samples_lib.reference_statistics(
+            settings, data, mesh, metric_networks, size, workdir
+        )
     else:
         logging.info("evaluate.reference is empty: the Inception score alone")
-    samples = samples_lib.statistics(config, mesh, judges, source, size, settings.count)
+    samples = samples_lib.statistics(settings, data, mesh, metric_networks, source, size)
     if jax.process_index() == 0:
         scores = samples_lib.sample_scores(samples, reference)
-        biased = "fid" in scores and metrics.biased(samples.count)
-        if "fid" in scores and reference.count and not biased:
-            biased = metrics.biased(reference.count)
-        empty = np.zeros((0, size, size, 3), np.uint8)
-        _write(config, workdir, 0, {size: Result(scores, samples.count, empty, empty, {}, biased)})
-    return 0
+        counts = (samples.count, reference.count) if reference else ()
+        biased = any(metrics.biased(count) for count in counts if count)
+        _write(config, workdir, 0, {size: Summary(scores, samples.count, biased)})
+
+
+def _write(config: Config, workdir: str, step: int, results: Mapping[int, Summary]) -> None:
+    """WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
+    scores = {
+        str(size): {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
+        for size, r in results.items()
+    }
+    summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
+    files.write_json(os.path.join(workdir, "evaluate.json"), summary)
+    files.merge_row(workdir, step, reconstruction.row_values(results))
+    logging.info("%s\nwritten to %s", reconstruction.score_table(results), workdir)
 
 
 def _warn_of_count(protocol: str, count: int, what: str) -> None:
@@ -182,48 +185,48 @@ def _warn_of_count(protocol: str, count: int, what: str) -> None:
 
 
 def step_of(path: str) -> int:
-    """The step of the checkpoint that `init_from` = path stands for; 0 where it has none."""
+    """The step of the checkpoint that `init_from` = path names; 0 where there is none."""
     path = os.path.abspath(os.path.expanduser(path))
     match = re.search(rf"/{checkpoints.FOLDER}/(\d+)$", path)
     return int(match[1]) if match else max(checkpoints.saved_steps(path), default=0)
 
 
-def _run_one(config: Any, model: autoencoder.Autoencoder, judges: Judges, workdir: str) -> int:
-    """One picture at its own size: padded to a multiple of f by reflection, then cropped back."""
-    pixels = read_picture(config.data.path)
+def _evaluate_image(
+    path: str, model: autoencoder.Autoencoder, metric_networks: MetricNetworks, workdir: str
+) -> None:
+    """One image at its own size: padded to a multiple of f by reflection, then cropped back."""
+    pixels = read_image(path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]
     padded = transforms.to_float(np.pad(pixels, (*pad, (0, 0)), mode="symmetric"))
-    output = model.decode(model.encode(padded[None]))[:, :height, :width]
-    levels = np.asarray(transforms.to_levels(output))
+    output = np.asarray(model.decode(model.encode(padded[None])))[:, :height, :width]
+    levels = transforms.to_levels(output)
     target = pixels[None].astype(np.float32)
     scores = {
         "psnr": float(jax.jit(metrics.psnr)(levels, target)[0]),
         "ssim": float(jax.jit(metrics.ssim)(levels, target)[0]),
     }
-    if "lpips" in judges and min(height, width) >= lpips.MIN_SIZE["alex"]:
-        scores["lpips"] = float(jax.jit(reconstruction._lpips)(judges["lpips"], target, levels)[0])
+    if "lpips" in metric_networks and min(height, width) >= lpips.MIN_SIZE["alex"]:
+        distance = jax.jit(networks.lpips_distance)(metric_networks["lpips"], target, levels)
+        scores["lpips"] = float(distance[0])
     result = levels[0].astype(np.uint8)
-    pictures = {
+    images = {
         "input": pixels,
         "reconstruction": result,
         "difference": files.difference(pixels, result),
     }
-    for name, picture in pictures.items():
-        files.write_png(os.path.join(workdir, "images", f"{name}.png"), picture)
-    files.write_json(
-        os.path.join(workdir, "evaluate.json"), {"results": {config.data.path: scores}}
-    )
+    for name, image in images.items():
+        files.write_png(os.path.join(workdir, "images", f"{name}.png"), image)
+    files.write_json(os.path.join(workdir, "evaluate.json"), {"results": {path: scores}})
     logging.info(
         "%s: %s; pictures in %s/images",
-        config.data.path,
+        path,
         ", ".join(f"{name.upper()} {value:.4f}" for name, value in scores.items()),
         workdir,
     )
-    return 0
 
 
-def read_picture(path: str) -> np.ndarray:
+def read_image(path: str) -> np.ndarray:
     """The image file `path` as [H, W, 3] uint8. Raises UserError."""
     try:
         return np.asarray(sources.folder(path)[0][0])

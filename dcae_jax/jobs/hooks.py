@@ -86,7 +86,7 @@ def _reconstructions(run: Run) -> Evaluate:
     """Scores on the held-out images, into the row of the step."""
     config, mesh = run.config, run.mesh
     held_out = sources.held_out_source(config.data)
-    metric_networks = networks.load_judges(config, mesh)
+    metric_networks = networks.load_networks(config.evaluate, mesh)
 
     def evaluate(
         step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
@@ -94,7 +94,14 @@ def _reconstructions(run: Run) -> Evaluate:
         weights = state_lib.averaged(state)
         try:
             results = reconstruction.evaluate(
-                config, run.spec.graphdef, weights, mesh, held_out, metric_networks, stopped
+                config.evaluate,
+                config.data,
+                run.spec.graphdef,
+                weights,
+                mesh,
+                held_out,
+                metric_networks,
+                stopped,
             )
         except reconstruction.Stopped:
             return False
@@ -132,9 +139,8 @@ def _samples(run: Run) -> Evaluate:
             config.model,
             config.objective,
             autoencoder,
-            mesh,
         )
-        images = sample.pictures(config, model, range(config.sample.count))
+        images = sample.draw(config.sample, config.seed, model, range(config.sample.count))
         writer.scores(step, {})
         if jax.process_index() == 0:
             grid = sample.grid(images)

@@ -133,8 +133,16 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
                 logging.info("stopped before step %d; the same command resumes", start + 1)
                 return preemption.STATUS
 
+        process, processes = mesh_lib.process_batch_slice(run.mesh)
         batches = pipeline.training_batches(
-            config, run.source, index, *mesh_lib.process_batch_slice(run.mesh)
+            run.source,
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sizes=config_lib.training_resolutions(config),
+            start=index,
+            process=process,
+            processes=processes,
         )
         for number in range(start + 1, config.steps + 1):
             profile(number)

@@ -4,8 +4,9 @@
 It is not torchvision's: 1008 classes, average pooling that does not count its padding, and a
 maximum pooling in the last block. Weights are a flat dict of float32 arrays, an argument of every
 function: `NAME.kernel` (HWIO) and `NAME.bias` with PyTorch's names, each BatchNorm (eps 1e-3)
-folded into its convolution. `python -m dcae_jax.pretrained.torch_io` makes the file from pytorch-fid's
-pt_inception-2015-12-05-6726825d.pth or torch-fidelity's weights-inception of the same digits.
+folded into its convolution. `python -m dcae_jax.pretrained.torch_io` makes the file from
+pytorch-fid's pt_inception-2015-12-05-6726825d.pth or from torch-fidelity's weights-inception of
+the same date and hash.
 """
 
 import functools
@@ -15,20 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
-Weights = dict[str, Array]
+from dcae_jax.models.weights import AnyArray, AnyWeights
+
 Convolution = Callable[..., jax.Array]  # (x, name, stride=1, same=True)
 Pool = Callable[[jax.Array], jax.Array]
 
-SIZE = 299  # pixels a side that the network sees
+SIZE = 299  # pixels per side of the network's input
 PREPROCESSINGS = ("pytorch-fid", "torch-fidelity")
 
 
-def preprocess(levels: Array, kind: str) -> jax.Array:
-    """Pictures as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
+def preprocess(levels: AnyArray, kind: str) -> jax.Array:
+    """Images as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
 
-    levels: [B, H, W, 3], uint8 or whole floats (`crops.to_levels`), any size. Two tools, two
-    inputs; a number is comparable only with numbers made by the same one:
+    levels: [B, H, W, 3], uint8 or integer-valued floats (`transforms.to_levels`), any size. Two
+    tools, two inputs; a number is comparable only with those of the same one:
     'pytorch-fid' (FID, rFID): x / 127.5 - 1, bilinear with half-pixel centres, no antialiasing;
     'torch-fidelity' (IS, KID, precision, recall): bilinear as TensorFlow 1 had it, with the
     corners' pixels at i * H / 299, then (x - 128) / 128.
@@ -55,24 +56,27 @@ def _resize(x: jax.Array, axis: int, half_pixel: bool) -> jax.Array:
     high = np.minimum(low + 1, length - 1)
     shape = [1, 1, 1, 1]
     shape[axis] = SIZE
-    share = jnp.asarray((position - low).reshape(shape), jnp.float32)
+    weight = jnp.asarray((position - low).reshape(shape), jnp.float32)
     below, above = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
-    return below + (above - below) * share
+    return below + (above - below) * weight
 
 
-def features(weights: Weights, x: Array, fc_bias: bool = False) -> tuple[jax.Array, jax.Array]:
+def features(
+    weights: AnyWeights, images: AnyArray, fc_bias: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Network input of `preprocess` -> (pool3 [B, 2048], logits [B, 1008]), float32.
 
-    The logits leave out the bias of the last layer, as the Inception score wants them (Salimans
+    The logits leave out the bias of the last layer, as the Inception score needs them (Salimans
     et al. 2016; torch-fidelity's 'logits_unbiased'); `fc_bias=True` adds it. Runs in full float32
-    on every chip: a coarser Inception gives another FID.
+    on every device: a coarser Inception gives another FID.
     """
-    if x.ndim != 4 or x.shape[1:] != (SIZE, SIZE, 3):
+    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(
-            f"Inception's input is [B, {SIZE}, {SIZE}, 3], got {x.shape}: pass `preprocess` of it"
+            f"Inception's input is [B, {SIZE}, {SIZE}, 3], got {images.shape}: "
+            "pass `preprocess` of it"
         )
     conv = functools.partial(_conv, weights)
-    x = conv(jnp.asarray(x, jnp.float32), "Conv2d_1a_3x3", 2, same=False)  # [B, 149, 149, 32]
+    x = conv(jnp.asarray(images, jnp.float32), "Conv2d_1a_3x3", 2, same=False)  # [B, 149, 149, 32]
     x = conv(x, "Conv2d_2a_3x3", same=False)  # [B, 147, 147, 32]
     x = conv(x, "Conv2d_2b_3x3")  # [B, 147, 147, 64]
     x = _max_pool(x, 2)  # [B, 73, 73, 64]
@@ -140,9 +144,9 @@ def _chain(conv: Convolution, x: jax.Array, prefix: str, steps: str) -> jax.Arra
 
 
 def _conv(
-    weights: Weights, x: jax.Array, name: str, stride: int = 1, same: bool = True
+    weights: AnyWeights, x: jax.Array, name: str, stride: int = 1, same: bool = True
 ) -> jax.Array:
-    kernel = weights[f"{name}.kernel"]
+    kernel = jnp.asarray(weights[f"{name}.kernel"])
     x = jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -163,7 +167,7 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 
 def _mean_pool(x: jax.Array) -> jax.Array:
-    """3x3, stride 1, the mean over the pixels inside the picture alone, as in TensorFlow."""
+    """3x3, stride 1, the mean over the pixels inside the image alone, as in TensorFlow."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0))
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), pad)
     rows, columns = (

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FID's Inception from the weights of pytorch-fid or torch-fidelity, and from the file converted
-from them.
-"""
+"""FID's Inception from PyTorch's weights (pytorch-fid, torch-fidelity) or our converted file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +49,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def load(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a file that `python -m dcae_jax.pretrained.torch_io` wrote -> weights for `inception.features`.
+    """Reads a file that `dcae_jax.pretrained.torch_io` wrote -> weights for `inception.features`.
 
     Raises ValueError for a file of another kind, or with missing, unknown or misshaped arrays.
     """

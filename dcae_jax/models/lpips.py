@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LPIPS v0.1 (Zhang et al. 2018): the distance of two pictures in the features of a classifier.
+"""LPIPS v0.1 (Zhang et al. 2018): the distance of two images in the features of a classifier.
 
-VGG16 is the training loss, AlexNet the number that papers report. Weights are a flat dict of
-float32 arrays, an argument of every function: `features.N.kernel` (HWIO) and `features.N.bias`
+VGG16 is for the training loss, AlexNet for the number that papers report. Weights are a flat dict
+of float32 arrays, an argument of every function: `features.N.kernel` (HWIO) and `features.N.bias`
 with torchvision's N, and `lin0` .. `lin4`, the learned weight of each channel. The linear layers
 ship with this package; `python -m dcae_jax.pretrained.torch_io` makes the file from torchvision's.
 """
@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
-Weights = dict[str, Array]
+from dcae_jax.models.weights import AnyArray, AnyWeights
 
 # torchvision's layers: (index, in, out, kernel, stride, padding), "pool" and "tap" (after ReLU).
 _POOL, _TAP = "pool", "tap"
@@ -60,24 +59,24 @@ _LAYERS = {
 }
 _POOL_WINDOW = {"vgg": 2, "alex": 3}  # stride 2, no padding
 MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels: smaller ones leave nothing after the last pooling
-_SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for pictures in [-1, 1]
+_SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for images in [-1, 1]
 _SCALE = (0.458, 0.448, 0.450)
 
 
 def distance(
-    weights: Weights,
-    x: Array,
-    y: Array,
+    weights: AnyWeights,
+    x: AnyArray,
+    y: AnyArray,
     net: str = "vgg",
     normalize: str = "lpips",
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> jax.Array:
-    """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal pictures.
+    """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal images.
 
     Differentiable in x and y. `normalize` names how a feature vector f becomes a unit vector:
     'lpips' f / (|f| + 1e-10), as the lpips package; 'torchmetrics' f / sqrt(|f|^2 + 1e-8), which
     the published LPIPS numbers of DC-AE use. Everything runs in float32 whatever the input's
-    dtype; `precision` is that of the convolutions on chips with a faster, coarser one.
+    dtype; `precision` is that of the convolutions, on devices that have a faster, coarser one.
     """
     _known(net)
     if normalize not in ("lpips", "torchmetrics"):
@@ -97,9 +96,11 @@ def distance(
     return total
 
 
-def _taps(weights: Weights, x: Array, net: str, precision: jax.lax.Precision) -> list[jax.Array]:
+def _taps(
+    weights: AnyWeights, images: AnyArray, net: str, precision: jax.lax.Precision
+) -> list[jax.Array]:
     """Images [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
-    x = (x.astype(jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
+    x = (jnp.asarray(images, jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
     taps = []
     for layer in _LAYERS[net]:
         if layer == _TAP:
@@ -111,7 +112,7 @@ def _taps(weights: Weights, x: Array, net: str, precision: jax.lax.Precision) ->
             index, _, _, _, stride, padding = layer
             x = jax.lax.conv_general_dilated(
                 x,
-                weights[f"features.{index}.kernel"],
+                jnp.asarray(weights[f"features.{index}.kernel"]),
                 (stride, stride),
                 [(padding, padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # on devices or on the host
 Weights = dict[str, Array]
-AnyWeights = Mapping[str, Array | np.ndarray]  # on devices or on the host
+AnyWeights = Mapping[str, AnyArray]
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:

@@ -19,6 +19,7 @@ from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
 from dcae_jax.data import sources
 from dcae_jax.data.latents import Latents
+from dcae_jax.data.sources import ImageSource
 from dcae_jax.errors import UserError
 from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
@@ -38,7 +39,7 @@ class Run:
     mesh: Mesh
     spec: TrainSpec  # model, what is trained, optimizer
     abstract: TrainState  # the state's shapes and shardings
-    source: Any  # of images or latents
+    source: ImageSource | Latents
     latents: Latents | None  # the source of a diffusion model
     lpips: Weights  # of the perceptual loss, {} for a loss without it
 

@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 import pytest
-from support import CONFIGS, NARROW, ROOT, flags, run_job, small_judges
+from support import CONFIGS, NARROW, ROOT, flags, run_job
+from support.processes import two_processes
 
 from dcae_jax import files
 from dcae_jax.checkpoints import manager as checkpoints
@@ -260,7 +261,7 @@ def test_processes_of_a_cluster_start_as_one_run(cluster):
     """Catches an environment that JAX reads otherwise than this package, of which two runs of one
     process each write the one workdir."""
     script = "print(json.dumps([jax.process_count(), jax.process_index()]))"
-    said = small_judges.two_processes(script, {"environ": HERE[cluster]}, BY_CLUSTER)
+    said = two_processes(script, {"environ": HERE[cluster]}, BY_CLUSTER)
     assert said == [[2, 0], [2, 1]]
 
 
@@ -282,7 +283,7 @@ print(json.dumps([jax.process_count(), *said]))
 def test_processes_agree_or_say_who_differs():
     """Catches a run of two configurations or steps, also where one of them is longer, and an error
     that one process has alone."""
-    first, second = small_judges.two_processes(AGREEING, {}, JOINED)
+    first, second = two_processes(AGREEING, {}, JOINED)
     differs = "UserError: the processes differ: process 1 has step=4 (0: 3); start all alike"
     assert first == second and second[:3] == [2, "", differs]
     assert f"process 1 has long='{'x' * 1000}' (0: None); start all alike" in second[3]
@@ -304,13 +305,13 @@ hosts.assert_same_config({})
 def test_a_process_that_says_nothing_is_reported():
     """Catches a run that waits for ever for an answer."""
     began = time.monotonic()
-    assert small_judges.two_processes(SILENT, {}, JOINED)[1] == distributed.FAILED
+    assert two_processes(SILENT, {}, JOINED)[1] == distributed.FAILED
     assert time.monotonic() - began < 100
 
 
 TRAINING = """
 sys.argv = sys.argv[:1]
-from support import CONFIGS, small_judges
+from support import CONFIGS
 from dcae_jax import config as config_lib, train
 config = config_lib.load_file(CONFIGS + "/phase1.py", "tiny")
 config.update(settings["config"])
@@ -327,7 +328,7 @@ def _train(config, workdir, mesh=None):
     settings = {"config": changed, "workdir": str(workdir), "mesh": mesh or {}}
     # JSON has no tuples, and the configuration takes nothing else.
     script = TRAINING.replace('settings["config"]', repr(changed))
-    assert small_judges.two_processes(script, settings, JOINED) == [0, 0]
+    assert two_processes(script, settings, JOINED) == [0, 0]
 
 
 def _assert_same_rows(rows, wanted):

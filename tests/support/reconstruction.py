@@ -7,19 +7,22 @@ import numpy as np
 from dcae_jax import config as config_lib
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.data import sources
-from dcae_jax.evaluation import reconstruction
+from dcae_jax.evaluation import networks, reconstruction
 from dcae_jax.jobs import evaluate
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
 
-def judge(config, devices=1, source=None):
-    """evaluate.evaluate with random weights on the first devices -> the Result at 32 pixels."""
+def evaluate_random(config, devices=1, source=None):
+    """reconstruction.evaluate with random weights on the first devices -> the Result at 32 px."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config_lib.validate(config))
+    model = autoencoder_lib.build_autoencoder(config.model, model_weights(config).items(), mesh)
     source = source or sources.evaluation_source(config.data)
-    return reconstruction.evaluate(config, model.graph, model.weights, mesh, source)[32]
+    metric_networks = networks.load_networks(config.evaluate, mesh)
+    return reconstruction.evaluate(
+        config.evaluate, config.data, model.graphdef, model.weights, mesh, source, metric_networks
+    )[32]
 
 
 def model_weights(config):

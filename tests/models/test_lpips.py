@@ -94,7 +94,7 @@ def test_gradient_is_finite_where_features_vanish(normalize):
         assert np.isfinite(gradient).all()
 
 
-def test_bfloat16_pictures_are_judged_in_float32():
+def test_bfloat16_images_are_compared_in_float32():
     """Fails if a bfloat16 input lowers the network's own precision."""
     x, y = pair(32)
     x = jnp.asarray(x, jnp.bfloat16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For the tests of what judges pictures: a fast network in Inception's place, two processes."""
+"""Scripts that run in two processes."""
 
 import json
 import os
@@ -7,42 +7,13 @@ import socket
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from PIL import Image
-
 from support import ROOT
-
-DIM, CLASSES = 24, 12  # of the network that stands in for Inception
-
-
-def small_features(weights, x, fc_bias=False):
-    """Like `inception.features`: the means of 8x8 squares through a random layer and ReLU."""
-    x = x[:, :296, :296].reshape(x.shape[0], 37, 8, 37, 8, 3).mean((2, 4)).reshape(x.shape[0], -1)
-    pool3 = jax.nn.relu(jnp.matmul(x, weights["hidden"], precision="highest"))
-    return pool3, jnp.matmul(pool3, weights["fc.kernel"], precision="highest")
-
-
-def small_weights(path=""):
-    """Weights of `small_features`."""
-    random = np.random.RandomState(0)
-    return {
-        "hidden": random.standard_normal((37 * 37 * 3, DIM)).astype(np.float32) / 20,
-        "fc.kernel": random.standard_normal((DIM, CLASSES)).astype(np.float32),
-    }
-
-
-def write_pictures(root, pictures):
-    root.mkdir()
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(root / f"{i:04d}.png")
 
 
 def two_processes(script, settings, start=None):
-    """Runs `script` in two processes of two devices; -> what the last line of each says, if any.
+    """Runs `script` in two processes of two devices; returns the JSON in the last line of each.
 
-    start: what comes before it, instead of START, which joins them.
+    start: code before it, instead of START, which joins them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,8 +56,8 @@ settings = json.loads(sys.argv[1])
 import jax
 jax.distributed.initialize(settings["address"], 2, settings["process"])
 assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2
-from support import CONFIGS, small_judges
+from support import CONFIGS, run_job, small_networks
 from dcae_jax import config as config_lib
-from dcae_jax.evaluation import reconstruction as evaluate
+from dcae_jax.jobs import evaluate
 from dcae_jax.models import inception, inception_torch
 """

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from goldens import judges as goldens
 from PIL import Image
-from support import run_job, small_judges, to_json
+from support import run_job, small_networks, to_json
+from support.processes import two_processes
 
 from dcae_jax import files
 from dcae_jax.errors import UserError
@@ -20,10 +21,10 @@ from dcae_jax.models import inception
 
 
 @pytest.fixture
-def sample_config(judge_config, small_inception, alone):
-    judge_config.data.source = "photos"
-    judge_config.evaluate.inception_weights = small_inception
-    return judge_config
+def sample_config(evaluate_config, small_inception, alone):
+    evaluate_config.data.source = "photos"
+    evaluate_config.evaluate.inception_weights = small_inception
+    return evaluate_config
 
 
 def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog):
@@ -32,15 +33,15 @@ def test_samples_against_every_kind_of_reference(sample_config, tmp_path, caplog
     caplog.set_level("INFO")
     settings = sample_config.evaluate
     real, fake = goldens.pictures(13, 32, seed=8), goldens.pictures(11, 32, seed=9)
-    small_judges.write_pictures(tmp_path / "fake", fake)
-    small_judges.write_pictures(tmp_path / "real", real)
+    small_networks.write_images(tmp_path / "fake", fake)
+    small_networks.write_images(tmp_path / "real", real)
     np.savez(tmp_path / "fake.npz", fake)
     np.savez_compressed(tmp_path / "real.npz", arr_0=real)
-    weights = small_judges.small_weights()
+    weights = small_networks.small_weights()
     seen = {
         (name, kind): [
             np.asarray(v)
-            for v in small_judges.small_features(weights, inception.preprocess(levels, kind))
+            for v in small_networks.small_features(weights, inception.preprocess(levels, kind))
         ]
         for name, levels in (("real", real), ("fake", fake))
         for kind in inception.PREPROCESSINGS
@@ -85,20 +86,20 @@ def test_reference_statistics_are_kept_until_something_changes(sample_config, tm
     settings.samples, settings.reference = str(tmp_path / "fake.npz"), sample_config.data.path
     scores = []
 
-    def judged():
+    def run_again():
         caplog.clear()
         run_job(evaluate, sample_config, str(tmp_path / "out"))
         text = (tmp_path / "out" / "evaluate.json").read_text()
         scores.append(json.loads(text)["results"]["32"])
         return "statistics read from" in caplog.text
 
-    assert not judged() and judged() and scores[0] == scores[1]
+    assert not run_again() and run_again() and scores[0] == scores[1]
     Image.fromarray(goldens.pictures(1, 32, seed=99)[0]).save(
         os.path.join(settings.reference, "more.png")
     )
-    assert not judged() and scores[2]["fid"] != scores[1]["fid"]
+    assert not run_again() and scores[2]["fid"] != scores[1]["fid"]
     pathlib.Path(settings.inception_weights).write_bytes(b"other")
-    assert not judged() and judged()
+    assert not run_again() and run_again()
     assert len(list((tmp_path / "out" / "reference").iterdir())) == 3
 
 
@@ -111,7 +112,7 @@ def test_samples_alone_have_an_inception_score(sample_config, tmp_path):
     assert scores.keys() == {"is", "is_std", "images"} and scores["is"] >= 1
 
 
-def test_samples_that_cannot_be_judged_are_named(sample_config, tmp_path):
+def test_samples_that_cannot_be_scored_are_named(sample_config, tmp_path):
     """Fails if samples of another size are cut silently, or a file's fault shows as a traceback."""
     arrays = {
         "size.npz": {"arr_0": np.zeros((3, 48, 48, 3), np.uint8)},
@@ -159,7 +160,7 @@ def test_images_of_an_npz_stay_on_disk_where_they_can(form, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
+def test_two_processes_score_samples_as_one_does(sample_config, tmp_path):
     """Fails if features of one process's images are lost or counted twice, or if a process waits
     for ever for another that found the reference on its disk: run twice."""
     np.savez(tmp_path / "fake.npz", goldens.pictures(11, 32, seed=9))
@@ -167,7 +168,7 @@ def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
     sample_config.evaluate.reference = os.path.join(tmp_path, "pictures")
     run_job(evaluate, sample_config, str(tmp_path / "one"))
     settings = to_json(sample_config.evaluate)
-    small_judges.two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
+    two_processes(SAMPLES_OF_TWO, settings | {"workdir": str(tmp_path / "two")})
     one, two = (
         json.loads((tmp_path / name / "evaluate.json").read_text())["results"]["32"]
         for name in ("one", "two")
@@ -176,7 +177,7 @@ def test_two_processes_judge_samples_as_one_does(sample_config, tmp_path):
 
 
 SAMPLES_OF_TWO = """
-inception.features, inception_torch.load = small_judges.small_features, small_judges.small_weights
+inception.features, inception_torch.load = small_networks.small_features, small_networks.small_weights
 config = config_lib.load_file(CONFIGS + "/evaluate.py")
 for key in ("batch_size", "samples", "reference", "inception_weights"):
     config.evaluate[key] = settings[key]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inception's features beside those of torch-fidelity, on the same random weights.
 
-python benchmarks/judge.py
+python benchmarks/inception.py
 """
 
 import os
