@@ -65,7 +65,7 @@ def _draw_all(settings: Sample, seed: int, model: Generator, workdir: str) -> in
     if os.path.exists(done):
         logging.info("%s is there already: %d samples", done, settings.count)
         return 0
-    with preemption.flag(together=True) as stopped, _progress_bar(settings.count) as bar:
+    with preemption.flag(all_processes=True) as stopped, _progress_bar(settings.count) as bar:
         for numbers in _batches(settings):
             bar.update(len(numbers))
             if _is_saved(settings, workdir, numbers):

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.nn.initializers import Initializer
 
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models.layers import ZEROS
 from dcae_jax.models.weights import Array, only_shapes, zeros_view
@@ -276,7 +277,7 @@ def time_features(t: Array, width: int) -> Array:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def sizes(model_config: Any, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
+def sizes(model_config: Model, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
     """Checked {field of an Architecture: value} that both backbones have, all but out_channels.
 
     Zero depth, width and heads keep those of the variant. Raises UserError.

@@ -14,13 +14,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-<<<<<<< HEAD:tests/jobs/test_encode.py
 from support import CONFIGS, ROOT, run_job, small_models
-from support.small_judges import two_processes
-=======
-from support import CONFIGS, run_job, small_models
 from support.processes import two_processes
->>>>>>> house:tests/test_encode.py
 
 import dcae_jax
 from dcae_jax import config as config_lib
