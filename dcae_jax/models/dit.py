@@ -74,7 +74,7 @@ def positions(side: int, width: int) -> np.ndarray:
     return table.reshape(side * side, width).astype(np.float32)
 
 
-# What acts on all tokens alike and the prediction are in float32: they cost nothing beside the
+# The conditioning and the prediction are in float32: they cost nothing beside the
 # tokens' products, and rounding there is an error of the whole image. bfloat16 would double the
 # error of the prediction.
 Linear = functools.partial(nnx.Linear, bias_init=ZEROS, dtype=jnp.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the autoencoders and the discriminator are made of: nnx's layers with PyTorch's numbers.
+"""Layers and initialisers: nnx's, with PyTorch's padding and initial values.
 
 Images are NHWC. Parameters are float32; a layer computes in its `dtype`, norms in float32
 whatever the dtype is. Standard layers are nnx's, made by the functions below with PyTorch's
@@ -179,7 +179,7 @@ def _shifted(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 def _shifts(x: Array, size: int) -> list[Array]:
-    """What each of a size x size kernel's positions sees: [B, H, W, C], row by row."""
+    """x as each position of a size x size kernel sees it: size^2 of [B, H, W, C], row by row."""
     h, w = x.shape[1:3]
     pad = size // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

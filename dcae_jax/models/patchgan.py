@@ -79,7 +79,7 @@ def create(loss_config: Loss, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
 
 
 def smallest_input(depth: int) -> int:
-    """Pixels a side below which a PatchGAN of `depth` layers has no patch left."""
+    """The smallest height and width from which a PatchGAN of `depth` layers has an output."""
     size = 1
     for stride in (1, 1, *(2,) * depth):  # from the output back to the image
         size = (size - 1) * stride + 4 - 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the diffusion transformers UViT and DiT share: attention, MLP, patches, stacked blocks.
+"""Parts shared by the diffusion transformers UViT and DiT: attention, MLP, patches, stacked blocks.
 
 Parameters are float32, layers compute in their `dtype`; LayerNorm and the softmax are float32
 whatever the dtype is.
@@ -46,7 +46,7 @@ class Architecture:
     depth: int
     width: int
     heads: int
-    latent_size: int  # positions a side
+    latent_size: int  # positions along each side
     latent_channels: int
     out_channels: int  # latent_channels, or twice as many with a learned sigma
     patch_size: int
@@ -54,7 +54,7 @@ class Architecture:
 
     @property
     def side(self) -> int:
-        """Patches a side."""
+        """Patches along each side."""
         return self.latent_size // self.patch_size
 
     @property
