@@ -51,12 +51,9 @@ def load_weights(
     full = os.path.abspath(os.path.expanduser(path))
     if os.path.exists(os.path.join(full, EXPORT)):
         return _load_export(full, kind)
-    workdir, step = checkpoints.split_path(full)
-    record = files.read_object(files.inside(workdir, checkpoints.CONFIG))
-    if record is not None and "config" in record:
-        saved = _saved_in(os.path.join(workdir, checkpoints.CONFIG), record["config"])
-        saved = dataclasses.replace(saved, latents=record.get("latents"))
+    if saved := _run_at(full):
         return _load_run(full, which, kind, saved), saved
+    workdir, step = checkpoints.split_path(full)
     if step is not None:
         raise UserError(
             f"init_from={full!r} is of no workdir: {workdir} has no {checkpoints.CONFIG}"
@@ -74,12 +71,18 @@ def kind_of(path: str) -> str:
     export = files.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))
-    workdir, _ = checkpoints.split_path(full)
-    record = os.path.join(workdir, checkpoints.CONFIG)
-    run = files.read_object(record) or {}
-    if "config" in run:
-        return _saved_in(record, run["config"]).kind
+    if run := _run_at(full):
+        return run.kind
     return published.kind_of(full if os.path.exists(full) else path)
+
+
+def _run_at(path: str) -> Saved | None:
+    """The model of the run whose workdir or checkpoint `path` is; None if it is neither."""
+    file = files.inside(checkpoints.split_path(path)[0], checkpoints.CONFIG)
+    record = files.read_object(file) or {}
+    if "config" not in record:
+        return None
+    return dataclasses.replace(_saved_in(file, record["config"]), latents=record.get("latents"))
 
 
 def _saved_in(path: str, config: Any) -> Saved:

@@ -161,7 +161,7 @@ def encode_fn(model: autoencoder.Autoencoder, dtype: str) -> Callable[[Weights, 
 
     def encode(weights: Weights, images: Array) -> Array:
         x = transforms.to_float(images)
-        return weights_lib.merge(model.graph, weights).encode(x).astype(dtype)
+        return weights_lib.merge(model.graphdef, weights).encode(x).astype(dtype)
 
     return jax.jit(encode, out_shardings=NamedSharding(model.mesh, P(mesh_lib.BATCH_AXES)))
 

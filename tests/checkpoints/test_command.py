@@ -6,7 +6,7 @@ from dcae_jax.checkpoints import manager as checkpoints
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
-    """Catches a mistyped path that passes for whole, and a traceback of a target that cannot be."""
+    """Catches a mistyped path reported as undamaged, and a traceback for an impossible target."""
     assert __main__.main(["check", str(tmp_path / "none")]) == 2
     assert "holds no finished checkpoint" in capsys.readouterr().err
     done = tmp_path / "run" / "checkpoints" / "3"

@@ -27,7 +27,7 @@ from dcae_jax.training import state as state_lib
 def test_weights_are_read_without_the_optimizer(
     small, one_device, tmp_path, caplog, monkeypatch, at_once
 ):
-    """Catches 'ema' that returns raw weights, what is left out between reads, Orbax's warnings."""
+    """Catches 'ema' that returns raw weights, arrays lost between reads, Orbax's warnings."""
     monkeypatch.setattr(checkpoint_weights, "READ_AT_ONCE", at_once)
     spec = state_lib.train_spec(small, one_device)
     fresh = state_lib.init_state(small, one_device, spec)

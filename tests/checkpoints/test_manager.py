@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States on disk and back, on other devices."""
+"""Training states saved and restored, also on another mesh."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def _mesh(count, **axes):
 
 
 def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypatch):
-    """Catches a checkpoint that only the machines which wrote it can read."""
+    """Catches a checkpoint that only the mesh that wrote it can restore."""
     monkeypatch.setattr(sharding, "SMALL", 64)  # so that tiny weights are split too
     small.loss.gan_weight, small.loss.gan_channels = 0.5, 8
     spec = state_lib.train_spec(small, _mesh(4, fsdp=4))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one converter between our layouts and PyTorch's, and how a model's file is found."""
+"""The converter between our layouts and PyTorch's, and the lookup of model files."""
 
 import types
 

@@ -23,7 +23,7 @@ from dcae_jax.pretrained import hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as one model needs: what it has, and its files."""
+    """As much of the hub as one model needs: its list of files, and the files."""
 
     folder = ""
     asked: list[str] = []
@@ -71,8 +71,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
-    """Catches a second download, a cache of our own, and a traceback where there is no network, or
-    half a minute of retries before it is told."""
+    """Catches a second download, a cache of our own, and a traceback or half a minute of retries
+    where there is no network."""
     pytest.importorskip("huggingface_hub")
     arch = SMALL["dc-ae-f32c128-1.5"]
     weights = random_weights(arch)
@@ -130,8 +130,8 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
 
 
 def test_a_download_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    """Catches a snapshot with some of its shards taken for the whole model, and a second request
-    for one that is whole."""
+    """Catches an incomplete snapshot taken for the whole model, and a second request for a complete
+    one."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     arch = SMALL["dc-ae-f32c128-1.5"]
     weights = random_weights(arch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that others published: every kind of path, and files that are not what they claim."""
+"""Published autoencoders, from every kind of path."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def test_stable_diffusions_posterior_is_sampled_by_seed(tmp_path, one_device):
 
 
 def test_a_folder_of_the_authors_has_its_model_by_name(tmp_path):
-    """Catches names of the authors that only diffusers' folders are read for."""
+    """Catches folders with the authors' names that are not recognised."""
     name = "dc-ae-f64c128-in-1.0"
     (tmp_path / "config.json").write_text(json.dumps({"model_name": name}))
     shapes = dcae_torch.shapes_in(dcae.variant(name), "authors")

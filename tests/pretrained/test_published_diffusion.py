@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published UViT, USiT and DiT: every kind of file, read and written without a bit of change."""
+"""Published UViT, USiT and DiT: every kind of file, read and written bit for bit."""
 
 import dataclasses
 import json
@@ -220,7 +220,7 @@ def test_pytorch_takes_our_names_and_gives_the_golden_numbers(model):
 @pytest.mark.torch
 @pytest.mark.parametrize("backbone", ["uvit", "dit"])
 def test_trainers_files_are_read(tmp_path, backbone):
-    """Catches raw weights taken where averaged ones lie beside them, or the key of a float."""
+    """Catches raw weights taken where there are averaged ones, and averages keyed by a float."""
     torch = pytest.importorskip("torch")
     module, arch = {"uvit": (uvit, UVIT), "dit": (dit, DIT)}[backbone]
     weights = random_weights(module, arch)

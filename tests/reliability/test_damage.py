@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged checkpoints: named, passed over for the one before, never trained over."""
+"""Damaged checkpoints: reported, replaced by the previous one, never overwritten."""
 
 import os
 import pathlib
@@ -82,7 +82,7 @@ def test_every_damaged_file_is_noticed(workdir, kind):
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_newest_is_named_and_the_one_before_used(workdir, kind, caplog):
-    """Catches a run that dies of its newest checkpoint, or goes on from wrong numbers."""
+    """Catches a run that fails on its newest checkpoint, or resumes from wrong numbers."""
     victim = _files(workdir / "checkpoints" / "6" / "weights")[0]
     _damage(victim, kind)
     raw, _ = checkpoint_weights.load_weights(str(workdir), "raw")
@@ -116,7 +116,7 @@ def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_end(small, alone, tmp_path, caplog):
-    """Catches a step that cannot be saved again since its damaged folder is in the way."""
+    """Catches a step that cannot be saved again because its damaged folder is in the way."""
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     assert run_job(train, small, str(whole)) == train.DONE
     shutil.copytree(whole, hurt)
@@ -150,7 +150,7 @@ def test_a_copy_is_whole_and_a_cut_one_is_not_taken_for_it(workdir, tmp_path, ca
 
 
 def test_a_damaged_checkpoint_is_not_copied(workdir, tmp_path, capsys):
-    """Catches damage that travels on with a fresh manifest."""
+    """Catches damage that is copied under a fresh manifest."""
     _damage(_files(workdir / "checkpoints" / "6")[0], "one bit")
     there = tmp_path / "there"
     assert __main__.main(["copy", str(workdir), str(there)]) == 0
@@ -175,7 +175,7 @@ def test_a_damaged_export_is_refused(workdir, tmp_path):
 
 
 def test_an_old_checkpoint_without_a_manifest_is_read_with_a_warning(workdir, caplog):
-    """Catches weights that nobody can read any more since they are older than manifests."""
+    """Catches weights that can no longer be read because they are older than manifests."""
     (workdir / "checkpoints" / "6" / integrity.FILE).unlink()
     assert checkpoint_weights.load_weights(str(workdir), "raw")[0]["a"].shape == (5000,)
     assert "unchecked" in caplog.text
