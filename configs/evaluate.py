@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges a trained autoencoder on images or on one picture, or judges samples.
+"""Scores a trained autoencoder on a set of images or on one, or scores samples.
 
     python -m dcae_jax.main --config=configs/evaluate.py --workdir=runs/evaluation \
         --config.init_from=runs/phase1 --config.data.source=folder --config.data.path=/data/val

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -124,51 +124,49 @@ def evaluate(
 
     stopped: called before each batch. Raises UserError, and Stopped.
     """
+    step = functools.partial(eval_step(graphdef, mesh), weights, metric_networks)
     results = {}
     for size in settings.resolutions:
-        totals = accumulate(
-            settings, data, graphdef, weights, mesh, source, metric_networks, size, stopped
-        )
+        moments: dict[str, metrics.Moments] = {}
+        if "inception" in metric_networks:
+            for name in ("image", "output"):
+                moments[name] = networks.empty_moments(metric_networks, mesh)
+        batches = networks.batches(settings, data, source, size, mesh)
+        totals = accumulate(step, moments, batches, mesh, settings.grid, stopped)
         results[size] = finalize(totals, size, settings.grid)
     return results
 
 
 def accumulate(
-    settings: Evaluate,
-    data: Data,
-    graphdef: nnx.GraphDef,
-    weights: Weights,
+    step: Callable,
+    moments: dict[str, metrics.Moments],
+    batches: Iterable[tuple[np.ndarray, pipeline.Batch]],
     mesh: Mesh,
-    source: Source,
-    metric_networks: MetricNetworks,
-    size: int,
+    grid: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Totals:
-    """Sums over the images of `source`, cut to `size` pixels. Raises UserError, and Stopped."""
-    step = eval_step(graphdef, mesh)
-    moments: dict[str, metrics.Moments] = {}
-    if "inception" in metric_networks:
-        moments = {k: networks.empty_moments(metric_networks, mesh) for k in ("image", "output")}
+    """Sums over the images of `batches`. Raises UserError, and Stopped.
+
+    step: an `eval_step` with its first two arguments bound; moments: empty ones, donated.
+    """
     all_sums: list[dict[str, jax.Array]] = []
 
     def reconstructed() -> Iterator[tuple[np.ndarray, pipeline.Batch, jax.Array, jax.Array]]:
         nonlocal moments
-        for numbers, batch in networks.batches(settings, data, source, size, mesh):
+        for numbers, batch in batches:
             if stopped():
                 raise Stopped
             placed = mesh_lib.put_batch(batch, mesh)
-            moments, sums, psnr, output = step(
-                weights, metric_networks, moments, placed["image"], placed["mask"]
-            )
+            moments, sums, psnr, output = step(moments, placed["image"], placed["mask"])
             all_sums.append(sums)
             yield numbers, batch, psnr, output
 
     preview, extremes = None, {}
     for numbers, batch, psnr, output in networks.one_behind(reconstructed()):
         if preview is None:
-            shown = int(min(settings.grid, batch["mask"].sum()))
+            shown = int(min(grid, batch["mask"].sum()))
             preview = batch["image"][:shown], _local_rows(output)[:shown]
-        _keep_extremes(extremes, batch, numbers, psnr, output, settings.grid)
+        _keep_extremes(extremes, batch, numbers, psnr, output, grid)
     if preview is None:
         raise _no_image()
     fetched = jax.device_get(all_sums)

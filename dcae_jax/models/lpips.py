@@ -136,20 +136,15 @@ def _unit(x: jax.Array, normalize: str) -> jax.Array:
 def shapes(net: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of `net` ('vgg' or 'alex')."""
     _known(net)
-    convolutions = [layer for layer in _LAYERS[net] if not isinstance(layer, str)]
-    found = {}
-    for index, inputs, outputs, kernel, _, _ in convolutions:
-        found[f"features.{index}.kernel"] = (kernel, kernel, inputs, outputs)
-        found[f"features.{index}.bias"] = (outputs,)
-    channels = 3
-    tap = 0
+    features, linear, channels = {}, {}, 3
     for layer in _LAYERS[net]:
         if layer == _TAP:
-            found[f"lin{tap}"] = (channels,)
-            tap += 1
+            linear[f"lin{len(linear)}"] = (channels,)
         elif layer != _POOL:
-            channels = layer[2]
-    return found
+            index, inputs, channels, kernel, _, _ = layer
+            features[f"features.{index}.kernel"] = (kernel, kernel, inputs, channels)
+            features[f"features.{index}.bias"] = (channels,)
+    return features | linear
 
 
 def linear_layers(net: str) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from dcae_jax.errors import UserError, nearest_multiples
 AXES = ("data", "fsdp", "tensor", "spatial")
 BATCH_AXES = ("data", "fsdp")
 # Rows of latents on each device of the axis spatial. XLA (jaxlib 0.10.2) computes wrong gradients
-# of this model where there is one row, or less, in some meshes (tests/test_sharding.py).
+# of this model where there is one row, or less, in some meshes (tests/runtime/test_sharding.py).
 MIN_ROWS = 2
 
 

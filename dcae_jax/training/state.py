@@ -124,15 +124,12 @@ def abstract_model(
 def random_weights(
     model: Model, mesh: Mesh, seed: int, *, objective: str = "", patch_size: int = 1
 ) -> Weights:
-    """Initial parameters and statistics of the model of config.model.
+    """Initial parameters and statistics of the model of config.model, drawn on the host.
 
-    A transformer's few draws, of stacked blocks, are compiled. An autoencoder's hundreds would
-    take XLA minutes: its layers draw on the host (`layers.on_host`).
+    Why not in a compiled program: see `layers.on_host`.
     """
-    create = functools.partial(
-        create_model, model, mesh, objective=objective, patch_size=patch_size
-    )
-    return _joined((nnx.jit(create) if objective else create)(nnx.Rngs(seed)))
+    rngs = weights_lib.host_rngs(seed)
+    return _joined(create_model(model, mesh, rngs, objective=objective, patch_size=patch_size))
 
 
 def architecture(model: Model, objective: str = "", patch_size: int = 1) -> Any:
@@ -279,8 +276,8 @@ def init_state(
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
     if spec.discriminator:
-        # Another key than the model's, or both would start from the same draws.
-        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
+        # Another seed than the model's, or both would start from the same draws.
+        rngs = weights_lib.host_rngs(config.seed + 2**32)
         discriminator = patchgan.create(config.loss, dtype="float32", rngs=rngs)
         other = _place(_joined(discriminator), abstract.discriminator.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

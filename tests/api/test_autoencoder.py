@@ -103,3 +103,21 @@ def test_grids_show_the_difference_and_survive_odd_sizes():
     assert grid.shape == (2 * 6 + 1, 2 * 10 + 1, 3)
     assert (grid[:6, :10] == 250).all() and (grid[7:, 11:] == 0).all() and grid[6, 0, 0] == 255
     assert (files.difference(x, y) == 0).all() and (files.difference(x, x) == 128).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tile": -1}, {"tile": 2, "overlap": 2}],
+)
+def test_tiles_that_cannot_be_are_refused(change):
+    """Catches an endless loop over tiles of no size."""
+    ae = dcae_jax.create_autoencoder("tiny")
+    with pytest.raises(ValueError):
+        ae.encode(np.zeros((1, 64, 64, 3), np.float32), **change)
+
+
+@pytest.mark.parametrize("x", [None, [[1.0]], np.zeros((1, 64, 64, 3), np.complex64), np.zeros(3)])
+def test_input_of_another_kind_is_named(x):
+    """Catches JAX's shape errors from inside the model."""
+    with pytest.raises(ValueError, match="x "):
+        dcae_jax.create_autoencoder("tiny").encode(x)

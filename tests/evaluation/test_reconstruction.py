@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reconstructions: each image once, the same numbers on any mesh and in any number of processes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -52,8 +54,13 @@ def test_two_halves_are_the_whole(evaluate_config, small_inception, one_device):
     )
     source = sources.evaluation_source(config.data)
     subsets = [sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))]
-    given = config.evaluate, config.data, model.graphdef, model.weights, one_device
-    parts = [reconstruction.accumulate(*given, part, loaded, 32) for part in (source, *subsets)]
+    step = reconstruction.eval_step(model.graphdef, one_device)
+    step = functools.partial(step, model.weights, loaded)
+    parts = []
+    for part in (source, *subsets):
+        moments = {k: networks.empty_moments(loaded, one_device) for k in ("image", "output")}
+        batches = networks.batches(config.evaluate, config.data, part, 32, one_device)
+        parts.append(reconstruction.accumulate(step, moments, batches, one_device, 2))
     for name, total in parts[0].sums.items():
         assert parts[1].sums[name] + parts[2].sums[name] == pytest.approx(total, rel=1e-5), name
     sets = ("image", "output")

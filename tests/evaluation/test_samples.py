@@ -177,7 +177,8 @@ def test_two_processes_score_samples_as_one_does(sample_config, tmp_path):
 
 
 SAMPLES_OF_TWO = """
-inception.features, inception_torch.load = small_networks.small_features, small_networks.small_weights
+inception.features = small_networks.small_features
+inception_torch.load = small_networks.small_weights
 config = config_lib.load_file(CONFIGS + "/evaluate.py")
 for key in ("batch_size", "samples", "reference", "inception_weights"):
     config.evaluate[key] = settings[key]

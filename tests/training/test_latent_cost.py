@@ -5,7 +5,7 @@ import os
 
 import jax
 from support import CONFIGS
-from transformer_costs import uvit_macs
+from support.transformer_costs import uvit_macs
 
 from dcae_jax import config as config_lib
 from dcae_jax.setup import resolve
