@@ -21,7 +21,7 @@ from jax.nn.initializers import Initializer
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models.layers import ZEROS
-from dcae_jax.models.weights import Array, only_shapes
+from dcae_jax.models.weights import Array, only_shapes, zeros_view
 from dcae_jax.runtime import sharding
 from dcae_jax.runtime.sharding import constrain_activations
 
@@ -162,15 +162,17 @@ def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) 
     if only_shapes():
         graph, state = nnx.split(create(rngs))
         return nnx.merge(
-            graph, jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), state)
+            graph, jax.tree.map(lambda leaf: zeros_view((count, *leaf.shape), leaf.dtype), state)
         )
     layers = [nnx.split(create(rngs)) for _ in range(count)]
     graph, structure = layers[0][0], jax.tree.structure(layers[0][1])
     rows = [jax.tree.leaves(state) for _, state in layers]
     del layers
-    join = jnp.stack if isinstance(rows[0][0], Tracer) else np.stack
-    # Emptied on the way, so that no more than one array is there twice.
-    stacked = [join([row.pop(0) for row in rows]) for _ in range(structure.num_leaves)]
+    stacked = []
+    for _ in range(structure.num_leaves):
+        column = [row.pop(0) for row in rows]  # so that no more than one array is there twice
+        join = jnp.stack if isinstance(column[0], Tracer) else np.stack
+        stacked.append(join(column))
     return nnx.merge(graph, jax.tree.unflatten(structure, stacked))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # on devices or on the host
@@ -63,6 +64,11 @@ _only_shapes = contextvars.ContextVar("only_shapes", default=False)
 def only_shapes() -> bool:
     """Whether `abstract` is running, in which nobody sees a parameter's values."""
     return _only_shapes.get()
+
+
+def zeros_view(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Zeros that share one element's memory: a parameter's value where only shapes count."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
