@@ -228,7 +228,8 @@ def read_converted(
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is not a readable {what} file ({error}); make it with dcae_jax.pretrained.torch_io"
+            f"{path} is not a readable {what} file ({error}); "
+            "make it with dcae_jax.pretrained.torch_io"
         ) from error
     if network not in networks:
         raise ValueError(
