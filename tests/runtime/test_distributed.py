@@ -311,8 +311,9 @@ def test_a_process_that_says_nothing_is_reported():
 
 TRAINING = """
 sys.argv = sys.argv[:1]
-from support import CONFIGS
-from dcae_jax import config as config_lib, train
+from support import CONFIGS, run_job
+from dcae_jax import config as config_lib
+from dcae_jax.jobs import train
 config = config_lib.load_file(CONFIGS + "/phase1.py", "tiny")
 config.update(settings["config"])
 config.mesh.update(settings["mesh"])

@@ -69,7 +69,7 @@ def run(order, report_to):
     watch(data._Load, "example", "read")
     watch(checkpoint, "save", "save")
     watch(integrity, "write", "commit")
-    watch(evaluate, "measure", "evaluate")
+    watch(evaluate, "accumulate", "evaluate")
     for module, name, place in order.get("more", []):
         watch(importlib.import_module(module), name, place)
     put_batch = sharding.put_batch
