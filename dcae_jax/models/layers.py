@@ -139,6 +139,13 @@ def conv(
     )
 
 
+def depthwise_form(form: Literal["auto", "grouped", "shifted"], platform: str) -> DepthwiseForm:
+    """config.model.depthwise with 'auto' decided for devices of `platform`."""
+    if form != "auto":
+        return form
+    return "shifted" if platform == "cpu" else "grouped"
+
+
 def depthwise_conv(
     channels: int,
     *,

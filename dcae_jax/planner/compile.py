@@ -28,7 +28,7 @@ from dcae_jax.config import Config
 from dcae_jax.config.schema import MeshSizes, Model, Plan
 from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
-from dcae_jax.models import dcae, lpips
+from dcae_jax.models import layers, lpips
 from dcae_jax.planner import chips, hlo
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
@@ -295,16 +295,17 @@ def flops(config: Config, mesh: Mesh, size: int) -> float:
     loops the further iterations are added. The program is lowered for the mesh's platform but not
     compiled; it is counted on this host.
     """
+    platform = mesh_lib.platform(mesh)
     config = config_lib.replace(
         config,
         unroll=True,
         dtype=mesh_lib.compute_dtype(config.dtype, mesh),
-        model={"depthwise": dcae.depthwise_form(config.model, mesh_lib.platform(mesh))},
+        model={"depthwise": layers.depthwise_form(config.model.depthwise, platform)},
         mesh=MeshSizes(),
     )
     here = mesh_lib.make_mesh(config.mesh, jax.devices("cpu")[:1])
     step, arguments = step_and_arguments(config, here, size)
-    traced, platform = step.trace(*arguments), mesh_lib.platform(mesh)
+    traced = step.trace(*arguments)
     once = _counted(traced, platform)
     return once + repeated_flops(traced.jaxpr, platform) if config.job == "sample" else once
 
