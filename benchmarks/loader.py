@@ -54,13 +54,15 @@ def ours(case: str):
 
     crop, pixels, batches = _case(case)
     config = config_lib.default()
-    config.resolution, config.batch_size = SIZE, BATCH
     config.data.source, config.data.path, config.data.held_out = "folder", folder(pixels), 0.0
     config.data.crop, config.data.crop_area = crop, AREA
     config.data.threads, config.data.prefetch = WORKERS, WORKERS * AHEAD
 
     def run():
-        stream = data.training_batches(config, sources.training_source(config.data), 0)
+        source = sources.training_source(config.data)
+        stream = data.training_batches(
+            source, config.data, seed=config.seed, batch_size=BATCH, sizes=(SIZE,), start=0
+        )
         return _seconds(stream, batches)
 
     return run, {}

@@ -19,7 +19,8 @@ import common
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
-from dcae_jax.planner import compile, cost as plan
+from dcae_jax.planner import compile
+from dcae_jax.planner import cost as plan
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(HERE, os.pardir, "configs")

@@ -22,10 +22,10 @@ def ours(case: str):
     import jax.numpy as jnp
 
     from dcae_jax import config as config_lib
-    from dcae_jax.diffusion import latent_spec as matching
     from dcae_jax.models import weights as layers
     from dcae_jax.runtime import host_memory
     from dcae_jax.runtime import mesh as sharding
+    from dcae_jax.setup import resolve
     from dcae_jax.setup import run as run_lib
     from dcae_jax.training import state
     from dcae_jax.training import step as steps
@@ -37,7 +37,7 @@ def ours(case: str):
     config = config_lib.load_file(os.path.join(configs, "uvit.py"), "s")
     config.autoencoder, config.resolution, config.batch_size = "f32c32", 32 * side, BATCH
     config.ema_decay = 0.0
-    config = matching.resolve_latent_spec(config, None)
+    config = resolve.on_variant(config_lib.validate(config))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     spec = state.train_spec(config, mesh)
     rng = np.random.default_rng(0)

@@ -18,8 +18,8 @@ import numpy as np
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
-from dcae_jax.diffusion import latent_spec
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import resolve
 from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step
@@ -33,7 +33,7 @@ def configuration(arguments: argparse.Namespace, autoencoder: str, patch_size: i
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), arguments.variant)
     config.autoencoder, config.patch_size = autoencoder, patch_size
     config.resolution, config.batch_size = arguments.resolution, arguments.batch_size
-    return latent_spec.resolve_latent_spec(config, None)
+    return resolve.on_variant(config_lib.validate(config))
 
 
 class Runner:

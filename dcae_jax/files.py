@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: the one way to write them, whole or not at all; JSON, metrics.jsonl, PNG, tables.
+"""Storage: atomic writes, JSON, metrics.jsonl, PNG files, text tables.
 
-Paths are strings, never `pathlib`.
+A file is written whole or not at all. Paths are strings, never `pathlib`: they may become URLs.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -66,6 +67,39 @@ def whole_path(path: str) -> str:
     """A path that exists, absolute, for readers in other folders; a hub name as it is."""
     there = os.path.exists(os.path.expanduser(path))
     return os.path.abspath(os.path.expanduser(path)) if there else path
+
+
+def listdir(folder: str) -> list[str]:
+    """What is in `folder`, sorted; [] if there is no such folder."""
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def size(path: str) -> int | None:
+    """Bytes of the file `path`, None if there is no such file."""
+    return os.path.getsize(path) if os.path.exists(path) else None
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def walk(root: str) -> Iterator[str]:
+    """The paths, relative to the folder `root`, of all files below it.
+
+    Links to folders are followed, each folder once, so that a loop of links ends.
+    """
+    seen = {os.path.realpath(root)}
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        new = {}
+        for name in folders:
+            new.setdefault(os.path.realpath(os.path.join(parent, name)), name)
+        # In place: os.walk continues with what is left.
+        folders[:] = [name for real, name in new.items() if real not in seen]
+        seen.update(new)
+        for name in files:
+            yield os.path.normpath(os.path.join(os.path.relpath(parent, root), name))
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -157,9 +191,9 @@ def drop_rows_after(workdir: str, step: int) -> None:
 
 
 def image_grid(columns: Sequence[np.ndarray], *, tile: int = 128, gap: int = 2) -> np.ndarray:
-    """Columns of equally many images [N, H, W, 3] uint8 -> one picture [*, *, 3] uint8.
+    """Columns of equally many images [N, H, W, 3] uint8 -> one image [*, *, 3] uint8.
 
-    Small images are enlarged, pixel by pixel, to at least `tile` pixels a side.
+    Small images are enlarged, by repeating pixels, to at least `tile` pixels per side.
     """
     factor = max(1, math.ceil(tile / columns[0].shape[1]))
     columns = [np.repeat(np.repeat(c, factor, axis=1), factor, axis=2) for c in columns]
@@ -174,20 +208,20 @@ def image_grid(columns: Sequence[np.ndarray], *, tile: int = 128, gap: int = 2) 
 
 
 def difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What a reconstruction got wrong, uint8: mid-grey where equal, four times the difference."""
+    """Error map of a reconstruction, uint8: mid-grey plus four times the difference."""
     delta = y.astype(np.int32) - x.astype(np.int32)
     return np.clip(128 + 4 * delta, 0, 255).astype(np.uint8)
 
 
 def write_png(path: str, pixels: np.ndarray) -> None:
-    """Writes [H, W, 3] uint8 beside `path`, then renames."""
+    """Writes an image [H, W, 3] uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_file(path, buffer.getvalue())
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells as aligned text, the first row being the head; numbers to the right."""
+    """Rows of cells as aligned text, the header first; numbers are right-aligned."""
     text = [[_cell(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
     lines = []

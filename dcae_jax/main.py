@@ -4,7 +4,7 @@
 Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere start each with
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
 
-Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, told
+Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
 in one line; 75 saved after SIGTERM, and the same command resumes.
 """
 
@@ -18,27 +18,26 @@ from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import config as config_lib
 from dcae_jax import errors
-from dcae_jax.config import Config, schema
-from dcae_jax.config.loading import PHASES
+from dcae_jax.config import schema, validate, validate_phases
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import host_memory, preemption, process
 
-# Job -> module and function (config, workdir) -> exit status.
+# Job -> its check of the configuration, its module, and function (config, workdir) -> exit status.
 JOBS = {
-    "train": ("train", "run"),
-    "phases": ("train", "run_phases"),
-    "encode": ("encode", "run"),
-    "sample": ("sample", "run"),
-    "evaluate": ("evaluate", "run"),
-    "export": ("export", "run"),
-    "plan": ("plan", "run"),
+    "train": (validate, "train", "run"),
+    "phases": (validate_phases, "train", "run_phases"),
+    "encode": (validate, "encode", "run"),
+    "sample": (validate, "sample", "run"),
+    "evaluate": (validate, "evaluate", "run"),
+    "export": (validate, "export", "run"),
+    "plan": (validate, "plan", "run"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job that config.job names; returns the exit status."""
     process.set_up_logging()
-    host_memory.keep()  # before JAX starts threads, each of which would have memory of its own
+    host_memory.keep()  # before JAX starts threads, each of which would have its own arena
     argv = sys.argv if argv is None else argv
     if {"--help", "-h"} & set(argv):
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {schema.__file__}\n")
@@ -51,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         process.use_compile_cache()
         hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
         hosts.assert_same_config(config_lib.flatten(config.to_dict()) | {"workdir": workdir})
-        module, function = JOBS[str(config.job)]
+        check, module, function = JOBS[str(config.job)]
         job = getattr(importlib.import_module(f"dcae_jax.jobs.{module}"), function)
-        return job(validated(config), workdir)
+        return job(check(config), workdir)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return process.MISTAKE
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """(config, workdir) of a command line. Raises UserError for whatever is wrong with it."""
+    """(config, workdir) of a command line. Raises UserError for any mistake in it."""
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file(
         "config", None, "a file of configs/, with :VARIANT", values, sys_argv=argv
@@ -91,16 +90,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
 
 
-def validated(config: ConfigDict) -> Config | dict[str, Config]:
-    """What a job takes: its configuration, or those of a chain's phases by name."""
-    if config.job == "phases":
-        return {phase: config_lib.validate(getattr(config, phase)) for phase in PHASES}
-    return config_lib.validate(config)
-
-
 if __name__ == "__main__":
     status = main()
     if status == preemption.STATUS:
-        # All is saved. A second signal while Python winds up must not change what is told.
+        # Everything is saved. Ignore SIGTERM during shutdown so that the exit status stays 75.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(status)

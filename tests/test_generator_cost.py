@@ -8,7 +8,7 @@ from support import CONFIGS
 from transformer_costs import uvit_macs
 
 from dcae_jax import config as config_lib
-from dcae_jax.diffusion import latent_spec
+from dcae_jax.setup import resolve
 from dcae_jax.setup import run as run_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step
@@ -19,7 +19,7 @@ def planned(autoencoder, patch_size):
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), "s")
     config.autoencoder, config.patch_size, config.resolution = autoencoder, patch_size, 512
     config.unroll = True  # XLA counts a loop's body once
-    return latent_spec.resolve_latent_spec(config, None)
+    return resolve.on_variant(config_lib.validate(config))
 
 
 def step_flops(config, mesh):

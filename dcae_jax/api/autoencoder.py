@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO-DOC"""
+"""The autoencoder of the Python interface: created or loaded; encodes and decodes, in tiles too."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +11,34 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import config as config_lib
 from dcae_jax import models
 from dcae_jax.api import tiling
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.config import Config
-from dcae_jax.config.schema import Model
+from dcae_jax.config.schema import MeshSizes, Model
+from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.protocol import AutoencoderArchitecture
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
 RANGE_TOLERANCE = 1e-3
+NamedArrays = Iterable[tuple[str, Array | np.ndarray]]  # weights by path, taken one at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
     """A trained (or fresh) autoencoder on the devices of a mesh."""
 
-    graph: nnx.GraphDef
+    graphdef: nnx.GraphDef
     weights: Weights  # parameters and running statistics by path, float32
-    architecture: Any  # a Variant of the model's file
+    architecture: AutoencoderArchitecture
     model_config: Model
     mesh: Mesh
 
     @property
     def compression(self) -> int:
-        """Pixels a side that one latent position stands for."""
+        """Pixels per side that one latent position stands for."""
         return self.architecture.compression
 
     @property
@@ -46,31 +47,31 @@ class Autoencoder:
 
     @property
     def scaling_factor(self) -> float | None:
-        """latent * scaling_factor has an rms of about 1; None where it is not known."""
+        """latent * scaling_factor has an rms of about 1; None if unknown."""
         return self.architecture.scaling_factor
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers; running statistics are not counted."""
-        _, params, _ = weights_lib.split(weights_lib.merge(self.graph, self.weights))
+        """Of the trained parameters; running statistics are not counted."""
+        _, params, _ = weights_lib.split(weights_lib.merge(self.graphdef, self.weights))
         return sum(leaf.size for leaf in params.values())
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """Latents on each side that (encode, decode) look at; None where they look at them all.
+        """Receptive field of (encode, decode): latents on each side; None if global.
 
-        Tiles that overlap by twice as much give what the whole gives.
+        Tiles that overlap by at least twice as much give the same result as the whole image.
         """
         return models.find(self.model_config).reach(self.architecture)
 
     @property
     def has_posterior(self) -> bool:
-        """Whether the encoder gives a distribution, of which `encode` takes the mean."""
-        return hasattr(weights_lib.merge(self.graph, self.weights), "posterior")
+        """Whether the encoder outputs a distribution, of which `encode` takes the mean."""
+        return hasattr(weights_lib.merge(self.graphdef, self.weights), "posterior")
 
     def encode(
         self,
-        x: Any,
+        x: Array | np.ndarray,
         *,
         sample: bool = False,
         seed: int = 0,
@@ -83,8 +84,8 @@ class Autoencoder:
         H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
         squares of tile x tile latents that overlap by `overlap` latents (default: a quarter of the
         tile) and are blended there; the result is a NumPy array. NumPy input is checked in full; a
-        jax.Array by shape and dtype only, unless `check`. With `sample`, a model that has a
-        posterior (sd-vae-f8) gives a sample of it, fixed by `seed`, instead of its mean. Raises
+        jax.Array by shape and dtype only, unless `check`. With `sample`, a model with a posterior
+        (sd-vae-f8) returns a sample of it, determined by `seed`, instead of the mean. Raises
         ValueError, naming the argument.
         """
         f = self.compression
@@ -103,7 +104,12 @@ class Autoencoder:
         return tiling.run(run, x, tiles, (f, 1), self.latent_channels)
 
     def decode(
-        self, z: Any, *, tile: int = 0, overlap: int | None = None, check: bool = False
+        self,
+        z: Array | np.ndarray,
+        *,
+        tile: int = 0,
+        overlap: int | None = None,
+        check: bool = False,
     ) -> Array | np.ndarray:
         """Latents [B, h, w, c], unscaled -> images [B, h*f, w*f, 3] float32, not clipped.
 
@@ -118,34 +124,36 @@ class Autoencoder:
         return tiling.run(run, z, tiles, (1, self.compression), 3)
 
     @functools.cached_property
-    def _encode(self):
-        return jax.jit(lambda weights, x: weights_lib.merge(self.graph, weights).encode(x))
+    def _encode(self) -> jax.stages.Wrapped:
+        return jax.jit(lambda weights, x: weights_lib.merge(self.graphdef, weights).encode(x))
 
     @functools.cached_property
-    def _sample(self):
+    def _sample(self) -> jax.stages.Wrapped:
         return jax.jit(
-            lambda weights, x, key: weights_lib.merge(self.graph, weights).encode(x, key)
+            lambda weights, x, key: weights_lib.merge(self.graphdef, weights).encode(x, key)
         )
 
     @functools.cached_property
-    def _decode(self):
-        def decode(weights, z):
-            images = weights_lib.merge(self.graph, weights).decode(z)
+    def _decode(self) -> jax.stages.Wrapped:
+        def decode(weights: Weights, z: Array) -> Array:
+            images = weights_lib.merge(self.graphdef, weights).decode(z)
             if self.mesh.shape["spatial"] == 1:
                 return images
-            # Also where the latents are too few to be split: the images are what takes memory.
+            # Even where the latents have too few rows to split: the images are what takes memory.
             place = mesh_lib.image_sharding(self.mesh, images.shape, z.shape[1])
             return jax.lax.with_sharding_constraint(images, place)
 
         return jax.jit(decode)
 
-    def _place(self, x: Any, f: int = 1) -> Array:
-        """x, of which f rows belong to one row of latents, on the devices."""
+    def _place(self, x: Array | np.ndarray, f: int = 1) -> Array:
+        """x on the devices; f of its rows belong to one row of latents."""
         place = mesh_lib.image_sharding(self.mesh, x.shape, x.shape[1] // f)
         return jax.device_put(jnp.asarray(x), place)
 
 
-def _check_shape(name, x, channels, multiples):
+def _check_shape(
+    name: str, x: Array | np.ndarray, channels: int, multiples: tuple[int, int]
+) -> None:
     """Raises ValueError unless x is [B, H, W, channels] floating, of sizes that divide."""
     shape = getattr(x, "shape", None)
     if shape is None:
@@ -165,8 +173,16 @@ def _check_shape(name, x, channels, multiples):
             )
 
 
-def _check_input(name, x, channels, multiples, check, *, limit):
-    """Raises ValueError unless shape, dtype and, where they are looked at, values make sense."""
+def _check_input(
+    name: str,
+    x: Array | np.ndarray,
+    channels: int,
+    multiples: tuple[int, int],
+    check: bool,
+    *,
+    limit: float | None,
+) -> None:
+    """Raises ValueError for a wrong shape or dtype and, of NumPy or with `check`, wrong values."""
     _check_shape(name, x, channels, multiples)
     if isinstance(x, np.ndarray) or check:
         values = np.asarray(x)
@@ -181,9 +197,9 @@ def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
     """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
-    config = api_config(dtype, Model(variant=variant))
-    mesh = mesh or mesh_lib.make_mesh(config.mesh)
-    return build_autoencoder(config, state_lib.random_weights(config.model, mesh, seed), mesh)
+    model = Model(variant=variant)
+    mesh = mesh or mesh_lib.make_mesh(MeshSizes())
+    return build_autoencoder(model, drain(state_lib.random_weights(model, mesh, seed)), mesh, dtype)
 
 
 def load_autoencoder(
@@ -201,47 +217,67 @@ def load_autoencoder(
     a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
     Raises UserError, a ValueError, when there is nothing to load.
     """
-    values, saved = checkpoint_weights.load_weights(path, weights, variant)
-    config = api_config(dtype, saved.model)
-    return build_autoencoder(config, values, mesh or mesh_lib.make_mesh(config.mesh))
+    arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
+    mesh = mesh or mesh_lib.make_mesh(MeshSizes())
+    return build_autoencoder(saved.model, drain(arrays), mesh, dtype)
 
 
-def api_config(dtype: str | None, model: Model, **keys: Any) -> Config:
-    """The configuration of a model that a library call makes. Raises UserError for the dtype."""
-    given = config_lib.default()
-    given.dtype = dtype or "auto"
-    return config_lib.replace(config_lib.validate(given), model=model, **keys)
+def abstract_autoencoder(model: Model, mesh: Mesh, dtype: str | None = None) -> Autoencoder:
+    """The autoencoder of config.model with shapes for weights. Raises UserError for the dtype."""
+    abstract = state_lib.abstract_model(model, mesh, dtype=checked_dtype(dtype))
+    graphdef, params, stats = weights_lib.split(abstract)
+    arch = models.find(model).architecture(model)
+    return Autoencoder(graphdef, replicated_shapes({**params, **stats}, mesh), arch, model, mesh)
 
 
-def build_autoencoder(config: Config, weights: Weights | None, mesh: Mesh) -> Autoencoder:
-    """The model of config.model with `weights`, checked and placed on every device of the mesh.
+def build_autoencoder(
+    model: Model, weights: NamedArrays, mesh: Mesh, dtype: str | None = None
+) -> Autoencoder:
+    """The autoencoder of config.model with `weights`, on every device of the mesh.
 
-    Empties `weights` on the way, so that they are never in memory twice. None: their shapes
-    instead, for planning.
+    Raises UserError for the dtype, and for weights of another model.
     """
-    graph, params, stats = weights_lib.split(
-        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
-    )
-    placed = _placed(weights, {**params, **stats}, mesh)
-    arch = models.find(config.model).architecture(config.model)
-    return Autoencoder(graph, placed, arch, config.model, mesh)
+    abstract = abstract_autoencoder(model, mesh, dtype)
+    return dataclasses.replace(abstract, weights=place_weights(weights, abstract.weights, mesh))
 
 
-def _placed(weights: Weights | None, wanted: Weights, mesh: Mesh) -> Weights:
-    """`weights` on every device of the mesh; empties the dict, so that they never lie twice.
+def checked_dtype(dtype: str | None) -> str:
+    """config.dtype of a library call's `dtype`. Raises UserError."""
+    choices = ("auto", "float32", "bfloat16")
+    if dtype and dtype not in choices:
+        raise UserError(f"dtype={dtype!r} is not known; choose one of {', '.join(choices)}")
+    return dtype or "auto"
 
-    None: shapes, of what is `wanted`. Raises UserError for weights of another model.
+
+# --- placing weights ------------------------------------------------------------------------------
+
+
+def drain(weights: dict[str, Array] | dict[str, np.ndarray]) -> NamedArrays:
+    """The pairs of a dict that its caller has done with: it is emptied as they are taken.
+
+    So each array is freed once it is placed, and no model is in memory twice.
     """
-    if weights is None:
-        place = mesh_lib.replicated(mesh)
-        return {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-            for name, leaf in wanted.items()
-        }
-    state_lib.check_weights(weights, wanted)
-    placed = {}
     for name in list(weights):
+        yield name, weights.pop(name)
+
+
+def replicated_shapes(abstract: Weights, mesh: Mesh) -> Weights:
+    """The shapes `abstract` with a sharding: whole on every device of the mesh."""
+    where = mesh_lib.replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract
+    )
+
+
+def place_weights(weights: NamedArrays, abstract: Weights, mesh: Mesh) -> Weights:
+    """Float32 copies of `weights`, taken one at a time, replicated on the mesh.
+
+    Raises UserError unless names and shapes are those of `abstract`.
+    """
+    placed = {}
+    for name, value in weights:
         # A copy, since a device array may alias a host array, and a file's pages can change.
-        value = np.array(weights.pop(name), np.float32, order="C")
+        value = np.array(value, np.float32, order="C")
         placed[name] = mesh_lib.host_to_global(value, mesh_lib.replicated(mesh)).block_until_ready()
+    state_lib.check_weights(placed, abstract)
     return placed

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python interface: an autoencoder to encode and decode with, a generator to sample from."""
+"""The generator of the Python interface: a diffusion model that samples images."""
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +15,26 @@ from jax.sharding import Mesh
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api.autoencoder import Autoencoder
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.config import Config
-from dcae_jax.config.schema import MeshSizes, Model
+from dcae_jax.config.schema import Diffusion, Model
 from dcae_jax.data import transforms
 from dcae_jax.diffusion import latent_spec, objectives, samplers
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.protocol import BackboneArchitecture
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import state as state_lib
 
-# --- diffusion models -----------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """How samples are drawn, beside their labels. Raises UserError, naming the argument."""
+    """How samples are drawn, labels aside. Raises UserError, naming the argument."""
 
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none
     steps: int = 30  # evaluations of the model
     seed: int = 0
-    sampler: str = ""  # one of sampling.SAMPLERS; '': the objective's default
+    sampler: str = ""  # one of samplers.SAMPLERS; '': the objective's default
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels (1: pure noise) at which to guide
     first: int = 0  # image i is sample first + i of the seed, whatever the batch
 
@@ -54,19 +51,22 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A diffusion model with the autoencoder whose latents it makes, on the devices of a mesh."""
+    """A diffusion model with the autoencoder of its latents, on the devices of a mesh."""
 
-    graph: nnx.GraphDef
+    graphdef: nnx.GraphDef
     weights: Weights  # parameters by path, float32
-    architecture: Any  # an Architecture of the model's file
+    architecture: BackboneArchitecture
     model_config: Model  # its scaling_factor multiplies latents
     objective: str  # epsilon, learned_sigma or flow
     autoencoder: Autoencoder
-    mesh: Mesh
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.autoencoder.mesh
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 .. num_classes - 1; num_classes itself asks for no class."""
+        """Labels are 0 .. num_classes - 1; num_classes itself means unconditional."""
         return self.architecture.num_classes
 
     @property
@@ -76,7 +76,7 @@ class Generator:
 
     @property
     def scaling_factor(self) -> float:
-        """What latents are multiplied by before the model sees them."""
+        """Latents are multiplied by it before the model sees them."""
         return self.model_config.scaling_factor
 
     @property
@@ -98,8 +98,8 @@ class Generator:
 
         guidance: scale of classifier-free guidance, 1 being none, within `interval` of the noise
         level (1: pure noise). steps: evaluations of the model. sampler: one of
-        `sampling.SAMPLERS`, '' being the objective's default. Image i is sample first + i of the
-        seed, whatever the batch. An image that is not finite is black, and a warning names it.
+        `samplers.SAMPLERS`, '' being the objective's default. Image i is sample first + i of the
+        seed, whatever the batch. A sample that is not finite is a black image, with a warning.
         Raises ValueError, naming the argument.
         """
         settings = SampleSettings(guidance, steps, seed, sampler, interval, first)
@@ -114,16 +114,16 @@ class Generator:
         labels: Sequence[int] | np.ndarray,
         settings: SampleSettings = SampleSettings(),
     ) -> np.ndarray:
-        """What `sample` decodes: latents [B, h, w, c] float32, unscaled."""
+        """The latents [B, h, w, c] that `sample` decodes: float32, unscaled."""
         return self._run(labels, settings, decode=False)[0]
 
-    def program(self, count: int, settings: SampleSettings) -> tuple[Callable, tuple]:
-        """(what `sample` runs for `count` labels, jitted; its arguments, as shapes), for planning.
+    def program(self, count: int, settings: SampleSettings) -> tuple[jax.stages.Wrapped, tuple]:
+        """For planning: (the jitted program of `sample` for `count` labels, abstract arguments).
 
-        The weights are in the arguments as they are in the generator.
+        The weights are those of the generator, arrays or shapes.
         """
 
-        def shape(*sizes: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        def shape(*sizes: int, dtype: jnp.dtype | type) -> jax.ShapeDtypeStruct:
             whole = mesh_lib.replicated(self.mesh)
             place = mesh_lib.batch_sharding(self.mesh, len(sizes)) if sizes else whole
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -139,10 +139,10 @@ class Generator:
     def _run(
         self, labels: Sequence[int] | np.ndarray, settings: SampleSettings, *, decode: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(images or latents [B, ...], whether all of each is finite [B])."""
+        """(images or latents [B, ...], whether each is finite [B])."""
         labels = self._checked(labels)
         run = self._compiled(settings, decode=decode)
-        # Padded to a multiple of the shards: a sample's index determines it, not its row.
+        # Padded to a multiple of the shards. A sample depends on its index, not on its row.
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = np.arange(-(-len(labels) // shards) * shards) % len(labels)
         keys = samplers.sample_keys(settings.seed, jnp.asarray(settings.first + rows))
@@ -160,7 +160,7 @@ class Generator:
         return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
     def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Labels [B], integers of classes that the model has. Raises UserError."""
+        """Labels [B] as an array of integers. Raises UserError unless the model has them all."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
@@ -172,7 +172,7 @@ class Generator:
             )
         return labels
 
-    def _compiled(self, settings: SampleSettings, *, decode: bool) -> Callable:
+    def _compiled(self, settings: SampleSettings, *, decode: bool) -> jax.stages.Wrapped:
         sampler = samplers.check(self.objective, settings.sampler, settings.steps)
         arch = self.architecture
         static = _Static(
@@ -186,12 +186,12 @@ class Generator:
             scaling_factor=self.scaling_factor,
             decode=decode,
         )
-        return _sample_fn(self.graph, self.autoencoder.graph, self.mesh, static)
+        return _sample_fn(self.graphdef, self.autoencoder.graphdef, self.mesh, static)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What a compiled sampler is specialised to: one program for each value."""
+    """The static arguments of a sampling program; one is compiled for each value."""
 
     objective: str
     sampler: str
@@ -199,51 +199,54 @@ class _Static:
     guided: bool
     interval: tuple[float, float]
     shape: tuple[int, int, int]  # of the latents
-    none: int  # the label that stands for no class
+    none: int  # the unconditional label
     scaling_factor: float
-    decode: bool  # else the latents are returned
+    decode: bool  # to images; else returns latents
 
 
 @functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
-def _sample_fn(graph: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static) -> Callable:
+def _sample_fn(
+    graphdef: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static
+) -> jax.stages.Wrapped:
     """(weights, the autoencoder's, labels [B], keys [B, 2] uint32, guidance) -> (out, finite).
 
     out: images [B, H, W, 3] uint8 or latents [B, h, w, c] float32; finite [B] bool. Both are
-    replicated, so that every process has them whole.
+    replicated, so that every process can read them.
     """
-    s = static
-
-    def run(*arguments: Any) -> tuple[Array, Array]:
-        with sharding.on_mesh(mesh):
-            return generate(*arguments)
 
     def generate(
         weights: Weights, decoder_weights: Weights, labels: Array, keys: Array, guidance: Array
     ) -> tuple[Array, Array]:
         keys = jax.random.wrap_key_data(keys)
-        noise = samplers.initial_noise(keys, s.shape)  # [B, h, w, c]
-        scale = guidance if s.guided else 1
+        noise = samplers.initial_noise(keys, static.shape)  # [B, h, w, c]
         model = samplers.guided(
-            weights_lib.merge(graph, weights),
-            s.none,
-            scale,
-            objective=s.objective,
-            interval=s.interval,
+            weights_lib.merge(graphdef, weights),
+            static.none,
+            guidance if static.guided else 1,
+            objective=static.objective,
+            interval=static.interval,
         )
-        z = samplers.sample(
-            model, noise, labels, objective=s.objective, sampler=s.sampler, steps=s.steps, keys=keys
-        )
-        z = objectives.unscaled(z, s.scaling_factor)  # [B, h, w, c]
-        if not s.decode:
-            return z, jnp.isfinite(z).all((1, 2, 3))
-        images = weights_lib.merge(decoder, decoder_weights).decode(z)  # [B, H, W, 3]
+        with sharding.on_mesh(mesh):
+            z = samplers.sample(
+                model,
+                noise,
+                labels,
+                objective=static.objective,
+                sampler=static.sampler,
+                steps=static.steps,
+                keys=keys,
+            )
+            z = objectives.unscaled(z, static.scaling_factor)  # [B, h, w, c]
+            if not static.decode:
+                return z, jnp.isfinite(z).all((1, 2, 3))
+            images = weights_lib.merge(decoder, decoder_weights).decode(z)  # [B, H, W, 3]
         levels = transforms.to_levels(images)
         finite = jnp.isfinite(levels).all((1, 2, 3))  # [B]
         levels = jnp.where(finite[:, None, None, None], levels, 0)
         return levels.astype(jnp.uint8), finite
 
-    # The encoder's weights are on the devices too: keep_unused, so that a plan counts their memory.
-    return jax.jit(run, out_shardings=mesh_lib.replicated(mesh), keep_unused=True)
+    # keep_unused: the encoder's weights are on the devices too, and a plan counts their memory.
+    return jax.jit(generate, out_shardings=mesh_lib.replicated(mesh), keep_unused=True)
 
 
 def load_generator(
@@ -260,15 +263,14 @@ def load_generator(
 
     path: a workdir or one of its checkpoints/<step>, an export, or published weights. autoencoder:
     its autoencoder, for `load_autoencoder`; '' takes the one that the model was trained on, or
-    that its published name says. resolution: pixels a side, where published weights do not tell
-    (a DiT without its table of positions). The rest as in `load_autoencoder`. Raises UserError, a
-    ValueError; so too if the autoencoder is not the one whose latents the model learned.
+    that its published name says. resolution: pixels per side, for published weights that do not
+    say it (a DiT without its position table). The rest as in `load_autoencoder`. Raises UserError,
+    a ValueError, also if the model was trained on latents of another autoencoder.
     """
-    values, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
+    arrays, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
     where = autoencoder or saved.diffusion.autoencoder
     if not where:
         raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
-    mesh = mesh or mesh_lib.make_mesh(MeshSizes())
     inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh)
     if saved.latents:
         latent_spec.check_autoencoder(
@@ -287,53 +289,34 @@ def load_generator(
             f"{path!r} and its autoencoder {where!r} name no scaling factor; give the published "
             "name of the autoencoder, which has one"
         )
-    config = autoencoder_lib.api_config(
-        dtype,
-        model,
-        objective=saved.diffusion.objective,
-        patch_size=saved.diffusion.patch_size,
+    abstract = abstract_generator(model, saved.diffusion, inner, dtype)
+    placed = autoencoder_lib.place_weights(
+        autoencoder_lib.drain(arrays), abstract.weights, inner.mesh
     )
-    return build_generator(config, values, inner, mesh)
+    return dataclasses.replace(abstract, weights=placed)
 
 
-def abstract_generator(config: Config, mesh: Mesh) -> Generator:
-    """What `load_generator` makes, with shapes for weights.
-
-    config: of the run that trains it, resolved (`matching.resolve_latent_spec`); its autoencoder is
-    a VARIANT, its dtype that of the sampling.
-    """
-    of_autoencoder = Model(variant=config.autoencoder, depthwise=config.model.depthwise)
-    inner = Config(dtype=config.dtype, model=of_autoencoder)
-    outer = Config(
-        dtype=config.dtype,
-        model=config.model,
-        objective=config.objective,
-        patch_size=config.patch_size,
-    )
-    return build_generator(outer, None, autoencoder_lib.build_autoencoder(inner, None, mesh), mesh)
-
-
-def build_generator(
-    config: Config, weights: Weights | None, autoencoder: Autoencoder, mesh: Mesh
+def abstract_generator(
+    model: Model, diffusion: Diffusion, autoencoder: Autoencoder, dtype: str | None = None
 ) -> Generator:
-    """The diffusion model of config.model with `weights`, checked and placed on the mesh.
+    """The diffusion model of config.model, on the autoencoder's mesh, with shapes for weights.
 
-    Empties `weights` if they are host arrays, and takes None, as `build_autoencoder` does. Raises
-    UserError where the model's latents are not those of the autoencoder.
+    Raises UserError where its latents are not those of the autoencoder.
     """
-    arch = state_lib.architecture(config.model, config.objective, config.patch_size)
+    objective, patch_size, mesh = diffusion.objective, diffusion.patch_size, autoencoder.mesh
+    arch = state_lib.architecture(model, objective, patch_size)
     if arch.latent_channels != autoencoder.latent_channels:
         raise UserError(
             f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
             f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
         )
-    model = state_lib.abstract_model(
-        config.model,
+    abstract = state_lib.abstract_model(
+        model,
         mesh,
-        dtype=config.dtype,
-        objective=config.objective,
-        patch_size=config.patch_size,
+        dtype=autoencoder_lib.checked_dtype(dtype),
+        objective=objective,
+        patch_size=patch_size,
     )
-    graph, params, _ = weights_lib.split(model)
-    placed = autoencoder_lib._placed(weights, params, mesh)
-    return Generator(graph, placed, arch, config.model, config.objective, autoencoder, mesh)
+    graphdef, params, _ = weights_lib.split(abstract)
+    shapes = autoencoder_lib.replicated_shapes(params, mesh)
+    return Generator(graphdef, shapes, arch, model, objective, autoencoder)

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration: schema.py has every key; files in configs/ override a few of them."""
+"""The configuration: schema.py declares every key; the files of configs/ override some."""
 
 from dcae_jax.config.checks import check, check_resolution
 from dcae_jax.config.identity import flatten, identity_changes, to_json
 from dcae_jax.config.loading import MISTAKES, explain, load_file, parse_file, suggest
 from dcae_jax.config.schema import Config, default, replace, training_resolutions
-from dcae_jax.config.validation import diffusion_section, model_section, validate
+from dcae_jax.config.validation import (
+    diffusion_section,
+    model_section,
+    validate,
+    validate_phases,
+)
 
 __all__ = [
     "MISTAKES",
@@ -25,4 +30,5 @@ __all__ = [
     "to_json",
     "training_resolutions",
     "validate",
+    "validate_phases",
 ]

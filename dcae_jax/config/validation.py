@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a ConfigDict to the frozen `Config`: types, bounds and choices of every key."""
+"""Validation of a ConfigDict into the frozen `Config`: types, bounds and choices of each key."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 from ml_collections import ConfigDict
 
 from dcae_jax.config import checks
+from dcae_jax.config.loading import PHASES
 from dcae_jax.config.schema import INT_MAX, Config, Diffusion, Model, known_keys
 from dcae_jax.errors import UserError
 
@@ -18,20 +19,22 @@ T = TypeVar("T")
 
 
 def validate(config: ConfigDict | Config) -> Config:
-    """The frozen configuration. Raises UserError for types and values that cannot be.
-
-    A chain of phases has a configuration of each, to be validated one by one.
-    """
+    """The frozen configuration. Raises UserError for impossible types and values."""
     if not isinstance(config, Config):
         config = _section(Config, config.to_dict(), "")
     checks.check(config)
     return config
 
 
+def validate_phases(chain: ConfigDict) -> dict[str, Config]:
+    """{phase: its frozen configuration} of the job `phases`. Raises UserError."""
+    return {phase: validate(cast(ConfigDict, chain[phase])) for phase in PHASES}
+
+
 def model_section(saved: Any) -> Model:
     """The section from what a JSON file has as `model`. Raises UserError.
 
-    The file may be anybody's: unknown keys, other types and impossible sizes are errors.
+    The file may come from anyone: unknown keys, wrong types and impossible sizes are errors.
     """
     if not isinstance(saved, dict):
         raise UserError(f"model is {str(saved)[:40]!r}, not an object of keys")

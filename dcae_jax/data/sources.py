@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: random access to photographs, folders, TFDS sets and mixtures of them.
+"""Image sources: random access to photographs, image folders, TFDS sets and mixtures of them.
 
-A source has len(), source[i] -> (RGB image, label), and name(i) for messages. What
-source.read(i, least) gives may be smaller, its short side `least` pixels or more: a JPEG decoder
-that halves an image skips most of its work.
+`training_source` and its siblings open what config.data names, each for one purpose.
 """
 
 import dataclasses
@@ -13,13 +11,15 @@ import importlib.util
 import io
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dcae_jax.data.latents import latents
+from dcae_jax import files as files_lib
+from dcae_jax.config.schema import Data
+from dcae_jax.data.transforms import to_rgb
 from dcae_jax.errors import UserError
 
 # What is opened, whatever a file is called. Pillow's other readers are not for strangers' files:
@@ -45,6 +45,15 @@ HELD_OUT_PHOTOS = (
 )
 
 
+# Of config.data, what determines the images of a source.
+IDENTITY = {
+    "photos": (),
+    "folder": ("path",),
+    "tfds": ("name", "split", "data_dir"),
+    "mixture": ("parts", "data_dir"),
+}
+
+
 class Source(Protocol):
     """Labelled images by number, which any thread or process may read."""
 
@@ -59,12 +68,28 @@ class Source(Protocol):
         ...
 
 
+class ImageSource(Source, Protocol):
+    """A source that config.data can name."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the labels 0, 1, ...; () where the source does not know them."""
+        ...
+
+    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
+        """As source[i], or smaller, its short side `least` pixels or more; 0: full size.
+
+        A JPEG decoder that halves an image skips most of its work.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Photos:
     """The embedded photographs; a dozen, kept decoded. The label is the photograph."""
 
     images: tuple[Image.Image, ...]
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,7 +102,7 @@ class Photos:
         return self[i]
 
     def name(self, i: int) -> str:
-        return self.names[i]
+        return self.class_names[i]
 
 
 def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
@@ -86,6 +111,8 @@ def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
     for package, name in files:
         # The folder is found without importing the package, which takes seconds.
         spec = importlib.util.find_spec(package.split(".")[0])
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed")
         folder = os.path.join(os.path.dirname(spec.origin), *package.split(".")[1:])
         with Image.open(os.path.join(folder, name)) as image:
             images.append(to_rgb(image))
@@ -98,7 +125,7 @@ class Folder:
 
     root: str
     files: tuple[str, ...]  # relative to root
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,7 +136,7 @@ class Folder:
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         file = self.files[i]
         top = file.split(os.sep)[0] if os.sep in file else ""
-        label = self.classes.index(top) if top else 0
+        label = self.class_names.index(top) if top else 0
         with Image.open(os.path.join(self.root, file), formats=FORMATS) as image:
             return to_rgb(_draft(image, least)), label
 
@@ -118,31 +145,14 @@ class Folder:
 
 
 def folder(path: str) -> Folder:
-    """All images below `path`, or one image file, in sorted order. Raises UserError.
-
-    Links to folders are followed, each folder once, so that a loop of links ends.
-    """
+    """All images below `path`, or one image file, in sorted order. Raises UserError."""
     if os.path.isfile(path):
         return Folder(os.path.dirname(path) or ".", (os.path.basename(path),), ())
     if not os.path.isdir(path):
         raise UserError(f"data.path={path!r} does not exist; name a folder of images")
-    files = []
-    seen = {os.path.realpath(path)}
-    for parent, folders, names in os.walk(path, followlinks=True):
-        inside = os.path.relpath(parent, path)
-        folders.sort()
-        new = {}
-        for name in folders:
-            new.setdefault(os.path.realpath(os.path.join(parent, name)), name)
-        # In place: os.walk goes on with what is left.
-        folders[:] = [name for real, name in new.items() if real not in seen]
-        seen.update(new)
-        for name in names:
-            if name.lower().endswith(EXTENSIONS):
-                files.append(os.path.normpath(os.path.join(inside, name)))
+    files = sorted(file for file in files_lib.walk(path) if file.lower().endswith(EXTENSIONS))
     if not files:
         raise UserError(f"data.path={path!r} holds no image ({' '.join(EXTENSIONS)})")
-    files.sort()
     classes = sorted({file.split(os.sep)[0] for file in files if os.sep in file})
     return Folder(path, tuple(files), tuple(classes))
 
@@ -151,8 +161,9 @@ def folder(path: str) -> Folder:
 class Tfds:
     """A split of a prepared TensorFlow data set, read as ArrayRecord without TensorFlow."""
 
-    records: Any
+    records: Sequence[Mapping[str, Any]]  # encoded images, labels
     title: str
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -175,24 +186,30 @@ def tfds(name: str, split: str, data_dir: str = "") -> Tfds:
 
     try:
         builder = tensorflow_datasets.builder(name, data_dir=data_dir or None)
-        records = builder.as_data_source(
-            split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()}
-        )
+        raw = {"image": tensorflow_datasets.decode.SkipDecoding()}
+        # A decorator hides the parameters of the method.
+        records = builder.as_data_source(split, decoders=raw)  # pyright: ignore[reportCallIssue]
     except Exception as error:  # tfds raises many kinds for "not there"
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"data.name={name!r}, split {split!r} cannot be read ({reason}); prepare it first "
             "with file_format='array_record' (docs/data.md)"
         ) from error
-    return Tfds(records, f"{name}/{split}")
+    features = records.dataset_info.features
+    names = getattr(features["label"], "names", ()) if "label" in features else ()
+    return Tfds(records, f"{name}/{split}", tuple(names))
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
     """Some records of another source."""
 
-    source: Any
+    source: ImageSource
     records: np.ndarray
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
 
     def __len__(self) -> int:
         return len(self.records)
@@ -214,7 +231,7 @@ class Mixture:
     The labels of a part are those after the labels of the parts before it.
     """
 
-    parts: tuple[Any, ...]
+    parts: tuple[ImageSource, ...]
     weights: tuple[float, ...]
 
     def __len__(self) -> int:
@@ -229,9 +246,13 @@ class Mixture:
         raise IndexError(i)
 
     @functools.cached_property
-    def classes(self) -> tuple[tuple[str, ...], ...]:
+    def _classes(self) -> tuple[tuple[str, ...], ...]:
         """The classes of each part; of one that knows none, the part itself."""
-        return tuple(class_names(p) or (f"part {n}",) for n, p in enumerate(self.parts))
+        return tuple(p.class_names or (f"part {n}",) for n, p in enumerate(self.parts))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(name for names in self._classes for name in names)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return self.read(i, 0)
@@ -239,17 +260,68 @@ class Mixture:
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         number, record = self._locate(i)
         image, label = self.parts[number].read(record, least)
-        return image, sum(map(len, self.classes[:number])) + label
+        return image, sum(map(len, self._classes[:number])) + label
 
     def name(self, i: int) -> str:
         number, record = self._locate(i)
         return self.parts[number].name(record)
 
 
-def _mixture(data: Any, open_source: Any) -> Mixture:
-    """The parts (weight, source, path) of config.data.parts, opened by `open_source`.
+# --- which of them a job reads --------------------------------------------------------------------
 
-    path: a folder, or NAME/SPLIT of a tfds set; '' for photos. Raises UserError.
+Use = Literal["train", "held out", "evaluate", "encode"]
+
+
+def training_source(data: Data) -> ImageSource:
+    """The images that config.data names, without those held out. Raises UserError."""
+    return _images(data, "train")
+
+
+def held_out_source(data: Data) -> ImageSource | None:
+    """The images that training does not see, for evaluation during and after it.
+
+    None for latents: diffusion is evaluated by its samples.
+    """
+    return None if data.source == "latents" else _images(data, "held out")
+
+
+def evaluation_source(data: Data) -> ImageSource:
+    """What the job `evaluate` reads: the whole folder or split; else what is held out."""
+    return _images(data, "evaluate")
+
+
+def encoding_source(data: Data) -> ImageSource:
+    """What the job `encode` reads: everything; of the photographs, those to train on."""
+    return _images(data, "encode")
+
+
+def _images(data: Data, use: Use) -> ImageSource:
+    """Raises UserError."""
+    training = use in ("train", "encode")
+    if data.source == "mixture":
+        return _mixture(data, "held out" if use == "evaluate" else use)
+    if data.source == "photos":
+        return photos(PHOTOS if training else HELD_OUT_PHOTOS)
+    if data.source == "tfds":
+        split = data.held_out_split if use == "held out" else data.split
+        return tfds(data.name, split, data.data_dir)
+    if data.source == "latents":
+        raise UserError(
+            f"data.source='latents' ({data.path!r}) has no images; name those with "
+            "data.source=folder, tfds, photos or mixture"
+        )
+    if data.held_out_path and use == "held out":
+        return folder(data.held_out_path)
+    source = folder(data.path)
+    if data.held_out_path or not data.held_out or use in ("evaluate", "encode"):
+        return source
+    return Subset(source, _hold_out(source, data.held_out)[0 if use == "train" else 1])
+
+
+def _mixture(data: Data, use: Use) -> Mixture:
+    """The parts (weight, source, path) of config.data.parts. Raises UserError.
+
+    path: a folder, or NAME/SPLIT of a tfds set; '' for photos.
     """
     if not data.parts:
         raise UserError("data.parts is empty; give (weight, source, path) for each part")
@@ -266,93 +338,30 @@ def _mixture(data: Any, open_source: Any) -> Mixture:
                 "'tfds', path)"
             )
         weight, kind, path = entry
-        one = dataclasses.replace(data, source=kind, path=path, held_out_path="")
+        one = dataclasses.replace(data, source=kind, path=path)
         if kind == "tfds":
             name, _, split = path.rpartition("/")
             one = dataclasses.replace(one, name=name, split=split)
-        parts.append(open_source(one))
+        parts.append(_images(one, use))
         weights.append(float(weight))
     return Mixture(tuple(parts), tuple(weights))
 
 
-def training_source(data: Any) -> Any:
-    """The source that config.data names, without what is held out. Raises UserError."""
-    if data.source == "mixture":
-        return _mixture(data, training_source)
-    if data.source == "photos":
-        return photos(PHOTOS)
-    if data.source == "tfds":
-        return tfds(data.name, data.split, data.data_dir)
-    if data.source == "latents":
-        return latents(data.path)
-    source = folder(data.path)
-    if data.held_out_path or not data.held_out:
-        return source
-    return Subset(source, _hold_out(source, data.held_out)[0])
-
-
-def held_out_source(data: Any) -> Any:
-    """The images that training does not see, for evaluation during and after it.
-
-    None for latents: diffusion is judged by its samples.
-    """
-    if data.source == "latents":
-        return None
-    if data.source == "mixture":
-        return _mixture(data, held_out_source)
-    if data.source == "photos":
-        return photos(HELD_OUT_PHOTOS)
-    if data.source == "tfds":
-        return tfds(data.name, data.held_out_split, data.data_dir)
-    if data.held_out_path:
-        return folder(data.held_out_path)
-    source = folder(data.path)
-    return Subset(source, _hold_out(source, data.held_out)[1]) if data.held_out else source
-
-
-def evaluation_source(data: Any) -> Any:
-    """What the job `evaluate` judges on: the whole folder or split that config.data names."""
-    if data.source == "latents":
-        raise UserError(
-            f"data.source='latents' ({data.path!r}) has no images; name those with "
-            "data.source=folder, tfds, photos or mixture"
-        )
-    if data.source == "folder":
-        return folder(data.path)
-    if data.source == "tfds":
-        return tfds(data.name, data.split, data.data_dir)
-    return held_out_source(data)
-
-
-def encoding_source(data: Any) -> Any:
-    """What the job `encode` reads: all that config.data names, of the photographs those to train
-    on. Raises UserError."""
-    if data.source == "mixture":
-        return _mixture(data, encoding_source)
-    if data.source == "photos":
-        return photos(PHOTOS)
-    return evaluation_source(data)
-
-
-def class_names(source: Any) -> tuple[str, ...]:
-    """The names of the labels 0, 1, ...; () where the source does not know them."""
-    if isinstance(source, Subset):
-        return class_names(source.source)
-    if isinstance(source, Mixture):
-        return tuple(name for names in source.classes for name in names)
-    if isinstance(source, Photos):
-        return source.names
-    if isinstance(source, Folder):
-        return source.classes
-    if isinstance(source, Tfds):
-        features = source.records.dataset_info.features
-        return tuple(getattr(features["label"], "names", ())) if "label" in features else ()
-    return ()
+def identity(data: Data, source: Source) -> dict[str, Any]:
+    """What determines the images of `source`, which `encoding_source` opened, by key."""
+    names = hashlib.sha256()
+    for i in range(len(source)):
+        names.update(f"{source.name(i)}\n".encode())
+    values = {"images": len(source), "names of the images": names.hexdigest()}
+    for key in ("source", *IDENTITY[data.source]):
+        value = getattr(data, key)
+        values[f"data.{key}"] = files_lib.whole_path(value) if key == "path" else value
+    return values
 
 
 def _hold_out(source: Folder, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Records (to train on, held out): those whose names hash lowest, so that a file keeps its
-    side when others are added."""
+    """Records (to train on, held out): the latter hash lowest by name, so that a file stays where
+    it is when others are added."""
     ranks = [int.from_bytes(hashlib.sha256(f.encode()).digest()[:8], "big") for f in source.files]
     order = np.argsort(np.array(ranks, np.uint64), kind="stable")
     held = min(max(1, math.ceil(share * len(source))), len(source) - 1)
@@ -370,23 +379,3 @@ def _draft(image: Image.Image, least: int) -> Image.Image:
     if least:
         image.draft(None, (least, least))
     return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: turned as its EXIF says, alpha over white, 16 bits scaled to 8."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)  # the other form copies every image
-    except OSError:  # of the pixels, which are read here
-        raise
-    except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
-        image.load()
-    if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
-        image = Image.fromarray(levels.astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point images have no known range")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image.load()  # raises for a truncated file
-    return image if image.mode == "RGB" else image.convert("RGB")

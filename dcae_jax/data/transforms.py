@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Squares cut from images: ADM's centre crop, random crops, and what training changes in them.
+"""Image transforms: RGB conversion, ADM's centre crop, random crops, augmentation.
 
 Also the one way from uint8 levels to the range [-1, 1] of the models, and back.
 """
@@ -7,10 +7,12 @@ Also the one way from uint8 levels to the range [-1, 1] of the models, and back.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
+
+from dcae_jax.config.schema import Data
 
 if TYPE_CHECKING:  # the processes that read images need no jax
     import jax
@@ -21,7 +23,7 @@ MOST_PIXELS = 2**26  # of an image while it is resized: a sliver 1 x 30,000 is n
 
 
 def to_float(levels: Array) -> Array:
-    """Levels 0..255, uint8 or whole floats -> float32 in [-1, 1]."""
+    """Levels 0..255, uint8 or integer-valued floats -> float32 in [-1, 1]."""
     return levels.astype(np.float32) / 127.5 - 1
 
 
@@ -37,8 +39,28 @@ def to_levels(x: Array) -> Array:
 
 
 def to_uint8(x: Array) -> Array:
-    """Images in [-1, 1] -> uint8, as `to_levels` rounds. What is not finite has no meaning here."""
+    """Images in [-1, 1] -> uint8, as `to_levels` rounds. Non-finite values are undefined."""
     return to_levels(x).astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB: EXIF orientation applied, alpha over white, 16 bits scaled to 8."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # the other form copies every image
+    except OSError:  # of the pixels, which are read here
+        raise
+    except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
+        image.load()
+    if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point images have no known range")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.load()  # raises for a truncated file
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -62,7 +84,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 def random_resized_crop(
     image: Image.Image, size: int, area: tuple[float, float], rng: np.random.Generator
 ) -> Image.Image:
-    """A square that covers a share of the image's area drawn from `area`, resized to `size`."""
+    """A square that covers a fraction of the image's area drawn from `area`, resized to `size`."""
     side = math.sqrt(image.width * image.height * rng.uniform(*area))
     side = int(np.clip(round(side), 1, min(image.size)))
     left = int(rng.integers(image.width - side + 1))
@@ -79,13 +101,13 @@ def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 
-def least_side(data: Any, size: int) -> int:
-    """Short side that an image must have for `augment` to lose nothing; 0: its own.
+def least_side(data: Data, size: int) -> int:
+    """Short side in pixels at which an image may be decoded without loss to `augment`; 0: full.
 
-    ADM's crop halves an image down to this anyway. What random_resized shrinks has twice the pixels
-    a side that it needs, for the smallest share of the area, before the bicubic filter.
+    ADM's crop halves an image down to this anyway. For random_resized, the smallest crop keeps
+    twice the pixels per side that it needs, before the bicubic filter.
     """
-    outer = math.ceil(size * _turned(min(data.rotation, 45.0)))  # most is needed at 45 degrees
+    outer = math.ceil(size * _rotated_side(min(data.rotation, 45.0)))  # most at 45 degrees
     if data.crop == "center":
         return outer
     if data.crop == "random_resized":
@@ -93,17 +115,17 @@ def least_side(data: Any, size: int) -> int:
     return 0
 
 
-def _turned(degrees: float) -> float:
-    """Side of the square from which one of side 1, turned by so much, can be cut."""
-    turn = math.radians(abs(degrees))
-    return abs(math.cos(turn)) + abs(math.sin(turn))
+def _rotated_side(degrees: float) -> float:
+    """Side of the upright square that contains a unit square rotated by `degrees`."""
+    angle = math.radians(abs(degrees))
+    return abs(math.cos(angle)) + abs(math.sin(angle))
 
 
-def augment(image: Image.Image, size: int, data: Any, rng: np.random.Generator) -> np.ndarray:
-    """A training example [size, size, 3] uint8, cropped and changed as config.data says."""
+def augment(image: Image.Image, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
+    """A training example [size, size, 3] uint8, cropped and augmented as config.data says."""
     # A rotated square needs a larger one to be cut from, or its corners would be empty.
     angle = rng.uniform(-data.rotation, data.rotation) if data.rotation else 0.0
-    outer = math.ceil(size * _turned(angle))
+    outer = math.ceil(size * _rotated_side(angle))
     if data.crop == "center":
         image = center_crop(image, outer)
     elif data.crop == "random_resized":

@@ -45,7 +45,7 @@ def run(workdir: str) -> int:
         raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
     configs = os.path.join(os.path.dirname(dcae_jax.__file__), os.pardir, "configs")
     given = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
-    phases = {phase: config_lib.validate(given[phase]) for phase in PHASES}
+    phases = config_lib.validate_phases(given)
     status = train.run_phases(phases, workdir) or diffusion.make(workdir, configs)
     if status != train.DONE:
         return status
@@ -70,6 +70,7 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
     mesh = mesh_lib.make_mesh(config.mesh)
     source = sources.held_out_source(config.data)
+    assert source is not None  # that is for latents
     models = [
         autoencoder.load_autoencoder(os.path.join(workdir, phase), mesh=mesh) for phase in PHASES
     ]
@@ -80,7 +81,13 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
         results = reconstruction.evaluate(
-            config.evaluate, config.data, model.graph, model.weights, mesh, source, metric_networks
+            config.evaluate,
+            config.data,
+            model.graphdef,
+            model.weights,
+            mesh,
+            source,
+            metric_networks,
         )
         rows.append((phase.replace("phase", "after phase "), reconstruction.flat_scores(results)))
         for size, result in results.items():

@@ -65,7 +65,7 @@ def _evaluate_model(config: Config, workdir: str) -> None:
     if settings.protocol:
         _warn_of_count(settings.protocol, len(source), "images")
     results = reconstruction.evaluate(
-        settings, data, model.graph, model.weights, mesh, source, metric_networks
+        settings, data, model.graphdef, model.weights, mesh, source, metric_networks
     )
     if jax.process_index() == 0:
         reconstruction.write_grids(results, workdir, "evaluate", extremes=True)

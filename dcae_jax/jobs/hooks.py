@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run does beside its steps: evaluation, checkpoints, a profile, a progress bar.
+"""What a training run does besides stepping: evaluation, checkpoints, a profile, a progress bar.
 
 What an evaluation needs is opened before anything is compiled, so that a missing file ends the
 run at once.
@@ -35,13 +35,13 @@ LOWER_IS_BETTER = ("lpips", "rfid")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was made."""
+    """One finished step, as the hooks see it."""
 
     number: int
     state: TrainState
     metrics: dict[str, jax.Array]
     batch: dict[str, np.ndarray]  # on the host
-    index: int  # of the next example
+    next_example: int  # its global index
     last: bool  # of the run
     stopping: bool  # a signal asked the run to stop
 
@@ -51,10 +51,10 @@ class Hook:
     """A function called after some steps, in the order of the loop's list."""
 
     every: tuple[int, ...]  # intervals, any of which makes it due; 0: never
-    call: Callable[[Step], None]
+    call: Callable[[Step], object]
     on_stop: bool = False  # also due when a signal ends the run
-    slow: bool = False  # its time is left out of the step's
-    polls: bool = False  # a signal that came meanwhile counts for the hooks after it
+    off_clock: bool = False  # its time is left out of the step's
+    recheck_stop: bool = False  # a signal that comes meanwhile counts for the hooks after it
 
     def due(self, step: Step) -> bool:
         regular = any(interval and step.number % interval == 0 for interval in self.every)
@@ -64,16 +64,16 @@ class Hook:
         """Calls the function if it is due; returns the step for the hooks that follow."""
         if not self.due(step):
             return step
-        with clock.paused() if self.slow else contextlib.nullcontext():
+        with clock.paused() if self.off_clock else contextlib.nullcontext():
             self.call(step)
-        if self.polls and not step.stopping:
+        if self.recheck_stop and not step.stopping:
             return dataclasses.replace(step, stopping=stopped())
         return step
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
-# (step, its state, writer, whether a signal came) -> whether it was not cut short by the signal.
+# (step, its state, writer, whether a signal came) -> True if it ran to the end.
 Evaluate = Callable[[int, TrainState, MetricWriter, Callable[[], bool]], bool]
 
 
@@ -86,6 +86,7 @@ def _reconstructions(run: Run) -> Evaluate:
     """Scores on the held-out images, into the row of the step."""
     config, mesh = run.config, run.mesh
     held_out = sources.held_out_source(config.data)
+    assert held_out is not None  # that is for latents
     metric_networks = networks.load_networks(config.evaluate, mesh)
 
     def evaluate(
@@ -139,9 +140,8 @@ def _samples(run: Run) -> Evaluate:
             config.model,
             config.objective,
             autoencoder,
-            mesh,
         )
-        images = sample.pictures(config, model, range(config.sample.count))
+        images = sample.draw(config.sample, config.seed, model, range(config.sample.count))
         writer.scores(step, {})
         if jax.process_index() == 0:
             grid = sample.grid(images)
@@ -178,7 +178,7 @@ def _compare_with_start(workdir: str, scores: dict[str, float]) -> None:
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
     """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
 
-    A score that did not move stands on neither side.
+    A score that did not change is not listed.
     """
     sides: dict[str, list[str]] = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
@@ -218,7 +218,7 @@ def progress_bar(total: int, start: int) -> Any:
     return tqdm(total=total, initial=start, disable=not watched, unit="step", dynamic_ncols=True)
 
 
-def show(bar: Any) -> Tracker:
+def bar_tracker(bar: Any) -> Tracker:
     """A tracker: the loss and the speed on the bar, or in a log line where there is no bar."""
 
     def track(step: int, row: Mapping[str, float]) -> None:

@@ -71,7 +71,7 @@ class MetricWriter:
     """Hands the row of a step to the trackers, and keeps the running means of the next one.
 
     A row is written one step late, by `flush`: its numbers are read when the devices have the next
-    step to work on. A class, since it owns that row, the means, and the TensorBoard file.
+    step to work on. Owns the pending row, the means and the TensorBoard file.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MetricWriter:
         empty: Callable[[], Means],
         trackers: Sequence[Tracker] = (),
     ):
-        """start: the step that the run starts after. means: what a checkpoint of it holds.
+        """start: the last step already done. means: the running means at that step.
 
         trackers: called with each row, on process 0, after metrics.jsonl and TensorBoard.
         """

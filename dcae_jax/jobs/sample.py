@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `sample`: pictures from a diffusion model, as a grid, as files or as one .npz.
+"""The job `sample`: images from a diffusion model, as a grid, as files or as one .npz.
 
-Sample i depends on (seed, i) alone: not on the batch, nor on where an earlier call stopped.
+Sample i depends on (seed, i) alone: not on the batch, nor on where an earlier run stopped.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -22,19 +22,25 @@ from jax.experimental import multihost_utils
 
 from dcae_jax import files as files_lib
 from dcae_jax.api import generator
+from dcae_jax.api.generator import Generator
 from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config import Config
+from dcae_jax.config.schema import Sample
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import lease, preemption
 from dcae_jax.runtime import mesh as mesh_lib
 
-SETTINGS = "sample.json"  # of the samples in a workdir, there before the first
-PARTS, IMAGES = "parts", "images"  # folders: what is done so far, and the files of format png
-# What is there when all is done: the samples, or beside the files of format png their labels.
+if TYPE_CHECKING:
+    import tqdm
+
+SETTINGS = "sample.json"  # in the workdir before the first sample
+PARTS, IMAGES = "parts", "images"  # folders: batches drawn so far; the files of format png
+# Written last: the samples, or the labels of the files of format png.
 RESULTS = {"grid": "samples.png", "npz": "samples.npz", "png": "labels.json"}
 STREAM = 5  # of the random numbers that draw labels
 
 
-def run(config: Any, workdir: str) -> int:
+def run(config: Config, workdir: str) -> int:
     """The job `sample`. Returns 0 when done, 75 when stopped by SIGTERM, to be resumed."""
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a diffusion model's workdir")
@@ -50,76 +56,77 @@ def run(config: Any, workdir: str) -> int:
     )
     mesh_lib.check_batch(config.sample.batch_size, mesh, key="sample.batch_size")
     with lease.hold(workdir, jax.process_index()):
-        return _run(config, workdir, model)
+        _claim(config, model, workdir)
+        return _draw_all(config.sample, config.seed, model, workdir)
 
 
-def _run(config: Any, workdir: str, model: generator.Generator) -> int:
-    _claim(config, model, workdir)
-    done = os.path.join(workdir, RESULTS[config.sample.format])
+def _draw_all(settings: Sample, seed: int, model: Generator, workdir: str) -> int:
+    done = os.path.join(workdir, RESULTS[settings.format])
     if os.path.exists(done):
-        logging.info("%s is there already: %d samples", done, config.sample.count)
+        logging.info("%s is there already: %d samples", done, settings.count)
         return 0
-    count, size = config.sample.count, config.sample.batch_size
-    with preemption.flag(together=True) as stopped, _progress(count) as bar:
-        for first in range(0, count, size):
-            numbers = range(first, min(first + size, count))
+    with preemption.flag(all_processes=True) as stopped, _progress_bar(settings.count) as bar:
+        for numbers in _batches(settings):
             bar.update(len(numbers))
-            if _is_there(config, workdir, numbers):
+            if _is_saved(settings, workdir, numbers):
                 continue
-            images = pictures(config, model, numbers)
+            images = draw(settings, seed, model, numbers)
             if jax.process_index() == 0:
-                _keep(config, workdir, numbers, images)
-            if stopped.is_set() and numbers[-1] + 1 < count:
+                _save(settings, workdir, numbers, images)
+            if stopped.is_set() and numbers[-1] + 1 < settings.count:
                 logging.info("stopped by a signal; the same command goes on")
                 return preemption.STATUS
     if jax.process_index() == 0:
-        _finish(config, model, workdir)
-        logging.info("%d samples of %d pixels: %s", count, model.resolution, done)
+        _finish(settings, labels_of(settings, seed, model, range(settings.count)), workdir)
+        logging.info("%d samples of %d pixels: %s", settings.count, model.resolution, done)
     return 0
 
 
-def pictures(config: Any, model: generator.Generator, numbers: Sequence[int]) -> np.ndarray:
-    """Samples `numbers` of config.sample: [B, H, W, 3] uint8."""
-    s = config.sample
+def _batches(settings: Sample) -> list[range]:
+    """The numbers of the samples in each batch."""
+    starts = range(0, settings.count, settings.batch_size)
+    return [range(first, min(first + settings.batch_size, settings.count)) for first in starts]
+
+
+def draw(settings: Sample, seed: int, model: Generator, numbers: Sequence[int]) -> np.ndarray:
+    """The samples with these consecutive numbers: [B, H, W, 3] uint8."""
     return model.sample(
-        labels_of(config, model.num_classes, numbers),
-        s.guidance,
-        s.steps,
-        config.seed,
-        sampler=s.sampler,
-        interval=tuple(s.guidance_interval),
+        labels_of(settings, seed, model, numbers),
+        settings.guidance,
+        settings.steps,
+        seed,
+        sampler=settings.sampler,
+        interval=settings.guidance_interval,
         first=numbers[0],
     )
 
 
-def labels_of(config: Any, num_classes: int, numbers: Sequence[int]) -> np.ndarray:
-    """Labels [B] of samples: config.sample.labels in turn, or drawn from (seed, number)."""
-    given = config.sample.labels
-    if given:
-        return np.array([given[i % len(given)] for i in numbers])
-    seed = config.seed
-    return np.array(
-        [np.random.default_rng((seed, STREAM, i)).integers(num_classes) for i in numbers]
-    )
+def labels_of(settings: Sample, seed: int, model: Generator, numbers: Sequence[int]) -> np.ndarray:
+    """Labels [B] of samples: those of config.sample in turn, or drawn from (seed, number)."""
+    if settings.labels:
+        return np.array([settings.labels[i % len(settings.labels)] for i in numbers])
+    rngs = (np.random.default_rng((seed, STREAM, i)) for i in numbers)
+    return np.array([rng.integers(model.num_classes) for rng in rngs])
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-    """Images [N, H, W, 3] uint8, row by row, as one picture that is about a square."""
+    """Images [N, H, W, 3] uint8, row by row, as one image that is about square."""
     columns = math.ceil(math.sqrt(len(images)))
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
     rows = np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:])
     return files_lib.image_grid([rows[:, i] for i in range(columns)])
 
 
-# --- what is on the disk --------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
-def _claim(config: Any, model: generator.Generator, workdir: str) -> None:
-    """Writes what the samples are of. Raises UserError where the workdir holds others."""
+def _claim(config: Config, model: Generator, workdir: str) -> None:
+    """Writes sample.json. Raises UserError if the workdir holds samples of other settings."""
+    sample = dataclasses.asdict(config.sample)
     settings = {
-        "sample": {k: v for k, v in dataclasses.asdict(config.sample).items() if k != "batch_size"},
+        "sample": {key: value for key, value in sample.items() if key != "batch_size"},
         "seed": config.seed,
-        "resolution": model.resolution,  # which the weights of some models leave open
+        "resolution": model.resolution,  # which some models' weights leave open
         "weights": checkpoint_weights.checksum(model.weights),
         "autoencoder": checkpoint_weights.checksum(model.autoencoder.weights),
         "scaling_factor_multiplies_latent": model.scaling_factor,
@@ -143,24 +150,24 @@ def _claim(config: Any, model: generator.Generator, workdir: str) -> None:
         )
 
 
-def _files(config: Any, workdir: str, numbers: Sequence[int]) -> list[str]:
-    """Where these samples are kept until all are there: a file an image, or one for the batch."""
-    if config.sample.format == "png":
+def _files(settings: Sample, workdir: str, numbers: Sequence[int]) -> list[str]:
+    """Files of a batch of samples: one per image for format png, else one for the batch."""
+    if settings.format == "png":
         return [os.path.join(workdir, IMAGES, f"{number:06d}.png") for number in numbers]
     return [os.path.join(workdir, PARTS, f"{numbers[0]:06d}-{numbers[-1] + 1:06d}.npy")]
 
 
-def _is_there(config: Any, workdir: str, numbers: Sequence[int]) -> bool:
-    """Whether these samples are kept; all processes get the answer of process 0's disk."""
-    there = all(os.path.exists(file) for file in _files(config, workdir, numbers))
+def _is_saved(settings: Sample, workdir: str, numbers: Sequence[int]) -> bool:
+    """Whether these samples are on disk; all processes get the answer of process 0."""
+    saved = all(os.path.exists(file) for file in _files(settings, workdir, numbers))
     if jax.process_count() == 1:
-        return there
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(there)))
+        return saved
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(saved)))
 
 
-def _keep(config: Any, workdir: str, numbers: Sequence[int], images: np.ndarray) -> None:
-    files = _files(config, workdir, numbers)
-    if config.sample.format == "png":
+def _save(settings: Sample, workdir: str, numbers: Sequence[int], images: np.ndarray) -> None:
+    files = _files(settings, workdir, numbers)
+    if settings.format == "png":
         for file, image in zip(files, images, strict=True):
             files_lib.write_png(file, image)
         return
@@ -169,19 +176,17 @@ def _keep(config: Any, workdir: str, numbers: Sequence[int], images: np.ndarray)
     files_lib.write_file(files[0], buffer.getvalue())
 
 
-def _finish(config: Any, model: generator.Generator, workdir: str) -> None:
-    """Makes the result of what is kept, and then gives the parts up."""
-    count, size = config.sample.count, config.sample.batch_size
-    path = os.path.join(workdir, RESULTS[config.sample.format])
-    labels = labels_of(config, model.num_classes, range(count))
-    if config.sample.format == "png":
+def _finish(settings: Sample, labels: np.ndarray, workdir: str) -> None:
+    """Writes the result from the batches on disk, then removes them."""
+    path = os.path.join(workdir, RESULTS[settings.format])
+    if settings.format == "png":
         files_lib.write_json(path, {f"{i:06d}.png": int(label) for i, label in enumerate(labels)})
         return
     parts = [
-        np.load(_files(config, workdir, range(first, min(first + size, count)))[0], mmap_mode="r")
-        for first in range(0, count, size)
+        np.load(_files(settings, workdir, numbers)[0], mmap_mode="r")
+        for numbers in _batches(settings)
     ]
-    if config.sample.format == "grid":
+    if settings.format == "grid":
         files_lib.write_png(path, grid(np.concatenate(parts)))
     else:
         _write_npz(path, parts, labels)
@@ -189,14 +194,14 @@ def _finish(config: Any, model: generator.Generator, workdir: str) -> None:
 
 
 def _write_npz(path: str, parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
-    """arr_0 (images) and arr_1 (labels) as ADM's samples are kept, never whole in memory.
+    """Writes arr_0 (images) and arr_1 (labels), as in ADM's sample files, a batch at a time.
 
     Not compressed, so that a reader can map the images.
     """
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with files_lib.atomic(path) as beside, zipfile.ZipFile(beside, "w") as archive:
-        # By ZipInfo, whose date is fixed: the same samples make the same file.
+        # A ZipInfo has a fixed date: the same samples make the same file.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
@@ -205,9 +210,9 @@ def _write_npz(path: str, parts: Sequence[np.ndarray], labels: np.ndarray) -> No
             np.lib.format.write_array(file, labels.astype(np.int64))
 
 
-def _progress(total: int) -> Any:
-    """A bar when a person watches."""
+def _progress_bar(total: int) -> "tqdm.tqdm":
+    """On process 0, if stderr is a terminal."""
     from tqdm.auto import tqdm
 
-    watched = sys.stderr.isatty() and jax.process_index() == 0
-    return tqdm(total=total, disable=not watched, unit="image", dynamic_ncols=True)
+    interactive = sys.stderr.isatty() and jax.process_index() == 0
+    return tqdm(total=total, disable=not interactive, unit="image", dynamic_ncols=True)

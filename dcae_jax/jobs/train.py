@@ -3,7 +3,8 @@
 
 A run is a deterministic function of its config: batches come from (seed, index), and a checkpoint
 holds the state, the data position and the running means of the metrics together. Killed anywhere,
-the same command continues to the same numbers. What happens beside the steps stands in hooks.py.
+the same command continues to the same numbers. The step itself (losses, gradients, updates) is in
+training/step.py; what the hooks call is in hooks.py.
 """
 
 import contextlib
@@ -28,11 +29,11 @@ from dcae_jax.jobs.nan_guard import NanGuard
 from dcae_jax.runtime import lease, preemption
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import resolve, tables
-from dcae_jax.setup import run as setup
+from dcae_jax.setup import run as run_lib
 from dcae_jax.setup.run import Run
 from dcae_jax.training.state import TrainState
 
-if TYPE_CHECKING:  # a tenth of a second
+if TYPE_CHECKING:  # importing it takes a tenth of a second
     import orbax.checkpoint as ocp
 
 DONE = 0
@@ -41,17 +42,17 @@ DONE = 0
 def run(config: Config, workdir: str) -> int:
     """The job `train`. Returns 0 when done, 75 when stopped by a signal after saving."""
     mesh = mesh_lib.make_mesh(config.mesh)
-    config, latents = resolve.training(config, mesh)
+    config, latents = resolve.training(config, mesh)  # latents: None for an autoencoder
     with (
         lease.hold(workdir, jax.process_index()),
-        preemption.flag(together=True) as stop,
+        preemption.flag(all_processes=True) as stop,
     ):
-        found = setup.find(config, workdir)
-        if found and found.step >= config.steps:
-            if not hooks.evaluation_owed(config, workdir, found.step):
-                logging.info("%s is done: step %d of %d", workdir, found.step, config.steps)
+        checkpoint = run_lib.find_checkpoint(config, workdir)
+        if checkpoint and checkpoint.step >= config.steps:
+            if not hooks.evaluation_owed(config, workdir, checkpoint.step):
+                logging.info("%s is done: step %d of %d", workdir, checkpoint.step, config.steps)
                 return DONE
-        return train(setup.build(config, workdir, mesh, latents), found, stop.is_set)
+        return train(run_lib.build(config, workdir, mesh, latents), checkpoint, stop.is_set)
 
 
 def run_phases(phases: dict[str, Config], workdir: str) -> int:
@@ -65,90 +66,107 @@ def run_phases(phases: dict[str, Config], workdir: str) -> int:
                 f"{phase}.init_from={phases[phase].init_from!r}: in the chain a phase starts from "
                 "the one before; leave it out, or run the phase by itself"
             )
-    before = phases[PHASES[0]].init_from
+    init_from = phases[PHASES[0]].init_from
     for phase in PHASES:
         folder = os.path.join(workdir, phase)
         logging.info("== %s: %s", phase, folder)
-        status = run(config_lib.replace(phases[phase], init_from=before), folder)
+        status = run(config_lib.replace(phases[phase], init_from=init_from), folder)
         if status != DONE:
             return status
-        before = folder
+        init_from = folder
     return DONE
 
 
-def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> int:
-    """Trains from the checkpoint that was found, or from step 0, to config.steps."""
-    config, start = run.config, found.step if found else 0
-    # What can be wrong with the user's files is opened before anything is compiled.
+def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[], bool]) -> int:
+    """Trains from the checkpoint of an earlier process, or from step 0, to config.steps."""
+    config = run.config
+    start = checkpoint.step if checkpoint else 0
+    # Opens the evaluation's files now: a missing one must fail before minutes of compiling.
     evaluate = hooks.evaluation(run)
-    traced = setup.trace_steps(run)
-    metric_shapes = next(iter(traced.values())).out_info[1]
-    empty = jax.jit(lambda: empty_means(metric_shapes), out_shardings=mesh_lib.replicated(run.mesh))
-    manager, state, means, index = restore_or_initialise(run, found, empty)
-    train_step = compile_steps(run, traced, stopped)
-    if train_step is None:
-        logging.info("stopped by a signal before step %d; the same command goes on", start)
-        return preemption.STATUS
-
+    traced = run_lib.trace_steps(run)
+    _, metric_shapes = next(iter(traced.values())).out_info
+    replicated = mesh_lib.replicated(run.mesh)
+    new_means = jax.jit(lambda: empty_means(metric_shapes), out_shardings=replicated)
+    manager, state, means, next_example = restore_or_initialise(run, checkpoint, new_means)
     guard = NanGuard(run.workdir, config.max_skipped)
-    evaluated = -1  # the last step that was
+    evaluated = -1  # step of the last complete evaluation
 
-    def score(number: int, state: TrainState) -> None:
+    def run_evaluation(number: int, state: TrainState) -> bool:
         nonlocal evaluated
-        # Processes that compute together hear of a signal at a step's end, all at the same one.
+        # Several processes learn of a signal only at the end of a step, all at the same one.
         alone = jax.process_count() == 1
-        if evaluate(number, state, writer, stopped if alone else lambda: False):
-            evaluated = number
+        complete = evaluate(number, state, writer, stopped if alone else lambda: False)
+        evaluated = number if complete else evaluated
+        return complete
 
     def save(step: Step) -> None:
-        # While steps are skipped nothing is learned, and saves would push out good checkpoints.
+        # Skipped steps change no weights; saving them would rotate good checkpoints out.
         if step.last or step.stopping or not guard.skipping:
-            # On disk before the checkpoint, after which it would not be written again.
+            # The row first: a run resumed from this checkpoint would not write it again.
             writer.flush()
-            checkpoints.save(manager, step.state, writer.means, step.number, step.index)
+            checkpoints.save(manager, step.state, writer.means, step.number, step.next_example)
 
     evaluate_every, save_every = config.evaluate_every, config.save_every
+    # In this order. Due at multiples of any interval (0: none) and after the run's last step.
     after_step = (
-        Hook((1,), lambda _: writer.flush()),  # the row of the step before
+        Hook((1,), lambda _: writer.flush()),  # the previous row, now that this step is queued
         Hook((1,), lambda s: guard.add(s.number, s.metrics["skipped_in_row"], s.batch)),
         Hook((evaluate_every, save_every), lambda _: guard.drain(), on_stop=True),
         Hook((evaluate_every, config.log_every), lambda s: writer.row(s.number)),
-        Hook((evaluate_every,), lambda s: score(s.number, s.state), slow=True, polls=True),
-        Hook((save_every,), save, on_stop=True, slow=True),
-        Hook((1,), lambda _: manager.check_for_errors()),
+        Hook(
+            (evaluate_every,),
+            lambda s: run_evaluation(s.number, s.state),
+            off_clock=True,
+            recheck_stop=True,
+        ),
+        Hook((save_every,), save, on_stop=True, off_clock=True),
+        Hook((1,), lambda _: manager.check_for_errors()),  # of saves in the background
     )
     with (
         contextlib.closing(manager),
         hooks.profile(config.profile_steps, run.workdir) as profile,
         hooks.progress_bar(config.steps, start) as bar,
         MetricWriter(
-            run.workdir, start, config.batch_size, means, empty, trackers=(hooks.show(bar),)
+            run.workdir, start, config.batch_size, means, new_means, (hooks.bar_tracker(bar),)
         ) as writer,
     ):
-        if hooks.evaluation_owed(config, run.workdir, start) if found else config.evaluate_first:
+        train_steps = compile_steps(run, traced, stopped)
+        owed = config.evaluate_first
+        if checkpoint:  # a signal may have cut its evaluation short
+            owed = hooks.evaluation_owed(config, run.workdir, start)
+        if train_steps and owed:
             with writer.clock.paused():
-                score(start, state)
+                owed = not run_evaluation(start, state)
                 writer.flush()
-            if evaluated != start:  # a signal came
-                logging.info("stopped before step %d; the same command resumes", start + 1)
-                return preemption.STATUS
+        if train_steps is None or owed:
+            logging.info("stopped by a signal before step %d; the same command resumes", start + 1)
+            return preemption.STATUS
 
+        process, processes = mesh_lib.process_batch_slice(run.mesh)
         batches = pipeline.training_batches(
-            config, run.source, index, *mesh_lib.process_batch_slice(run.mesh)
+            run.source,
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sizes=config_lib.training_resolutions(config),
+            start=next_example,
+            process=process,
+            processes=processes,
         )
         for number in range(start + 1, config.steps + 1):
             profile(number)
             batch = next(batches)
+            train_step = train_steps[run_lib.size_of(batch)]
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = train_step[setup.size_of(batch)](
-                    state, mesh_lib.put_batch(batch, run.mesh), run.lpips
-                )
+                state, metrics = train_step(state, mesh_lib.put_batch(batch, run.mesh), run.lpips)
                 writer.add(metrics)
-            index += config.batch_size
-            step = Step(number, state, metrics, batch, index, number == config.steps, stopped())
+            next_example += config.batch_size
+            last, stopping = number == config.steps, stopped()
+            step = Step(number, state, metrics, batch, next_example, last=last, stopping=stopping)
             for hook in after_step:
-                step = hook(step, writer.clock, stopped)
+                step = hook(step, writer.clock, stopped)  # a signal may come during a slow one
             bar.update(1)
+            # After the last step's evaluation a signal changes nothing: the run is done.
             if step.stopping and not (step.last and evaluated == number):
                 manager.wait_until_finished()
                 logging.info("saved at step %d after a signal; the same command resumes", number)
@@ -157,26 +175,27 @@ def train(run: Run, found: setup.Found | None, stopped: Callable[[], bool]) -> i
 
 
 def restore_or_initialise(
-    run: Run, found: setup.Found | None, empty: Callable[[], Means]
+    run: Run, checkpoint: run_lib.Checkpoint | None, new_means: Callable[[], Means]
 ) -> tuple["ocp.CheckpointManager", TrainState, Means, int]:
-    """(checkpoints, state, running means, index of the next example) to start with.
+    """(checkpoint manager, state, running means, index of the next example) to start with.
 
-    Also writes config.json. Raises UserError, before it makes the workdir.
+    Also writes config.json. A UserError comes before any of it.
     """
-    if found:
+    if checkpoint:
         manager = checkpoints.open_manager(run.workdir, run.config.keep)
-        state, means, index = checkpoints.restore(
-            manager, found.step, run.abstract, jax.eval_shape(empty)
+        state, means, next_example = checkpoints.restore(
+            manager, checkpoint.step, run.abstract, jax.eval_shape(new_means)
         )
         means = jax.device_put(means, mesh_lib.replicated(run.mesh))
-        origin = found.origin
-        logging.info("resuming %s at step %d%s", run.workdir, found.step, found.changed)
+        origin = checkpoint.origin
+        logging.info("resuming %s at step %d%s", run.workdir, checkpoint.step, checkpoint.changed)
     else:
-        (state, origin), means, index = setup.initialise(run), empty(), 0
-        manager = checkpoints.open_manager(run.workdir, run.config.keep)  # which makes the folder
-    setup.write_record(run, found, origin)
+        state, origin = run_lib.initialise(run)
+        means, next_example = new_means(), 0
+        manager = checkpoints.open_manager(run.workdir, run.config.keep)  # makes its folder
+    run_lib.write_record(run, checkpoint, origin)
     logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
-    return manager, state, means, index
+    return manager, state, means, next_example
 
 
 def compile_steps(
@@ -189,7 +208,7 @@ def compile_steps(
             return None
         began = time.perf_counter()
         compiled[size] = trace.lower().compile()
-        what = "latents a side" if run.latents else "pixels"
+        what = "latents per side" if run.latents else "pixels"
         logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
     if run.lpips:
         percent = tables.lpips_percent(run.config.batch_size, run.lpips, compiled)

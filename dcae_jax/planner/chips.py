@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU slices you don't have: what their vendor publishes, and compile-only devices."""
+"""TPU slices you don't have: published specifications, and compile-only devices."""
 
 import dataclasses
 import importlib.util
@@ -8,6 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.experimental import topologies
+
 from dcae_jax.errors import UserError
 
 GIB = 2**30
@@ -15,20 +18,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one chip, and what libtpu calls it."""
+    """Published peaks of one chip, and libtpu's name of its configuration."""
 
-    flops: float  # a second, bfloat16
+    flops: float  # per second, bfloat16
     hbm: float  # bytes
-    bandwidth: float  # of the HBM, bytes a second
-    watts: float  # while it works
-    axes: int  # of a topology's text: v5e:4x4, v5p:2x2x1
-    layout: str  # libtpu's chip_config_name; with megacore a chip's two cores are one device
+    bandwidth: float  # of the HBM, bytes per second
+    watts: float  # under load
+    axes: int  # of a slice: v5e:4x4, v5p:2x2x1
+    config_name: str  # libtpu's chip_config_name; with megacore a chip's two cores are one device
 
 
 # Compute, memory and bandwidth: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (system architecture).
 # Watts: for v4 the mean of its production use (Jouppi et al. 2023, arXiv:2304.01433, table 4: 121
 # min, 170 mean, 192 max). None are published for the later ones. ASSUMED: v5e and v5p take v4's
-# energy a FLOP at their peaks, v6e 1/1.67 of v5e's (Google's announcement of Trillium, May 2024).
+# energy per FLOP at their peaks, v6e 1/1.67 of v5e's (Google's announcement of Trillium, May 2024).
 # --config.plan.watts replaces them. Hosts, network and cooling are not included.
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 170.0, 3, "megacore"),
@@ -37,13 +40,13 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 340.0, 2, "default"),
 }
 
-# Not for a program: libtpu keeps a quarter of a GiB, and batches wait on the device.
+# Not available to a program: libtpu keeps a quarter of a GiB, and prefetched batches take room.
 RESERVE = GIB / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: chips along each axis; of the host's own processor where `kind` is cpu."""
+    """A slice: chips along each axis; () for the CPU of this host."""
 
     kind: str
     shape: tuple[int, ...]
@@ -74,15 +77,13 @@ def topology(text: str) -> Topology:
 
 
 def count(text: str) -> int:
-    """Devices of a topology."""
-    import jax
-
+    """Number of devices of a topology."""
     shape = topology(text).shape
     return math.prod(shape) if shape else len(jax.devices("cpu"))
 
 
 def check_compiler(text: str) -> None:
-    """Raises UserError where the compiler for a topology is not installed."""
+    """Raises UserError unless the compiler for a topology is installed."""
     if topology(text).kind != "cpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"topology {text!r} needs the TPU compiler; pip install 'dcae_jax[tpu]' (it needs no "
@@ -90,15 +91,12 @@ def check_compiler(text: str) -> None:
         )
 
 
-def devices(text: str) -> Sequence[Any]:
-    """Devices of a topology to compile for; nothing can run on a TPU's.
+def devices(text: str) -> Sequence[Any]:  # jax.Device is no type to a type checker
+    """Devices of a topology to compile for; a TPU's can run nothing.
 
-    Loads libtpu, which this process then holds for life. Raises UserError for a slice that libtpu
-    refuses.
+    Loads libtpu, whose lock this process then holds until it exits. Raises UserError for a slice
+    that libtpu refuses.
     """
-    import jax
-    from jax.experimental import topologies
-
     slice_ = topology(text)
     if slice_.chip is None:
         return jax.devices("cpu")
@@ -109,7 +107,7 @@ def devices(text: str) -> Sequence[Any]:
         found = topologies.get_topology_desc(
             platform="tpu",
             topology_name=text,
-            chip_config_name=slice_.chip.layout,
+            chip_config_name=slice_.chip.config_name,
             chips_per_host_bounds=host,
         )
     except Exception as error:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiler statistics of one program: a job's step, or its sampling, on devices you don't have.
+"""Ahead-of-time compilation of a job's program for devices you don't have, and its statistics.
 
-A compile-only TPU client, or this host's own processor, compiles the very step that train.py runs,
-or what the job `sample` runs for a batch. Each compile runs in a process of its own,
-`python -m dcae_jax.planner.compile REQUEST`, since a process holds libtpu's lock for life, and a compile
-that takes too much memory kills its process alone.
+A compile-only TPU client, or the CPU of this host, compiles the train step of jobs/train.py, or
+what the job `sample` runs for a batch. Each compile runs in a subprocess,
+`python -m dcae_jax.planner.compile REQUEST`: a process holds libtpu's lock until it exits, and a
+compile that runs out of memory kills only its own process.
 """
 
 import json
@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 
 from dcae_jax import config as config_lib
 from dcae_jax import models
+from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator as generator_lib
 from dcae_jax.config import Config
-from dcae_jax.config.schema import MeshSizes
-from dcae_jax.diffusion import latent_spec, samplers
+from dcae_jax.config.schema import MeshSizes, Model, Plan
+from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, lpips
 from dcae_jax.planner import chips, hlo
@@ -40,12 +41,12 @@ Facts = dict[str, Any]
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # no question to a cloud's metadata server
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud's metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-# As XLA says it, of the whole program: 'Ran out of memory in memory space hbm. Used 32.58G of
-# 15.75G hbm.', or before it has laid the program out: 'Ran out of memory on HBM, the total memory
+# XLA's message for the whole program: 'Ran out of memory in memory space hbm. Used 32.58G of
+# 15.75G hbm.', or before buffers are assigned: 'Ran out of memory on HBM, the total memory
 # required for HLO temporaries (29.15G) exceeds available HBM (15.75G).'
 _OUT_OF_MEMORY = re.compile(r"ran out of memory", re.IGNORECASE)
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
@@ -53,17 +54,17 @@ _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-# --- the job that a request names ---------------------------------------------------------------
+# --- the job to plan ------------------------------------------------------------------------------
 
 
-def target(plan_config: Config) -> Any:
+def target_job(settings: Plan) -> Config:
     """The configuration of the job to plan, as its own command line would make it."""
-    if not plan_config.config:
+    if not settings.config:
         raise UserError("plan.config is empty; name the file of a job, as in configs/phase1.py")
-    return overridden(plan_config.config, plan_config.overrides, plan_config.generator)
+    return job_config(settings.config, settings.overrides, settings.generator)
 
 
-def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Config:
+def job_config(file: str, overrides: tuple[str, ...], generator: str = "") -> Config:
     """The configuration of `--config=file --config.KEY=VALUE ...`. Raises UserError.
 
     generator: of a job sample, the file of the job that trains its model; see `_sampling`.
@@ -81,17 +82,17 @@ def overridden(file: str, overrides: tuple[str, ...], generator: str = "") -> Co
             "training; leave one out"
         )
     if config.objective:
-        # Shapes of the latents: of those on the disk, or of those that a VARIANT would make.
+        # Shapes from the latents on disk, or of the latents that a VARIANT would make.
         if config.data.path:
             return resolve.on_latents(config)[0]
-        return latent_spec.resolve_latent_spec(config, None)
+        return resolve.on_variant(config)
     return config
 
 
 def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
-    """The configuration of training from `file`, with what a job sample, `config`, sets itself.
+    """The training configuration in `file`, with what the job `sample`, `config`, sets itself.
 
-    batch_size and steps become those of the sampling, in images and in batches.
+    batch_size becomes that of the sampling.
     """
     if not file:
         raise UserError(
@@ -109,7 +110,7 @@ def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
             f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
             "'autoencoder=f64c128' or another into plan.overrides"
         )
-    model = latent_spec.resolve_latent_spec(model, None)
+    model = resolve.on_variant(model)
     s = config.sample
     if (s.sampler or samplers.SAMPLERS[model.objective][0]) == "dopri5":
         raise UserError(
@@ -128,28 +129,28 @@ def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
 
 
 def _read(key: str, file: str, overrides: tuple[str, ...]) -> Config:
-    """The configuration of a file that the user named as `key`. Raises UserError."""
+    """The configuration in `file`, the value of the plan's `key`. Raises UserError."""
     try:
         raw = config_lib.parse_file(file, overrides)
-        # A chain of phases has no keys but its phases.
-        return config_lib.validate(raw) if raw.job != "phases" else Config(job=raw.job)
+        # A chain of phases has only its phases as keys.
+        return config_lib.validate(raw) if raw.job != "phases" else Config(job="phases")
     except UserError as error:
         raise UserError(f"{key}={file!r}: {error}") from error
 
 
-# --- its program ----------------------------------------------------------------------------------
+# --- the subprocess -------------------------------------------------------------------------------
 
 
-def compiled(plan_config: Config, text: str, size: int, batch: int) -> Facts:
-    """What the compiler says of the step at `size` on topology `text`; see `measure`."""
-    key = "sample.batch_size" if plan_config.generator else "batch_size"
+def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int) -> Facts:
+    """The statistics of the program at `size` and `batch` on a topology; see `measure`."""
+    key = "sample.batch_size" if settings.generator else "batch_size"
     request = {
-        "config": plan_config.config,
-        "generator": plan_config.generator,
-        "overrides": [*plan_config.overrides, f"{key}={batch}"],
-        "topology": text,
+        "config": settings.config,
+        "generator": settings.generator,
+        "overrides": [*settings.overrides, f"{key}={batch}"],
+        "topology": topology,
         "size": size,
-        "effort": plan_config.effort,
+        "effort": settings.effort,
     }
     began = time.perf_counter()
     done = subprocess.run(
@@ -165,37 +166,41 @@ def compiled(plan_config: Config, text: str, size: int, batch: int) -> Facts:
     facts = json.loads(answer[0])
     if "error" in facts:
         raise UserError(facts["error"])
-    logging.info("%s at %d: %.0f s", text, size, time.perf_counter() - began)
+    logging.info("%s at %d: %.0f s", topology, size, time.perf_counter() - began)
     return facts
 
 
-def answer(request: Facts) -> Facts:
-    """In the process of its own: the facts, or {error} for a user's mistake."""
-    # The time to compile is one of the facts.
+def run_request(request: Facts) -> Facts:
+    """In the subprocess: the statistics, or {error} for a user's mistake."""
+    # Compile time is one of the statistics.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_exec_time_optimization_effort", request["effort"])
     try:
-        config = overridden(request["config"], tuple(request["overrides"]), request["generator"])
+        config = job_config(request["config"], tuple(request["overrides"]), request["generator"])
         return measure(config, request["topology"], request["size"])
     except UserError as error:
         return {"error": str(error)}
 
 
-def measure(config: Config, text: str, size: int) -> Facts:
-    """Compiles the step of `config` at `size`, or its sampling of a batch, for topology `text`.
+# --- the program ----------------------------------------------------------------------------------
 
-    Bytes and FLOPs are a chip's (FLOPs: of the whole step, shared out evenly); peak_bytes is
-    arguments + output + temporaries - aliased. Where XLA finds that the program does not fit,
-    peak_bytes is what it says it needs, and what only a compiled program has is None.
+
+def measure(config: Config, topology: str, size: int) -> Facts:
+    """Compiles the train step of `config` at `size`, or its sampling of a batch, for a topology.
+
+    Bytes and FLOPs are per chip (FLOPs: those of the whole step over the number of chips).
+    peak_bytes is arguments + output + temporaries - aliased; where XLA refuses the program as too
+    large, peak_bytes is what XLA says it needs, and all other statistics of the compiled program
+    are None.
     """
-    mesh = mesh_lib.make_mesh(config.mesh, chips.devices(text))
+    mesh = mesh_lib.make_mesh(config.mesh, chips.devices(topology))
     if config.job == "sample":
         mesh_lib.check_batch(config.batch_size, mesh, key="sample.batch_size")
     else:
         resolve.check_training(config, mesh)
     batch = config.batch_size
     facts = {
-        "topology": text,
+        "topology": topology,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": batch,
@@ -209,29 +214,28 @@ def measure(config: Config, text: str, size: int) -> Facts:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return (
-            facts
-            | _NOT_COMPILED
-            | {"peak_bytes": needed_bytes(error, sharding.chip_bytes(arguments))}
-        )
+        needed = needed_bytes(error, sharding.chip_bytes(arguments))
+        return facts | _NOT_COMPILED | {"peak_bytes": needed}
     facts["compile_s"] = time.perf_counter() - began
-    facts["compile_cpu_s"] = time.process_time() - worked  # alike on a busy host
-    memory, said = program.memory_analysis(), program.as_text()
-    facts |= {
+    facts["compile_cpu_s"] = time.process_time() - worked  # the same on a busy host
+    return facts | _statistics(program)
+
+
+def _statistics(program: jax.stages.Compiled) -> Facts:
+    """What the compiler reports of a program; see `measure`."""
+    memory, costs, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    assert memory is not None and costs is not None and text is not None  # CPUs and TPUs have all
+    sizes = {
         "arguments_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "bytes_accessed": program.cost_analysis()["bytes accessed"] + hlo.repeated_bytes(said),
-        "collectives": hlo.collective_bytes(said),
     }
-    facts["peak_bytes"] = (
-        facts["arguments_bytes"]
-        + facts["output_bytes"]
-        + facts["temp_bytes"]
-        - facts["alias_bytes"]
-    )
-    return facts
+    return sizes | {
+        "peak_bytes": sum(sizes.values()) - 2 * sizes["alias_bytes"],
+        "bytes_accessed": costs["bytes accessed"] + hlo.repeated_bytes(text),
+        "collectives": hlo.collective_bytes(text),
+    }
 
 
 _NOT_COMPILED = dict.fromkeys(
@@ -249,29 +253,34 @@ _NOT_COMPILED = dict.fromkeys(
 
 
 def needed_bytes(error: BaseException, arguments: float) -> float | None:
-    """What an out-of-memory error of the compiler says that a program needs; None if it does not.
+    """The bytes that a program needs, from the compiler's out-of-memory error; None: not in it.
 
     arguments: bytes of the program's arguments, which some of the messages leave out. Any other
-    error is raised again.
+    error is re-raised.
     """
-    said = str(error)
-    if not _OUT_OF_MEMORY.search(said):
+    message = str(error)
+    if not _OUT_OF_MEMORY.search(message):
         raise error
-    if used := _USED.search(said):
+    if used := _USED.search(message):
         return float(used[1]) * _UNITS[used[2]]
-    if used := _TEMPORARIES.search(said):
+    if used := _TEMPORARIES.search(message):
         return float(used[1]) * _UNITS[used[2]] + arguments
     return None
 
 
-def step_and_arguments(config: Config, mesh: Mesh, size: int) -> tuple[Any, tuple]:
-    """train.py's step, jitted, and its abstract arguments, laid out on `mesh`; or a sampler's."""
+def step_and_arguments(
+    config: Config, mesh: Mesh, size: int
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """The jitted train step, or sampler, and its abstract arguments with shardings on `mesh`."""
     if config.job == "sample":
         s = config.sample
         settings = generator_lib.SampleSettings(
             s.guidance, s.steps, sampler=s.sampler, interval=s.guidance_interval
         )
-        return generator_lib.abstract_generator(config, mesh).program(config.batch_size, settings)
+        of_autoencoder = Model(variant=config.autoencoder, depthwise=config.model.depthwise)
+        autoencoder = autoencoder_lib.abstract_autoencoder(of_autoencoder, mesh, config.dtype)
+        model = generator_lib.abstract_generator(config.model, config, autoencoder, config.dtype)
+        return model.program(config.batch_size, settings)
     spec = state_lib.train_spec(config, mesh)
     state = state_lib.abstract_state(config.sharding, mesh, spec)
     batch = run_lib.abstract_batch(config, size, mesh)
@@ -280,11 +289,11 @@ def step_and_arguments(config: Config, mesh: Mesh, size: int) -> tuple[Any, tupl
 
 
 def flops(config: Config, mesh: Mesh, size: int) -> float:
-    """FLOPs of a step over all chips, as XLA counts them.
+    """FLOPs of the program over all chips, as XLA counts them.
 
-    XLA counts the body of a loop once, so a step's loops are laid out in a row here, and the rounds
-    of a sampler's are added. The program is that of the mesh's platform, and lowered only; the
-    counting is this host's.
+    XLA counts a loop's body once, so the train step's loops are unrolled here, and for a sampler's
+    loops the further iterations are added. The program is lowered for the mesh's platform but not
+    compiled; it is counted on this host.
     """
     config = config_lib.replace(
         config,
@@ -300,30 +309,34 @@ def flops(config: Config, mesh: Mesh, size: int) -> float:
     return once + repeated_flops(traced.jaxpr, platform) if config.job == "sample" else once
 
 
-def _counted(traced: Any, platform: str) -> float:
-    """XLA's count of FLOPs of a traced function, as it is for devices of `platform`."""
+def _counted(traced: jax.stages.Traced, platform: str) -> float:
+    """XLA's count of FLOPs of a function as traced for devices of `platform`."""
     name = "cuda" if platform == "gpu" else platform
-    return traced.lower(lowering_platforms=(name,)).cost_analysis()["flops"]
+    costs = traced.lower(lowering_platforms=(name,)).cost_analysis()
+    assert costs is not None  # XLA has a cost model of these platforms
+    return costs["flops"]
 
 
-def repeated_flops(jaxpr: Any, platform: str) -> float:
-    """FLOPs of the loops in a traced program, in their rounds after the first."""
+def repeated_flops(
+    jaxpr: jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr, platform: str
+) -> float:
+    """FLOPs of all iterations but the first of the loops in a traced program."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name != "scan":
             inner = jax.extend.core.jaxprs_in_params(equation.params)
             total += sum(repeated_flops(part, platform) for part in inner)
             continue
-        body, rounds = equation.params["jaxpr"], equation.params["length"]
+        body, count = equation.params["jaxpr"], equation.params["length"]
         shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in body.in_avals]
         traced = jax.jit(jax.extend.core.jaxpr_as_fun(body)).trace(*shapes)
-        total += (rounds - 1) * _counted(traced, platform)
-        total += rounds * repeated_flops(body, platform)
+        total += (count - 1) * _counted(traced, platform)
+        total += count * repeated_flops(body, platform)
     return total
 
 
 def abstract_lpips(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `setup.run.lpips_weights` loads."""
+    """What `setup.run.lpips_weights` loads, as shapes."""
     if not config.loss.lpips_weight or config.objective:
         return {}
     place = mesh_lib.replicated(mesh)
@@ -334,4 +347,4 @@ def abstract_lpips(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(answer(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write(json.dumps(run_request(json.loads(sys.argv[1]))) + "\n")

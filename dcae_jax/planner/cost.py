@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `plan`: the cost of a job on TPU slices you don't have.
+"""What a job costs on a TPU slice: memory, FLOPs, collectives, time, chip-hours and energy.
 
-What the compiler says of a TPU's program (program.py) is of the real run: memory, FLOPs and
-collectives. Its time is an estimate from the chip's published peaks.
+Memory, FLOPs and collectives are the compiler's statistics of the program that would run
+(compile.py). Time is an estimate from the chip's published peaks (chips.py).
 """
 
 import collections
@@ -13,36 +13,39 @@ from typing import Any
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
+from dcae_jax.config import Config
+from dcae_jax.config.schema import Plan
 from dcae_jax.errors import UserError
 from dcae_jax.planner import chips, compile
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import run as run_lib
 
 Row = dict[str, Any]
-MEAN = "mean"  # the row of a job that draws its resolution, after one row for each
-MAX_COMPILES = 10  # of one search for a batch
+MEAN = "mean"  # the size of the last row of a job that draws its resolution
+MAX_COMPILES = 10  # per search for a batch
 
 
-def plan(plan_config: Any, job: Any, text: str) -> list[Row]:
-    """The rows of one topology: one a resolution, and their mean where there are several."""
-    sizes = shares(job)
+def plan(settings: Plan, job: Config, topology: str) -> list[Row]:
+    """The rows of one topology: one per resolution, and their mean where there are several."""
+    sizes = size_fractions(job)
     batch, known = job.batch_size, {}
-    if plan_config.find_batch:
-        batch, known = _find_batch(plan_config, job, text)
+    if settings.find_batch:
+        batch, known = _find_batch(settings, job, topology)
     rows = []
     for size in sorted(sizes):
-        facts = known.get((batch, size)) or compile.compiled(plan_config, text, size, batch)
-        rows.append(priced(facts, calls(job, batch), plan_config.watts))
+        facts = known.get((batch, size))
+        facts = facts or compile.compile_in_subprocess(settings, topology, size, batch)
+        rows.append(priced(facts, calls(job, batch), settings.watts))
     return rows if len(rows) == 1 else [*rows, mean(rows, sizes, job.steps)]
 
 
-def calls(job: Any, batch: int) -> int:
-    """How often the job runs its program: steps, or batches of samples."""
+def calls(job: Config, batch: int) -> int:
+    """Number of times the job runs its program: steps, or batches of samples."""
     return math.ceil(job.sample.count / batch) if job.job == "sample" else job.steps
 
 
-def shares(job: Any) -> dict[int, float]:
-    """{size a side, in pixels or, of a diffusion model's training, latents: its share of steps}."""
+def size_fractions(job: Config) -> dict[int, float]:
+    """{size per side, in pixels or (training a diffusion model) latents: fraction of steps}."""
     if job.job == "sample":
         return {job.resolution: 1.0}
     if job.objective:
@@ -54,17 +57,17 @@ def shares(job: Any) -> dict[int, float]:
 # --- what it costs --------------------------------------------------------------------------------
 
 
-def priced(facts: Row, steps_: int, watts: float) -> Row:
-    """The facts with what follows from the chip's published figures.
+def priced(facts: Row, steps: int, watts: float) -> Row:
+    """The facts, and what follows from the chip's published figures.
 
-    fits: peak_bytes leave chips.RESERVE free. step_s_roofline: the larger of FLOPs over the peak
-    and bytes over the bandwidth, without the time between chips; None where the program did not
-    compile, or the chip's peaks are not known (cpu). XLA's bytes hold what a run may keep in the
-    chip's own vector memory, so that where 'bound' is 'memory' a run may be faster than this.
+    fits: peak_bytes leaves chips.RESERVE free. step_s_roofline: the larger of FLOPs over the peak
+    and bytes over the bandwidth, without communication; None if the program did not compile, or
+    the chip's peaks are not known (cpu). XLA's bytes include what a run may keep in the chip's
+    vector memory, so where 'bound' is 'memory' a run may be faster than this.
     """
     chip = chips.topology(facts["topology"]).chip
     row = facts | {
-        "steps": steps_,
+        "steps": steps,
         "hbm_bytes": chip.hbm if chip else host_memory() / facts["chips"],
         "fits": fits(facts),
         "watts": watts or (chip.watts if chip else None),
@@ -80,7 +83,7 @@ def priced(facts: Row, steps_: int, watts: float) -> Row:
 
 
 def _totals(row: Row) -> Row:
-    """Images a second, and chip-hours and kWh of all steps; None without a step's time."""
+    """Images per second, and chip-hours and kWh of all steps; None without a step's time."""
     step, count = row["step_s_roofline"], row["chips"]
     hours = None if step is None else step * row["steps"] * count / 3600
     watts = row["watts"]
@@ -91,14 +94,14 @@ def _totals(row: Row) -> Row:
     }
 
 
-def limit(text: str, count: int) -> float:
-    """Bytes of a chip that a program may take."""
-    chip = chips.topology(text).chip
+def limit(topology: str, count: int) -> float:
+    """Bytes per chip that a program may take."""
+    chip = chips.topology(topology).chip
     return (chip.hbm if chip else host_memory() / count) - chips.RESERVE
 
 
 def fits(facts: Row) -> bool:
-    """A program that XLA refused does not fit, whatever it says it needs."""
+    """Whether the program fits; one that XLA refused does not, whatever XLA says it needs."""
     if facts["compile_s"] is None or facts["peak_bytes"] is None:
         return False
     return facts["peak_bytes"] <= limit(facts["topology"], facts["chips"])
@@ -109,7 +112,7 @@ def host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def mean(rows: list[Row], sizes: dict[int, float], steps_: int) -> Row:
+def mean(rows: list[Row], sizes: dict[int, float], steps: int) -> Row:
     """The row of a job that draws its size: the mean time and work, the largest memory."""
     largest = max(rows, key=lambda row: row["peak_bytes"] or math.inf)
 
@@ -118,7 +121,7 @@ def mean(rows: list[Row], sizes: dict[int, float], steps_: int) -> Row:
             return None
         return sum(sizes[row["size"]] * row[key] for row in rows)
 
-    row = largest | {"size": MEAN, "steps": steps_, "fits": all(row["fits"] for row in rows)}
+    row = largest | {"size": MEAN, "steps": steps, "fits": all(row["fits"] for row in rows)}
     row |= {key: average(key) for key in ("flops", "bytes_accessed", "step_s_roofline")}
     row |= {"compile_s": None, "compile_cpu_s": None, "bound": None, "collectives": None}
     if all(r["compile_s"] is not None for r in rows):
@@ -130,42 +133,45 @@ def mean(rows: list[Row], sizes: dict[int, float], steps_: int) -> Row:
 # --- the largest batch ----------------------------------------------------------------------------
 
 
-def _find_batch(plan_config: Any, job: Any, text: str) -> tuple[int, dict[tuple[int, int], Row]]:
-    """(the largest global batch that fits, {(batch, size): facts} of what was compiled for it)."""
-    size = max(shares(job))  # which takes the most memory
+def _find_batch(
+    settings: Plan, job: Config, topology: str
+) -> tuple[int, dict[tuple[int, int], Row]]:
+    """(the largest global batch that fits, {(batch, size): facts} of every compile)."""
+    size = max(size_fractions(job))  # which takes the most memory
     facts: dict[tuple[int, int], Row] = {}
 
     def compile_with(batch: int) -> tuple[bool, float]:
-        facts[batch, size] = found = compile.compiled(plan_config, text, size, batch)
+        found = compile.compile_in_subprocess(settings, topology, size, batch)
+        facts[batch, size] = found
         return fits(found), found["peak_bytes"] or math.inf
 
-    count = chips.count(text)
+    count = chips.count(topology)
     mesh = mesh_lib.mesh_shape(job.mesh, count)
     unit = math.prod(mesh[axis] for axis in mesh_lib.BATCH_AXES) * job.accumulate
-    best = largest_batch(compile_with, unit, job.batch_size, limit(text, count))
+    best = largest_batch(compile_with, unit, job.batch_size, limit(topology, count))
     if not best:
         raise UserError(
-            f"topology {text!r}: not even batch_size={unit} fits; use more chips with mesh.fsdp, "
-            "or remat='blocks'"
+            f"topology {topology!r}: not even batch_size={unit} fits; use more chips with "
+            "mesh.fsdp, or remat='blocks'"
         )
     return best, facts
 
 
 def largest_batch(
-    try_: Callable[[int], tuple[bool, float]], unit: int, start: int, limit: float
+    try_batch: Callable[[int], tuple[bool, float]], unit: int, start: int, limit: float
 ) -> int:
     """The largest multiple of `unit` that fits, found in at most MAX_COMPILES tries; 0: none.
 
-    try_(batch) -> (whether it fits, bytes it needs, infinite where unknown). Doubles from `start`
-    until it does not fit (or halves until it does), then narrows down. Memory grows nearly on a
-    straight line with the batch, so two tries say where the third should be; every second try
-    halves what is left, in case the line is wrong.
+    try_batch(batch) -> (whether it fits, bytes needed, infinite if unknown). Doubles from `start`
+    until it does not fit (or halves until it does), then narrows down. Memory is nearly linear in
+    the batch, so the third try is where the line through two tries meets the limit; every second
+    try bisects instead, in case it is not linear.
     """
     good, bad = 0, None  # in units
     needs: dict[int, float] = {}
     guess = max(1, round(start / unit))
     for number in range(MAX_COMPILES):
-        ok, needs[guess] = try_(guess * unit)
+        ok, needs[guess] = try_batch(guess * unit)
         before, good, bad = (good, guess, bad) if ok else (good, good, guess)
         if bad is None:
             line = needs[good] - needs.get(before, math.inf)
@@ -186,17 +192,17 @@ def largest_batch(
     return good * unit
 
 
-# --- for people -----------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 HEAD = (
     "topology",
     "chips",
     "batch",
-    "a side",
+    "size",
     "fits",
-    "GB a chip",
+    "GB per chip",
     "state GB",
-    "TFLOP a chip",
+    "TFLOP per chip",
     "GB moved",
     "collective GB",
     "compile s",
@@ -213,7 +219,7 @@ def table(rows: list[Row]) -> str:
 
 
 def cells(row: Row) -> list[Any]:
-    """A row's cells, in the order of HEAD; '-' for what is not known."""
+    """A row's cells, in the order of HEAD; '-' where unknown."""
     collectives = row["collectives"]
     between = collectives and sum(kind["bytes"] for kind in collectives.values()) / 1e9
     found = [

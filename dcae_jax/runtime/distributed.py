@@ -278,6 +278,19 @@ def assert_same_config(facts: Mapping[str, object]) -> None:
         raise UserError(f"the processes differ: {'; '.join(differ[:3])}{more}; start all alike")
 
 
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` holds on any process; returns when all processes have called this."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.int32(value)).any())
+
+
 def _gather(mine: bytes) -> list[bytes]:
     """What each process gave, by process."""
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))

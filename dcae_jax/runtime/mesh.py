@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO-DOC"""
+"""The device mesh: its axes, what fits it, and how batches are placed on it."""
 
 import functools
 import math
@@ -30,8 +30,8 @@ def make_mesh(sizes: MeshSizes, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
-    """Devices along each axis of config.mesh, of so many. Raises UserError if they don't fit."""
-    shape = [getattr(sizes, axis) for axis in AXES]
+    """{axis: size} of config.mesh over `devices`. Raises UserError if they don't fit."""
+    shape = [sizes.data, sizes.fsdp, sizes.tensor, sizes.spatial]
     text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(f"mesh ({text}): sizes must be positive, and one at most may be -1")
@@ -47,7 +47,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
 
 
 def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
-    """The devices in the order that suits their network: between TPU slices, only data is split."""
+    """Devices in the order that suits their network: only `data` spans several TPU slices."""
     if len(devices) == 1:
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -82,7 +82,7 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
 
 
 def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> None:
-    """Raises UserError, naming sizes that fit, unless mesh.spatial can split pictures of `size`.
+    """Raises UserError, naming sizes that fit, unless mesh.spatial can split images of `size`.
 
     compression: the model's f. Each part gets as many rows of latents, and MIN_ROWS at least.
     """

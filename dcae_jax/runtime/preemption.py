@@ -14,12 +14,12 @@ STATUS = 75  # exit status of a job that stopped early and resumes with the same
 
 
 @contextlib.contextmanager
-def flag(together: bool = False) -> Iterator[threading.Event | distributed.PreemptionSignal]:
+def flag(all_processes: bool = False) -> Iterator[threading.Event | distributed.PreemptionSignal]:
     """An event that SIGTERM sets meanwhile, so that a job can stop where it is safe.
 
-    together: all processes of the run ask `is_set` equally often, and are told alike.
+    all_processes: all processes of the run ask `is_set` equally often, and are told alike.
     """
-    if together and jax.process_count() > 1:
+    if all_processes and jax.process_count() > 1:
         yield distributed.PreemptionSignal()
         return
     event, old = threading.Event(), None

@@ -6,9 +6,9 @@ from jax.sharding import Mesh
 from dcae_jax import config as config_lib
 from dcae_jax import models
 from dcae_jax.config import Config, check_resolution
-from dcae_jax.data import sources
+from dcae_jax.data import latents as latents_lib
 from dcae_jax.data.latents import Latents
-from dcae_jax.diffusion import latent_spec
+from dcae_jax.diffusion.latent_spec import LatentSpec
 from dcae_jax.errors import UserError
 from dcae_jax.models import patchgan
 from dcae_jax.runtime import mesh as mesh_lib
@@ -38,8 +38,34 @@ def on_latents(config: Config) -> tuple[Config, Latents]:
             f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
             "run configs/encode.py, then set data.source=latents and data.path to its workdir"
         )
-    latents = sources.training_source(config.data)
-    return latent_spec.resolve_latent_spec(config, latents.manifest), latents
+    latents = latents_lib.latents(config.data.path)
+    manifest = latents.manifest
+    spec = LatentSpec.of_manifest(manifest)
+    config = config_lib.replace(
+        config,
+        model=spec.completed(config.model, f"data.path={config.data.path!r}"),
+        autoencoder=config.autoencoder or manifest["autoencoder"],
+        resolution=manifest["resolution"],
+        encode={"dtype": manifest["dtype"]},
+    )
+    return config, latents
+
+
+def on_variant(config: Config) -> Config:
+    """For planning: a diffusion run's configuration with what config.autoencoder, a VARIANT, fixes.
+
+    Raises UserError if it is no VARIANT, and where its latents do not fit.
+    """
+    name = config.autoencoder
+    try:
+        models.autoencoder_of(name).variant(name)
+    except UserError as error:
+        raise UserError(
+            f"autoencoder={name!r} is no VARIANT, and data.source={config.data.source!r} has no "
+            "latents; run configs/encode.py first and set data.source=latents and data.path"
+        ) from error
+    spec = LatentSpec.of_variant(name, config.resolution, config.model.num_classes)
+    return config_lib.replace(config, model=spec.completed(config.model, "the autoencoder"))
 
 
 def check_training(config: Config, mesh: Mesh) -> None:

@@ -19,6 +19,7 @@ from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
 from dcae_jax.data import sources
 from dcae_jax.data.latents import Latents
+from dcae_jax.data.sources import ImageSource
 from dcae_jax.errors import UserError
 from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
@@ -38,13 +39,13 @@ class Run:
     mesh: Mesh
     spec: TrainSpec  # model, what is trained, optimizer
     abstract: TrainState  # the state's shapes and shardings
-    source: Any  # of images or latents
+    source: ImageSource | Latents
     latents: Latents | None  # the source of a diffusion model
     lpips: Weights  # of the perceptual loss, {} for a loss without it
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A checkpoint to resume from."""
 
     step: int
@@ -63,10 +64,10 @@ class Found:
         return f", changed: {keys}" if keys else ""
 
 
-def find(config: Config, workdir: str) -> Found | None:
+def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
     """The newest whole checkpoint in `workdir`, None where nothing was saved yet.
 
-    Raises UserError if it is of another run, allow_change aside.
+    Raises UserError if it belongs to another run, unless allow_change names every difference.
     """
     step = checkpoints.resume_step(workdir)
     distributed.assert_same_config({"step": step or 0})
@@ -89,7 +90,7 @@ def find(config: Config, workdir: str) -> Found | None:
         {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
         for key in sorted(allowed)
     ]
-    return Found(step, changed, record)
+    return Checkpoint(step, changed, record)
 
 
 def _allows(allow_change: tuple[str, ...], key: str) -> bool:
@@ -123,7 +124,8 @@ def lpips_weights(config: Config, mesh: Mesh) -> Weights:
         raise UserError(
             f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
             "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.pretrained.torch_io "
-            "vgg16-397923af.pth --out=lpips-vgg.safetensors` and name that file; or set loss.lpips_weight=0"
+            "vgg16-397923af.pth --out=lpips-vgg.safetensors` and name that file; or set "
+            "loss.lpips_weight=0"
         )
     try:
         weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
@@ -211,18 +213,20 @@ def initialise(run: Run) -> tuple[TrainState, str]:
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def write_record(run: Run, found: Found | None, origin: str) -> None:
+def write_record(run: Run, checkpoint: Checkpoint | None, origin: str) -> None:
     """Writes WORKDIR/config.json, and drops the rows that the run is going to write again."""
     if jax.process_index():
         return
     # Row 0 is the evaluation before the first step.
-    files.drop_rows_after(run.workdir, found.step if found else -1)
+    files.drop_rows_after(run.workdir, checkpoint.step if checkpoint else -1)
     manifest = run.latents.manifest if run.latents else None
     record = {
         "config": config_lib.to_json(run.config),
         "weights": origin,
         # Identity keys that allow_change let differ, with the step where they did.
-        "changes": [*found.record.get("changes", []), *found.changes] if found else [],
+        "changes": [*checkpoint.record.get("changes", []), *checkpoint.changes]
+        if checkpoint
+        else [],
         "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
         "versions": versions(run.mesh),
         "mesh": dict(run.mesh.shape),

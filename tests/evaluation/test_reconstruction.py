@@ -49,10 +49,12 @@ def test_two_halves_are_the_whole(evaluate_config, small_inception, one_device):
     evaluate_config.evaluate.inception_weights = small_inception
     config = config_lib.validate(evaluate_config)
     loaded = networks.load_networks(config.evaluate, one_device)
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), one_device)
+    model = autoencoder_lib.build_autoencoder(
+        config.model, model_weights(config).items(), one_device
+    )
     source = sources.evaluation_source(config.data)
     subsets = [sources.Subset(source, np.arange(*x)) for x in ((0, 7), (7, 10))]
-    step = reconstruction.eval_step(model.graph, one_device)
+    step = reconstruction.eval_step(model.graphdef, one_device)
     step = functools.partial(step, model.weights, loaded)
     parts = []
     for part in (source, *subsets):

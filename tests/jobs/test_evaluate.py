@@ -24,9 +24,9 @@ def trained(evaluate_config, alone, monkeypatch):
     """Makes the job find a model of random weights wherever init_from points."""
 
     def load(path, dtype, mesh, weights):
-        return autoencoder_lib.build_autoencoder(
-            evaluate_config, dict(model_weights(evaluate_config)), mesh
-        )
+        model = config_lib.validate(evaluate_config).model
+        weights = model_weights(evaluate_config).items()
+        return autoencoder_lib.build_autoencoder(model, weights, mesh)
 
     monkeypatch.setattr(autoencoder_lib, "load_autoencoder", load)
     evaluate_config.init_from = "runs/phase1/checkpoints/40"

@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from support import data
 
 from dcae_jax import config as config_lib
 from dcae_jax.data import pipeline, sources
@@ -107,9 +108,8 @@ def test_odd_files_are_read(tmp_path, crop, caplog):
     """Catches good pixels that are thrown away for their name, metadata or size."""
     _write(tmp_path, GOOD)
     config = _config(tmp_path, crop=crop)
-    source = sources.training_source(config.data)
-    batches = pipeline.training_batches(config, source, 0)
-    for _ in range(2 * len(source) // 4):
+    batches = data.batches(config)
+    for _ in range(2 * len(GOOD) // 4):
         assert next(batches)["image"].shape == (4, 64, 64, 3)
     assert not caplog.records, caplog.text
 
@@ -157,7 +157,7 @@ def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
     os.symlink(outside, root / "more cats")
     source = sources.folder(str(root))
     assert source.files == ("cats/c.png", "dogs/a.png", "self.png")
-    assert source.classes == ("cats", "dogs")
+    assert source.class_names == ("cats", "dogs")
     batches = list(pipeline.evaluation_batches(source, size=32, batch_size=4))
     assert batches[0]["mask"].sum() == 2
 
@@ -262,7 +262,7 @@ def test_mutated_files_neither_crash_nor_hang_the_loader(tmp_path, count, monkey
     monkeypatch.setattr(pipeline, "BAD_AFTER", 10**9)
     monkeypatch.setattr(pipeline, "TRIES", 200)
     config = _config(tmp_path)
-    batches = pipeline.training_batches(config, source, 0)
+    batches = data.batches(config)
     # An epoch. Some files still decode, to black, and now and then a whole batch of them.
     lit = [next(batches)["image"].any() for _ in range(count // 4)]
     assert np.mean(lit) > 0.9

@@ -100,9 +100,7 @@ def test_weights_are_not_their_sources_memory(kind):
     mine = room[first : first + weights[name].nbytes].view(kind)
     mine[:] = weights[name]
     weights[name] = mine
-    config = config_lib.default()
-    config.model.update(ae.model)
-    loaded = autoencoder.build_autoencoder(config, weights, ae.mesh)
+    loaded = autoencoder.build_autoencoder(ae.model_config, weights.items(), ae.mesh)
     as_read = mine.astype(np.float32)
     mine += 1
     assert loaded.weights[name].dtype == np.float32

@@ -37,11 +37,9 @@ def run_job(job, config, workdir):
 def run_chain(config, workdir):
     """Likewise of the job `phases`."""
     from dcae_jax import config as config_lib
-    from dcae_jax.config.loading import PHASES
     from dcae_jax.jobs import train
 
-    phases = {phase: config_lib.validate(config[phase]) for phase in PHASES}
-    return train.run_phases(phases, workdir)
+    return train.run_phases(config_lib.validate_phases(config), workdir)
 
 
 def on_latents(config):

@@ -66,7 +66,7 @@ def run(order, report_to):
 
         setattr(module, name, watched)
 
-    watch(data._Load, "map_with_index", "read")
+    watch(data._Load, "example", "read")
     watch(checkpoint, "save", "save")
     watch(integrity, "write", "commit")
     watch(evaluate, "measure", "evaluate")

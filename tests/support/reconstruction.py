@@ -16,12 +16,12 @@ from dcae_jax.training import state as state_lib
 def evaluate_random(config, devices=1, source=None):
     """reconstruction.evaluate with random weights on the first devices -> the Result at 32 px."""
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
-    model = autoencoder_lib.build_autoencoder(config, dict(model_weights(config)), mesh)
     config = evaluate.resolve(config_lib.validate(config))
+    model = autoencoder_lib.build_autoencoder(config.model, model_weights(config).items(), mesh)
     source = source or sources.evaluation_source(config.data)
     metric_networks = networks.load_networks(config.evaluate, mesh)
     return reconstruction.evaluate(
-        config.evaluate, config.data, model.graph, model.weights, mesh, source, metric_networks
+        config.evaluate, config.data, model.graphdef, model.weights, mesh, source, metric_networks
     )[32]
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents on disk, and training batches of them."""
 
-import itertools
 import json
 import os
 import pickle
@@ -10,9 +9,11 @@ from concurrent import futures
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from support import data
 
 from dcae_jax import config as config_lib
-from dcae_jax.data import latents, pipeline, sources
+from dcae_jax.config.schema import Data
+from dcae_jax.data import latents, sources
 from dcae_jax.errors import UserError
 
 SHAPE = (2, 3, 3, 4)  # flips, h, w, c
@@ -55,17 +56,9 @@ def write(path, count=10, shard_size=4, dtype="bfloat16"):
 
 
 def _config(path, **changes):
-    config = config_lib.default()
-    config.batch_size, config.seed = 4, 7
-    config.data.source, config.data.path, config.data.threads = "latents", path, 2
+    config = data.config(data__source="latents", data__path=path)
     config.data.update(changes)
     return config
-
-
-def _take(config, count, start=0, process=0, processes=1):
-    source = sources.training_source(config.data)
-    batches = pipeline.training_batches(config, source, start, process, processes)
-    return list(itertools.islice(batches, count))
 
 
 def _assert_equal(left, right):
@@ -105,15 +98,15 @@ def test_a_source_reads_every_record_in_any_thread_and_process(tmp_path):
 def test_batches_do_not_depend_on_hosts_workers_or_resumes(tmp_path, dtype):
     """Catches flips or an order drawn by each reader for itself, and a dtype lost on the way."""
     path = write(tmp_path / "z", dtype=dtype)
-    whole = _take(_config(path), 8)
+    whole = data.take(_config(path), 8)
     assert whole[0]["latent"].shape == (4, 3, 3, 4) and whole[0]["label"].dtype == np.int32
     assert whole[0]["latent"].dtype == latents.DTYPES[dtype]
-    hosts = [_take(_config(path), 8, process=p, processes=2) for p in range(2)]
+    hosts = [data.take(_config(path), 8, process=p, processes=2) for p in range(2)]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*hosts, strict=True)]
     _assert_equal(joined, whole)
-    _assert_equal(_take(_config(path), 5, start=12), whole[3:])
+    _assert_equal(data.take(_config(path), 5, start=12), whole[3:])
     if dtype == "bfloat16":
-        _assert_equal(_take(_config(path, workers=2, threads=1), 8), whole)
+        _assert_equal(data.take(_config(path, workers=2, threads=1), 8), whole)
 
 
 def test_each_crop_is_drawn_once_an_epoch_with_its_label_and_both_variants(tmp_path):
@@ -121,7 +114,7 @@ def test_each_crop_is_drawn_once_an_epoch_with_its_label_and_both_variants(tmp_p
     path = write(tmp_path / "z")
     seen = {}
     for flip in (True, False):
-        batches = _take(_config(path, flip=flip), 20)
+        batches = data.take(_config(path, flip=flip), 20)
         first = np.concatenate([b["latent"] for b in batches])[:, 0, 0, 0].astype(np.float32)
         labels = np.concatenate([b["label"] for b in batches])
         assert sorted(np.floor(first[:10])) == list(range(10))
@@ -134,14 +127,14 @@ def test_a_damaged_record_is_replaced_and_named_once(tmp_path, caplog):
     """Catches a run that stops, or trains on noise, where a disk flipped a bit."""
     # In bfloat16, 149.5 would be 150.
     path = write(tmp_path / "z", count=300, shard_size=300, dtype="float16")
-    (shard,) = sources.training_source(_config(path).data).manifest["shards"]
+    (shard,) = latents.latents(path).manifest["shards"]
     file = os.path.join(path, shard["file"])
     with open(file, "r+b") as opened:
         record = latents.pack(_values(150, "float16"), 0, 150)
         offset = opened.read().index(record[:50])
         opened.seek(offset + 60)
         opened.write(b"\xff")
-    batches = _take(_config(path), 150)  # two epochs
+    batches = data.take(_config(path), 150)  # two epochs
     first = np.concatenate([b["latent"] for b in batches])[:, 0, 0, 0].astype(np.float32)
     assert len(first) == 600 and 150 not in np.floor(first)
     assert sum("replaced" in r.getMessage() for r in caplog.records) == 1
@@ -185,15 +178,15 @@ def test_what_is_not_whole_is_refused_in_one_line(tmp_path, damage, words):
     path = write(tmp_path / "z")
     damage(path)
     with pytest.raises(UserError, match=words) as caught:
-        sources.training_source(_config(path).data)
+        latents.latents(path)
     assert "\n" not in str(caught.value) and path in str(caught.value)
 
 
 def test_latents_are_for_training_alone(tmp_path):
     """Catches an evaluation, or an encoding, that takes latents for pictures."""
-    settings = _config(str(tmp_path)).data
+    settings = Data(source="latents", path=str(tmp_path))
     assert sources.held_out_source(settings) is None
-    for source in (sources.evaluation_source, sources.encoding_source):
+    for source in (sources.training_source, sources.evaluation_source, sources.encoding_source):
         with pytest.raises(UserError, match="has no images"):
             source(settings)
 

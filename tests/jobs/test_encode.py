@@ -14,14 +14,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from support import CONFIGS, run_job, small_models
+from support import CONFIGS, ROOT, run_job, small_models
 from support.processes import two_processes
 
 import dcae_jax
 from dcae_jax import config as config_lib
 from dcae_jax import files, main
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.data import latent_shards, latents, sources, transforms
+from dcae_jax.data import latents, sources, transforms
 from dcae_jax.errors import UserError
 from dcae_jax.jobs import encode
 from dcae_jax.runtime import mesh as mesh_lib
@@ -217,8 +217,7 @@ def test_a_killed_job_ends_with_the_same_bytes(config, tmp_path, alone):
     assert run_job(encode, config, str(tmp_path / "whole")) == encode.DONE
     killed = tmp_path / "killed"
     xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    root = str(pathlib.Path(__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "XLA_FLAGS": xla}
+    environment = {**os.environ, "PYTHONPATH": ROOT, "XLA_FLAGS": xla}
     process = subprocess.Popen(_command(killed, config), env=environment, stderr=subprocess.DEVNULL)
     first = killed / latents.shard_name(0, 92)
     deadline = time.time() + 240
@@ -290,9 +289,9 @@ def test_a_finished_job_is_left_alone_and_mended_where_a_shard_is_damaged(
     for name in os.listdir(whole):
         (tmp_path / name).write_bytes(pathlib.Path(whole, name).read_bytes())
     done = []
-    write_shard = latent_shards.write_shard
+    write_shard = latents.write_shard
     monkeypatch.setattr(
-        latent_shards,
+        latents,
         "write_shard",
         lambda w, shard, *rest: done.append(shard) or write_shard(w, shard, *rest),
     )

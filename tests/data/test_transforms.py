@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Levels and the range [-1, 1], rotation and jitter; tests/test_data.py has the crops."""
+"""Crops, rotation, jitter; levels and the range [-1, 1]."""
 
-import types
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcae_jax.config.schema import Data
 from dcae_jax.data import transforms
 
 
@@ -37,11 +39,11 @@ def test_uint8_survives_the_range_of_the_models(module):
 
 
 def augmented(pixels, size, **changes):
-    """`crops.augment` of [H, W, 3] uint8, and the generator whose draws it took."""
+    """`transforms.augment` of [H, W, 3] uint8, and the generator whose draws it took."""
     settings = {"crop": "center", "rotation": 0.0, "flip": False, "color_jitter": 0.0} | changes
     draws = [np.random.default_rng(2) for _ in range(2)]
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    out = transforms.augment(image, size, types.SimpleNamespace(**settings), draws[0])
+    out = transforms.augment(image, size, Data(**settings), draws[0])
     return out.astype(np.float64), draws[1]
 
 
@@ -69,3 +71,56 @@ def test_jitter_changes_brightness_contrast_and_colour():
     assert both == pytest.approx(brightness * contrast, abs=0.05)
     every = (colour[0, 0, 0] - colour[0, 0, 1]) / 60
     assert every == pytest.approx(brightness * contrast * saturation, abs=0.05)
+
+
+def test_center_crop_is_adms():
+    """Catches a resize in one go, another filter, or a crop one pixel off."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (97, 131, 3), dtype=np.uint8))
+    half = image.resize((65, 48), Image.Resampling.BOX)
+    scale = 32 / 48
+    small = half.resize((round(65 * scale), 32), Image.Resampling.BICUBIC)
+    left = (small.width - 32) // 2
+    want = np.asarray(small)[:, left : left + 32]
+    np.testing.assert_array_equal(np.asarray(transforms.center_crop(image, 32)), want)
+    assert transforms.center_crop(Image.new("RGB", (5, 9)), 32).size == (32, 32)
+
+
+@pytest.mark.parametrize("crop", ["random", "random_resized", "center"])
+@pytest.mark.parametrize("size", [(8, 40), (70, 30), (16, 16)])
+def test_every_crop_has_the_asked_size(crop, size):
+    """Catches crops of images smaller than the resolution, and empty corners of rotation."""
+    settings = Data(crop=crop, rotation=20.0, color_jitter=0.1)
+    image = Image.new("RGB", size, (200, 200, 200))
+    for seed in range(8):
+        out = transforms.augment(image, 16, settings, np.random.default_rng(seed))
+        assert out.shape == (16, 16, 3) and out.dtype == np.uint8
+        assert out.min() > 100  # a black corner would be 0
+
+
+def test_flips_and_jitter_happen_only_when_asked_for():
+    """Catches augmentation that cannot be switched off, or is never on."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 200
+    image = Image.fromarray(pixels)
+
+    def variants(**changes):
+        settings = Data(crop="center", **changes)
+        rngs = (np.random.default_rng(seed) for seed in range(20))
+        return {transforms.augment(image, 16, settings, rng).tobytes() for rng in rngs}
+
+    assert variants(flip=False) == {pixels.tobytes()}
+    assert variants() == {pixels.tobytes(), pixels[:, ::-1].tobytes()}
+    assert len(variants(flip=False, color_jitter=0.3)) > 10
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
+def test_a_picture_turned_by_any_angle_has_its_size(crop):
+    """Catches a square around a turned one that shrinks above 90 degrees."""
+    settings = Data(rotation=180.0, crop=crop)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    for seed in range(40):
+        out = transforms.augment(image, 32, settings, np.random.default_rng(seed))
+        assert out.shape == (32, 32, 3), seed
+    settings = dataclasses.replace(settings, crop="center")
+    assert transforms.least_side(settings, 64) == math.ceil(64 * math.sqrt(2))  # as for 45 degrees
