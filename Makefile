@@ -25,9 +25,11 @@ test-torch: $(VENV)/installed  ## parity with PyTorch, which must be installed i
 test-slow: $(VENV)/installed  ## full-size and long tests
 	$(PY) -m pytest -n 2 --dist loadgroup -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed  ## style, formatting, who imports whom, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
 	$(PY) tests/reliability/soak.py --kills=200

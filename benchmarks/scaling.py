@@ -17,10 +17,9 @@ import re
 
 import common
 
-from dcae_jax import config as config_lib
 from dcae_jax import files
-from dcae_jax.planner import compile
-from dcae_jax.planner import cost as plan
+from dcae_jax.config.schema import Plan
+from dcae_jax.planner import compile, cost
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CONFIGS = os.path.join(HERE, os.pardir, "configs")
@@ -50,7 +49,7 @@ def all_cells() -> list[Cell]:
     """The most wanted first."""
     found = []
     one = ("resolution=512", "resolutions=()", "batch_size=8", "loss.lpips_weight=0.0")
-    one += ("ema_decay=0.0", "phase=1", "loss.gan_weight=0.0")
+    one += ("ema_decay=0.0", "loss.gan_weight=0.0")
     for number, what in ((1, "everything"), (2, "middle layers"), (3, "head")):
         found.append(Cell("parts", what, f"phase{number}.py:f32c32", "v5p:1x1x1", one))
 
@@ -98,15 +97,15 @@ def path(cell: Cell) -> str:
 
 def planned(cell: Cell) -> dict:
     """Plans a cell and keeps what came of it."""
-    settings = config_lib.default().plan
-    settings.config = os.path.join(CONFIGS, cell.config)
-    settings.overrides, settings.effort = cell.overrides, cell.effort
-    job = compile.target(settings)
+    settings = Plan(
+        config=os.path.join(CONFIGS, cell.config), overrides=cell.overrides, effort=cell.effort
+    )
+    job = compile.target_job(settings)
     kept = {
         "job": cell.job,
         "config": f"configs/{cell.config}",
         "overrides": list(cell.overrides),
-        "rows": plan.plan(settings, job, cell.topology),
+        "rows": cost.plan(settings, job, cell.topology),
     }
     files.write_json(path(cell), kept)
     return kept
@@ -121,8 +120,8 @@ def table(cells: list[Cell]) -> str:
             f"configs/{cell.config}",
             list(cell.overrides),
         ):
-            rows += [[cell.job, *plan.cells(row)] for row in kept["rows"]]
-    return files.table([["job", *plan.HEAD], *rows]) if rows else "(not planned yet)"
+            rows += [[cell.job, *cost.cells(row)] for row in kept["rows"]]
+    return files.table([["job", *cost.HEAD], *rows]) if rows else "(not planned yet)"
 
 
 def write(cells: list[Cell]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phases 1, 2 and 3 in a row, into WORKDIR/phase1, phase2 and phase3.
+"""Phases 1, 2 and 3, one after another, into WORKDIR/phase1, phase2 and phase3.
 
     python -m dcae_jax.main --config=configs/phases.py:tiny --workdir=runs/tiny
 

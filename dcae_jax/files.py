@@ -108,7 +108,7 @@ def write_file(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: object) -> None:
     write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -164,7 +164,7 @@ def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
         os.fsync(file.fileno())
 
 
-def merge_row(workdir: str, step: int, values: dict[str, Any]) -> None:
+def merge_row(workdir: str, step: int, values: dict[str, float]) -> None:
     """Adds `values` to the row of `step` in metrics.jsonl: steps stay unique and rising."""
     rows = {row["step"]: row for row in read_rows(workdir)}
     finite = {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
@@ -220,7 +220,7 @@ def write_png(path: str, pixels: np.ndarray) -> None:
     write_file(path, buffer.getvalue())
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
+def table(rows: Sequence[Sequence[object]]) -> str:
     """Rows of cells as aligned text, the header first; numbers are right-aligned."""
     text = [[_cell(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
@@ -236,7 +236,7 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -9,7 +9,7 @@ set -euo pipefail
 NAME=${NAME:?name of the job}
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}              # of a node
-CPUS=${CPUS:-8}              # of a process: readers of pictures
+CPUS=${CPUS:-8}              # per process: image readers
 HOURS=${HOURS:-24}           # of one run; the job saves two minutes before, and is queued again
 PARTITION=${PARTITION:-}     # empty: the cluster's default
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -25,11 +25,12 @@ import jax
 import pytest
 from goldens import judges as goldens
 from safetensors.numpy import save_file
-from support import CONFIGS, NARROW, small_networks
+from support import CONFIGS, NARROW, run_job, small_models, small_networks
 
 from dcae_jax import config as config_lib
 from dcae_jax import main
 from dcae_jax.evaluation import reconstruction, samples
+from dcae_jax.jobs import train
 from dcae_jax.models import inception, inception_torch, lpips_torch
 from dcae_jax.runtime import mesh as mesh_lib
 
@@ -51,13 +52,48 @@ def _logging_as_before():
     absl.setLevel(levels[1])
 
 
+def _see_one_device(patch):
+    make_mesh = mesh_lib.make_mesh
+    patch.setattr(
+        mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
+    )
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """Jobs that run in this process see one device, as on a laptop."""
-    make_mesh = mesh_lib.make_mesh
-    monkeypatch.setattr(
-        mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
-    )
+    _see_one_device(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def autoencoder_export(tmp_path_factory):
+    """The export of a narrow autoencoder with random weights."""
+    return small_models.export_autoencoder(str(tmp_path_factory.mktemp("autoencoder")))
+
+
+@pytest.fixture(scope="session")
+def latents_folder(autoencoder_export, tmp_path_factory):
+    """A dozen latents of that autoencoder, in three classes."""
+    folder, images = (str(tmp_path_factory.mktemp(name)) for name in ("latents", "images"))
+    with pytest.MonkeyPatch.context() as patch:
+        _see_one_device(patch)
+        return small_models.write_latents(folder, autoencoder_export, images)
+
+
+@pytest.fixture
+def diffusion_config(latents_folder):
+    """The configuration of a small UViT on those latents."""
+    return small_models.diffusion_config(latents_folder)
+
+
+@pytest.fixture(scope="session")
+def generator_run(latents_folder, tmp_path_factory):
+    """The workdir of its training, which nothing interrupted."""
+    workdir = str(tmp_path_factory.mktemp("generator"))
+    with pytest.MonkeyPatch.context() as patch:
+        _see_one_device(patch)
+        assert run_job(train, small_models.diffusion_config(latents_folder), workdir) == train.DONE
+    return workdir
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import models
 from dcae_jax.api import tiling
+from dcae_jax.api.tiling import AnyArray
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.schema import MeshSizes, Model
 from dcae_jax.errors import UserError
@@ -23,7 +24,7 @@ from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
 RANGE_TOLERANCE = 1e-3
-NamedArrays = Iterable[tuple[str, Array | np.ndarray]]  # weights by path, taken one at a time
+NamedArrays = Iterable[tuple[str, AnyArray]]  # weights by path, taken one at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Autoencoder:
 
     def encode(
         self,
-        x: Array | np.ndarray,
+        x: AnyArray,
         *,
         sample: bool = False,
         seed: int = 0,
         tile: int = 0,
         overlap: int | None = None,
         check: bool = False,
-    ) -> Array | np.ndarray:
+    ) -> AnyArray:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
         H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
@@ -94,7 +95,7 @@ class Autoencoder:
                 what = "tiles" if tile else "a deterministic encoder"
                 raise ValueError(f"sample=True does not go with {what}; leave it out")
             _check_input("x", x, 3, (f, f), check, limit=1.0)
-            return self._sample(self.weights, self._place(x, f), jax.random.key(seed))
+            return self._encode(self.weights, self._place(x, f), jax.random.key(seed))
         if not tile:
             _check_input("x", x, 3, (f, f), check, limit=1.0)
             return self._encode(self.weights, self._place(x, f))
@@ -105,12 +106,12 @@ class Autoencoder:
 
     def decode(
         self,
-        z: Array | np.ndarray,
+        z: AnyArray,
         *,
         tile: int = 0,
         overlap: int | None = None,
         check: bool = False,
-    ) -> Array | np.ndarray:
+    ) -> AnyArray:
         """Latents [B, h, w, c], unscaled -> images [B, h*f, w*f, 3] float32, not clipped.
 
         Tiles, checks and errors as in `encode`.
@@ -125,13 +126,10 @@ class Autoencoder:
 
     @functools.cached_property
     def _encode(self) -> jax.stages.Wrapped:
-        return jax.jit(lambda weights, x: weights_lib.merge(self.graphdef, weights).encode(x))
+        def encode(weights: Weights, x: Array, *key: Array) -> Array:
+            return weights_lib.merge(self.graphdef, weights).encode(x, *key)
 
-    @functools.cached_property
-    def _sample(self) -> jax.stages.Wrapped:
-        return jax.jit(
-            lambda weights, x, key: weights_lib.merge(self.graphdef, weights).encode(x, key)
-        )
+        return jax.jit(encode)
 
     @functools.cached_property
     def _decode(self) -> jax.stages.Wrapped:
@@ -145,15 +143,13 @@ class Autoencoder:
 
         return jax.jit(decode)
 
-    def _place(self, x: Array | np.ndarray, f: int = 1) -> Array:
+    def _place(self, x: AnyArray, f: int = 1) -> Array:
         """x on the devices; f of its rows belong to one row of latents."""
         place = mesh_lib.image_sharding(self.mesh, x.shape, x.shape[1] // f)
         return jax.device_put(jnp.asarray(x), place)
 
 
-def _check_shape(
-    name: str, x: Array | np.ndarray, channels: int, multiples: tuple[int, int]
-) -> None:
+def _check_shape(name: str, x: AnyArray, channels: int, multiples: tuple[int, int]) -> None:
     """Raises ValueError unless x is [B, H, W, channels] floating, of sizes that divide."""
     shape = getattr(x, "shape", None)
     if shape is None:
@@ -175,7 +171,7 @@ def _check_shape(
 
 def _check_input(
     name: str,
-    x: Array | np.ndarray,
+    x: AnyArray,
     channels: int,
     multiples: tuple[int, int],
     check: bool,

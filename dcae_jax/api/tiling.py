@@ -1,37 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images larger than memory: encoded and decoded in overlapping tiles that are blended.
+"""Encoding and decoding of images that exceed memory, in overlapping tiles that are blended.
 
-All tiles have one size, so that one program serves them, and are counted in latents, so that the
-result has the right size whatever the compression is. Tiles at the right and lower border reach
-back instead of beyond the image.
+All tiles have one size, so that one compiled program serves them. Sizes are in latents, so that the
+result has the right size at every compression. The last tiles of a row or column are shifted back
+to end at the image's border.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import numpy as np
+
+AnyArray = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """All in latents."""
+    """Sizes in latents."""
 
     size: int
     overlap: int  # of neighbours, at least
-    margin: int  # at each inner border, given no weight
+    margin: int  # at each inner border, of weight 0
 
 
 def plan(tile: int, overlap: int | None, reach: int | None) -> Tiles:
     """Checks the sizes. Raises ValueError, naming the argument.
 
-    reach: latents on each side that an output depends on, None if on all. Where the overlap
-    covers it from both sides, what the tile's border has touched gets no weight, and the tiles
-    equal the whole; elsewhere the whole overlap is blended.
+    reach: latents on each side that an output depends on, None if on all. If the overlap covers it
+    from both sides, outputs affected by a tile's border get weight 0, and tiling is exact; else the
+    whole overlap is blended.
     """
     for name, value, low in (("tile", tile, 1), ("overlap", overlap, 0)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= low):
+        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (integer and value >= low):
             raise ValueError(f"{name}={value!r}: give a whole number of latents, at least {low}")
     overlap = tile // 4 if overlap is None else overlap
     if overlap >= tile:
@@ -41,11 +43,15 @@ def plan(tile: int, overlap: int | None, reach: int | None) -> Tiles:
 
 
 def run(
-    function: Callable[[Any], Any], x: Any, tiles: Tiles, scales: tuple[int, int], channels: int
+    function: Callable[[AnyArray], AnyArray],
+    x: AnyArray,
+    tiles: Tiles,
+    scales: tuple[int, int],
+    channels: int,
 ) -> np.ndarray:
     """`function`, [B, h, w, *] -> [B, h', w', channels], on each tile of x and blended: float32.
 
-    scales: positions a side that one latent stands for in x and in the result.
+    scales: positions per side that one latent stands for, in x and in the result.
     """
     before, after = scales
     rows, columns = (_axis(size // before, tiles, after) for size in x.shape[1:3])
@@ -73,7 +79,7 @@ def run(
 def _axis(size: int, tiles: Tiles, scale: int) -> list[tuple[int, int, np.ndarray]]:
     """(first latent, latents, weight of each output position) of the tiles along one axis.
 
-    Weights rise in a line over the overlap, and are 1 up to the image's own borders.
+    Weights rise linearly over the overlap, and are 1 up to the image's own borders.
     """
     length = min(tiles.size, size)
     starts = list(range(0, size - length, max(length - tiles.overlap, 1))) + [size - length]

@@ -194,7 +194,7 @@ class _Crops:
                     rng = np.random.default_rng((4, number))
                     pixels = np.asarray(random_crop(image, self.size, rng))
                 mask = 1.0
-            except Exception:  # as in training; the image is left out and named
+            except Exception:  # as in training; the image is left out and logged
                 unreadable = record
         return {
             "image": pixels,
@@ -248,13 +248,13 @@ def evaluation_batches(
     total = min(total, count) if count else total
     local = batch_size // processes
     mine = padded(np.arange(total), batch_size).reshape(-1, processes, local)[:, process].ravel()
-    named = set()
+    logged = set()
     for batch in fixed_crops(
         source, mine, size=size, batch_size=local, crops=crops, threads=threads
     ):
         for record in batch.pop("unreadable").tolist():
-            if record >= 0 and record not in named:
-                named.add(record)
+            if record >= 0 and record not in logged:
+                logged.add(record)
                 logging.warning("unreadable, left out: %s", source.name(record))
         yield batch
 

@@ -277,12 +277,9 @@ def training_source(data: Data) -> ImageSource:
     return _images(data, "train")
 
 
-def held_out_source(data: Data) -> ImageSource | None:
-    """The images that training does not see, for evaluation during and after it.
-
-    None for latents: diffusion is evaluated by its samples.
-    """
-    return None if data.source == "latents" else _images(data, "held out")
+def held_out_source(data: Data) -> ImageSource:
+    """The images that training does not see, for evaluation during and after it."""
+    return _images(data, "held out")
 
 
 def evaluation_source(data: Data) -> ImageSource:
@@ -359,12 +356,12 @@ def identity(data: Data, source: Source) -> dict[str, Any]:
     return values
 
 
-def _hold_out(source: Folder, share: float) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(source: Folder, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Records (to train on, held out): the latter hash lowest by name, so that a file stays where
     it is when others are added."""
     ranks = [int.from_bytes(hashlib.sha256(f.encode()).digest()[:8], "big") for f in source.files]
     order = np.argsort(np.array(ranks, np.uint64), kind="stable")
-    held = min(max(1, math.ceil(share * len(source))), len(source) - 1)
+    held = min(max(1, math.ceil(fraction * len(source))), len(source) - 1)
     if held < 1:
         raise UserError(
             f"data.path={source.root!r} holds one image: too few to hold any out for evaluation; "

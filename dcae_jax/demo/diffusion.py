@@ -2,8 +2,8 @@
 """The second half of `make demo`: latents of the photographs, a tiny UViT on them, its samples.
 
 The label is the photograph, the objective SiT's (configs/usit.py:tiny). Whether samples fall into
-the class that was asked for is judged by the nearest neighbour in the autoencoder's latents, beside
-crops that training did not see.
+the class that was asked for is measured by the nearest neighbour in the autoencoder's latents,
+beside crops that training did not see.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from dcae_jax.data import latents, pipeline, sources, transforms
 from dcae_jax.jobs import encode, train
 
 RUN = "usit"  # folder of the diffusion model's run
-JUDGED = 200  # crops a class: as neighbours, and held out
-SAMPLED = 50  # a class
+NEIGHBOURS = 200  # crops per class: as neighbours, and held out
+SAMPLED = 50  # per class
 SHOWN = (3, 9)  # of each class on the page: crops, and samples
 
 
@@ -31,9 +31,9 @@ class Samples:
     """What the page shows of the diffusion model."""
 
     classes: tuple[str, ...]
-    known: int  # crops a class that training saw
-    grid: np.ndarray  # [*, *, 3] uint8: a row a class, crops and then samples
-    held_out: float  # share of held-out crops whose nearest training crop is of their class
+    known: int  # crops per class that training saw
+    grid: np.ndarray  # [*, *, 3] uint8: a row per class, crops and then samples
+    held_out: float  # fraction of held-out crops whose nearest training crop is of their class
     sampled: float  # likewise of samples
 
 
@@ -56,7 +56,7 @@ def _config(configs: str, file: str, **changes: Any) -> Config:
     return config_lib.replace(given, **changes)
 
 
-def judge(workdir: str, configs: str) -> Samples:
+def evaluate(workdir: str, configs: str) -> Samples:
     """Samples from WORKDIR/usit, beside crops."""
     model = generator.load_generator(os.path.join(workdir, RUN))
     config = _config(configs, "usit.py")
@@ -64,8 +64,8 @@ def judge(workdir: str, configs: str) -> Samples:
     classes = tuple(known.manifest["class_names"])
     count = len(classes)
     # Crop n is of photograph n % count, here as in the job `encode`.
-    near = np.stack([known[n][0][0].astype(np.float32) for n in range(JUDGED * count)])
-    unseen, labels = held_out(model, len(known), JUDGED * count)
+    near = np.stack([known[n][0][0].astype(np.float32) for n in range(NEIGHBOURS * count)])
+    unseen, labels = held_out(model, len(known), NEIGHBOURS * count)
     wanted = np.arange(SAMPLED * count) % count
     c = config.sample
     settings = generator.SampleSettings(c.guidance, c.steps, config.seed, c.sampler)

@@ -3,7 +3,7 @@
 
     python -m dcae_jax.demo --workdir=demo-run
 
-The page, WORKDIR/index.html, needs nothing beside it: curves, a table and pictures.
+The page, WORKDIR/index.html, needs nothing beside it: curves, a table and images.
 """
 
 import base64
@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +25,9 @@ import dcae_jax
 from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.api import autoencoder
+from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
+from dcae_jax.config.schema import Evaluate
 from dcae_jax.data import pipeline, sources, transforms
 from dcae_jax.demo import diffusion
 from dcae_jax.errors import UserError
@@ -39,7 +40,7 @@ PCA_PATCHES = 20_000
 
 
 def run(workdir: str) -> int:
-    """Trains, judges and writes the page; what an earlier call finished is not done again."""
+    """Trains, evaluates and writes the page; what an earlier call finished is not repeated."""
     began = time.perf_counter()
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
@@ -49,14 +50,14 @@ def run(workdir: str) -> int:
     status = train.run_phases(phases, workdir) or diffusion.make(workdir, configs)
     if status != train.DONE:
         return status
-    rows, pictures = judge(phases["phase1"], workdir)
-    samples = diffusion.judge(workdir, configs)
+    rows, grids = evaluate(phases["phase1"], workdir)
+    samples = diffusion.evaluate(workdir, configs)
     head = ["on held-out crops", *rows[0][1]]
     text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
-    page = write_page(workdir, rows, pictures, samples, time.perf_counter() - began)
+    page = write_page(workdir, rows, grids, samples, time.perf_counter() - began)
     logging.info(
         "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
-        "(%.2f times as often)\n\nthe page with curves and pictures: %s",
+        "(%.2f times as often)\n\nthe page with curves and images: %s",
         text,
         samples.held_out,
         samples.sampled,
@@ -66,11 +67,11 @@ def run(workdir: str) -> int:
     return 0
 
 
-def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
+def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
     mesh = mesh_lib.make_mesh(config.mesh)
     source = sources.held_out_source(config.data)
-    assert source is not None  # that is for latents
+    assert source is not None  # the photographs have held-out ones
     models = [
         autoencoder.load_autoencoder(os.path.join(workdir, phase), mesh=mesh) for phase in PHASES
     ]
@@ -95,12 +96,14 @@ def judge(config: Any, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
     return rows, {size: files.image_grid(columns(c), tile=256) for size, c in shown.items()}
 
 
-def columns(pictures: list[np.ndarray]) -> list[np.ndarray]:
+def columns(images: list[np.ndarray]) -> list[np.ndarray]:
     """[photographs, and what each phase makes of them] with four times what the last changed."""
-    return [*pictures, files.difference(*pictures[-2:])]
+    return [*images, files.difference(*images[-2:])]
 
 
-def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, float]:
+def pca_scores(
+    config: Config, source: sources.ImageSource, f: int, channels: int
+) -> dict[str, float]:
     """What a linear autoencoder of the same latent size reaches: PCA on patches of f x f pixels.
 
     Fitted in closed form on patches of the training photographs.
@@ -117,7 +120,7 @@ def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, flo
     scores = {}
     for size in config.evaluate.resolutions:
         n, sums = size // f, []
-        for batch in _held_out_batches(config, source, size):
+        for batch in _held_out_batches(config.evaluate, source, size):
             x = batch["image"].astype(np.float32)
             cut = x.reshape(-1, n, f, n, f, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, f * f * 3)
             back = pca.inverse_transform(pca.transform(cut)).reshape(-1, n, n, f, f, 3)
@@ -130,8 +133,9 @@ def pca_scores(config: Any, source: Any, f: int, channels: int) -> dict[str, flo
     return scores
 
 
-def _held_out_batches(config: Any, source: Any, size: int) -> Iterator[pipeline.Batch]:
-    settings = config.evaluate
+def _held_out_batches(
+    settings: Evaluate, source: sources.ImageSource, size: int
+) -> Iterator[pipeline.Batch]:
     return pipeline.evaluation_batches(
         source,
         size=size,
@@ -147,7 +151,7 @@ def _held_out_batches(config: Any, source: Any, size: int) -> Iterator[pipeline.
 def write_page(
     workdir: str,
     rows: list,
-    pictures: dict[int, np.ndarray],
+    grids: dict[int, np.ndarray],
     samples: diffusion.Samples,
     seconds: float,
 ) -> str:
@@ -167,7 +171,7 @@ def write_page(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "what phase 3 changed, on grey: the texture that it learned</p>"
         + _png(grid, "reconstructions")
-        for size, grid in pictures.items()
+        for size, grid in grids.items()
     )
     page = _PAGE.format(
         table=_html_table([head, *cells]),
@@ -177,7 +181,7 @@ def write_page(
         classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
         crops=diffusion.SHOWN[0],
         known=samples.known,
-        judged=diffusion.JUDGED,
+        neighbours=diffusion.NEIGHBOURS,
         held_out=samples.held_out,
         sampled=samples.sampled,
         ratio=samples.sampled / samples.held_out,
@@ -198,25 +202,25 @@ td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
 img {{ max-width: 100%; margin-right: 1rem }} .cap {{ color: #555 }}
 </style></head><body>
 <h1>A deep compression autoencoder, trained in three phases</h1>
-<p>The model <code>tiny</code> (16 pixels a side to one latent position of 32 channels), on the
+<p>The model <code>tiny</code> (16 pixels per side to one latent position of 32 channels), on the
 photographs that ship inside scikit-image and scikit-learn. Two of them, a flower and a cat, are
-held out; all figures and pictures below are on fixed crops of those two. {note}</p>
+held out; all figures and images below are on fixed crops of those two. {note}</p>
 <h2>Reconstruction of what it never saw</h2>{table}
 <p>PSNR in dB and SSIM, higher is better. Phase 1 trains everything at low resolution; phase 2 the
 middle of the model at higher resolution; phase 3 the decoder's head with a discriminator, which
 trades some PSNR for texture. PCA is the best <em>linear</em> autoencoder with as many numbers,
 solved in closed form: the mark that a few minutes of training are to be read against.</p>
 <h2>Curves</h2>{curves}
-<h2>Pictures</h2>{images}
+<h2>Images</h2>{images}
 <h2>Diffusion on its latents</h2>
 <p>A tiny UViT has learned, with SiT's objective, the latents of {known} crops of each photograph,
 4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
 {classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
 guidance.</p>
 {samples}
-<p>The nearest neighbour among {judged} training crops a class, in the autoencoder's latents, is of
-the same class for {held_out:.1%} of the crops that training did not see, and for {sampled:.1%} of
-the samples: {ratio:.2f} times as often.</p>{uvit}
+<p>The nearest neighbour among {neighbours} training crops per class, in the autoencoder's latents,
+is of the same class for {held_out:.1%} of the crops that training did not see, and for
+{sampled:.1%} of the samples: {ratio:.2f} times as often.</p>{uvit}
 </body></html>
 """
 

@@ -97,8 +97,8 @@ def dpmpp_2m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.n
 def dpmpp_3m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
     """DPM-Solver++ multistep of order 3: D', D'' from the parabola through the last three D.
 
-    D'' is TWICE the second divided difference; the published
-    code leaves out the 2, and so converges with order 2 only. Steps of order 2 as in `dpmpp_2m`.
+    D'' is TWICE the second divided difference; the published code leaves out the 2, and so
+    converges with order 2 only. Steps of order 2 are those of `dpmpp_2m`.
     """
     predict = _data_prediction(model, cond, schedule, times[:-1], x.dtype)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)

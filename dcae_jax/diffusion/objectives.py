@@ -22,8 +22,8 @@ from jax.scipy.special import ndtr
 from dcae_jax.errors import UserError
 
 Array = jax.Array
-# What a model is conditioned on besides the time: a pytree of arrays with the leading axis B. Of
-# all models so far, labels [B].
+# Conditioning besides the time: a pytree of arrays with the leading axis B. For all models so far,
+# labels [B].
 Cond = Any
 # (x_t [B, h, w, c], time [B] as the network is given it, cond) -> prediction [B, h, w, c or 2 c]
 Model = Callable[[Array, Array, Cond], Array]
@@ -34,14 +34,14 @@ Loss = Callable[[Model, Array, Cond, Array], tuple[Array, dict[str, Array]]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """What sets one objective apart, for training and for sampling."""
+    """An objective's loss, and what sampling needs of it."""
 
     loss: Loss
-    samplers: tuple[str, ...]  # that can run it (sampling.py); the first is its default
+    samplers: tuple[str, ...]  # of samplers.py that fit; the first is the default
     noise_level: Callable[[Array], Array]  # network time -> from 0 (data) to 1 (pure noise)
-    betas: np.ndarray | None = None  # [N] of the chain whose noise is predicted; else a velocity is
-    first: int = 0  # what the network is given at the chain's step 0
-    learned_variance: bool = False  # then a prediction is [B, h, w, 2 c]: noise, v
+    betas: np.ndarray | None = None  # [N] of the chain, noise prediction; None: velocity prediction
+    first: int = 0  # the network's time at the chain's step 0
+    learned_variance: bool = False  # a prediction is then [B, h, w, 2 c]: noise, v
 
 
 def objective(name: str) -> Objective:
@@ -128,10 +128,10 @@ def flow_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array, d
     return mse, {"mse": mse}
 
 
-def _draws(key: Array, x0: Array, draw_time: Callable) -> tuple[Array, Array]:
-    """A time [B] and noise [B, ...] for each example, from fold_in(key, its number)."""
+def _draws(key: Array, x0: Array, draw_time: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """A time [B] and noise [B, ...] for each example, from fold_in(key, its index)."""
 
-    def draw(i):
+    def draw(i: Array) -> tuple[Array, Array]:
         time_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         return draw_time(time_key), jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
 

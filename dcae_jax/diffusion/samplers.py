@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samplers, from noise to clean latents: DDPM, DPM-Solver++ (dpm_solver.py), ODE solvers for flows.
 
-Each traces inside one jit to one compiled loop that evaluates the model in one place (Heun in two),
-so it compiles about as fast as a single evaluation. `steps` counts evaluations of the model: 30 are
-30 of them with every sampler but dopri5, which is adaptive.
+Each is one compiled loop whose body evaluates the model once (Heun twice), so it compiles about as
+fast as a single evaluation. `steps` counts evaluations of the model, with every sampler but dopri5,
+which is adaptive.
 """
 
 import functools
@@ -17,7 +17,7 @@ from dcae_jax.diffusion import dpm_solver, objectives
 from dcae_jax.diffusion.objectives import Array, Cond, Model
 from dcae_jax.errors import UserError
 
-# The first of each is its objective's default. What they do: docstring of `sample`.
+# The first of each is its objective's default. The docstring of `sample` describes them.
 SAMPLERS = {name: objective.samplers for name, objective in objectives.OBJECTIVES.items()}
 SCHEDULES = {
     name: dpm_solver.chain_schedule(objective.betas, objective.first)
@@ -63,7 +63,7 @@ def sample(
     """Clean, still scaled latents [B, h, w, c] from `noise` of that shape, in its dtype.
 
     model: (x [B, h, w, c], time [B], cond) -> prediction; 2 c channels for learned_sigma.
-    cond: labels [B], or whatever else the model is conditioned on (`diffusion.Cond`).
+    cond: labels [B], or whatever else the model is conditioned on (`objectives.Cond`).
     sampler, '' being the objective's default:
       dpm_fast    DPM-Solver++, single steps of order 3 as UViT's authors run it (epsilon's default)
       dpmpp_2m    DPM-Solver++, multistep, order 2

@@ -67,8 +67,9 @@ FILES = {
 def load_networks(settings: Evaluate, mesh: Mesh) -> MetricNetworks:
     """The networks whose files `settings` names, replicated on the mesh. Raises UserError."""
     networks = {}
-    for name, file in FILES.items():
-        path = getattr(settings, file.key)
+    paths = {"lpips": settings.lpips_weights, "inception": settings.inception_weights}
+    for name, path in paths.items():
+        file = FILES[name]
         if not path:
             continue
         if not os.path.isfile(path):

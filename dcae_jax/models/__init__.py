@@ -74,17 +74,17 @@ def owner(architecture: Any) -> Any:
 
 
 def name_of(module: Any) -> str:
-    """What config.model.name calls a model file."""
+    """The name of a model file in config.model.name."""
     return module.__name__.rpartition(".")[2]
 
 
 def autoencoder_names(module: "AutoencoderModule") -> "AutoencoderNames":
-    """What others call the weights of an autoencoder. Raises UserError if no file knows."""
+    """PyTorch's names for the weights of an autoencoder. Raises UserError if no file knows."""
     return _torch(module)
 
 
 def backbone_names(module: "BackboneModule") -> "BackboneNames":
-    """What others call the weights of a backbone. Raises UserError if no file knows."""
+    """PyTorch's names for the weights of a backbone. Raises UserError if no file knows."""
     return _torch(module)
 
 

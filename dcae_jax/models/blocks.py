@@ -60,7 +60,7 @@ def average_channels(x: Array, channels: int) -> Array:
 
 
 def duplicate_channels(x: Array, channels: int) -> Array:
-    """[..., C] -> [..., channels]: each channel repeated channels / C times in a row."""
+    """[..., C] -> [..., channels]: each channel repeated channels / C times, consecutively."""
     return jnp.repeat(x, channels // x.shape[-1], axis=-1)
 
 

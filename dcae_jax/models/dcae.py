@@ -46,7 +46,7 @@ class Variant:
 
     @property
     def compression(self) -> int:
-        """Pixels a side that one latent position stands for (f)."""
+        """Downsampling factor f: pixels per latent position, along each side."""
         return 2 ** (len(self.widths) - 1)
 
 

@@ -38,7 +38,7 @@ DIFFUSERS_DEFAULTS = {
 
 _BLOCKS = {"ResBlock": "res", "EfficientViTBlock": "evit"}
 _ACTS = {"relu": "relu", "silu": "silu", "swish": "silu"}
-# What these fields can have here -> what `Variant` calls it.
+# {field: {value there: the Literal of `Variant`}}.
 _CHOICES = {
     "encoder_block_types": _BLOCKS,
     "decoder_block_types": _BLOCKS,
@@ -196,18 +196,18 @@ def _stages(c: Mapping[str, Any], key: str, stages: int) -> tuple[Any, ...]:
     return tuple(c[key][:stages])
 
 
-def _choices(c: Mapping[str, Any], key: str, stages: int) -> tuple[str, ...]:
+def _choices(c: Mapping[str, Any], key: str, stages: int) -> tuple[Any, ...]:
     return tuple(_choice(key, value) for value in _stages(c, key, stages))
 
 
-def _choice(key: str, value: Any) -> str:
+def _choice(key: str, value: Any) -> Any:
     choices = _CHOICES[key]
     if not isinstance(value, str) or value not in choices:
         raise _bad(key, value, f"only {' and '.join(choices)} are supported")
     return choices[value]
 
 
-def _blocks(c: Mapping[str, Any], side: str, stages: int) -> tuple[str, ...]:
+def _blocks(c: Mapping[str, Any], side: str, stages: int) -> tuple[Any, ...]:
     kinds = list(_choices(c, f"{side}_block_types", stages))
     for i, scales in enumerate(_stages(c, f"{side}_qkv_multiscales", stages)):
         if kinds[i] == "evit":

@@ -20,19 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn import initializers
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.layers import ZEROS, normal, uniform, xavier
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
 from dcae_jax.runtime.sharding import constrain_activations
 
 FREQUENCIES = 256  # features of the time
 EPS = 1e-6  # of every LayerNorm; none has parameters
-NORMAL = initializers.normal(0.02)
-XAVIER = initializers.xavier_uniform()
+NORMAL = normal(0.02)
 
 VARIANTS = {
     "tiny": Variant(depth=4, width=128, heads=4),
@@ -75,11 +74,11 @@ def positions(side: int, width: int) -> np.ndarray:
     return table.reshape(side * side, width).astype(np.float32)
 
 
-# What acts on all tokens alike and the prediction are in float32: they cost nothing beside the
+# The conditioning and the prediction are in float32: they cost nothing beside the
 # tokens' products, and rounding there is an error of the whole image. bfloat16 would double the
 # error of the prediction.
-Linear = functools.partial(nnx.Linear, dtype=jnp.float32)
-ZeroLinear = functools.partial(Linear, kernel_init=initializers.zeros)
+Linear = functools.partial(nnx.Linear, bias_init=ZEROS, dtype=jnp.float32)
+ZeroLinear = functools.partial(Linear, kernel_init=ZEROS)
 
 
 class TimeEmbedder(nnx.Module):
@@ -132,13 +131,13 @@ class Block(nnx.Module):
             c,
             arch.heads,
             qkv_bias=True,
-            kernel_init=XAVIER,
+            kernel_init=xavier,
             attention=attention,
             dtype=dtype,
             rngs=rngs,
         )
         self.norm2 = layer_norm(c, rngs=rngs)
-        self.mlp = MLP(c, approximate=True, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c, approximate=True, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.adaLN_modulation = Modulation(c, 6, rngs=rngs)
 
     def __call__(self, x: Array, c: Array) -> Array:
@@ -187,8 +186,8 @@ class DiT(nnx.Module):
             c,
             patch,
             # Xavier of the patch as a vector, as if it were a Linear.
-            kernel_init=transformer.uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
-            bias_init=initializers.zeros,
+            kernel_init=uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
+            bias_init=ZEROS,
             rngs=rngs,
         )
         self.t_embedder = TimeEmbedder(c, rngs=rngs)

@@ -5,7 +5,6 @@ It classifies each patch of an image as real or fake. Convolutions of 4x4; each 
 size and doubles the channels; normal(0, 0.02) weights, as published discriminators start from.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
@@ -33,7 +32,7 @@ def _conv(
         padding=((1, 1), (1, 1)),
         use_bias=use_bias,
         kernel_init=layers.normal(0.02),
-        bias_init=jax.nn.initializers.zeros,
+        bias_init=layers.ZEROS,
         dtype=dtype,
         rngs=rngs,
     )
@@ -80,7 +79,7 @@ def create(loss_config: Loss, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
 
 
 def smallest_input(depth: int) -> int:
-    """Pixels a side below which a PatchGAN of `depth` layers has no patch left."""
+    """The smallest height and width from which a PatchGAN of `depth` layers has an output."""
     size = 1
     for stride in (1, 1, *(2,) * depth):  # from the output back to the image
         size = (size - 1) * stride + 4 - 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of this folder must offer to be a model.
+"""The interface of a model file.
 
 An autoencoder is a file with what `AutoencoderModule` lists, a backbone of diffusion models one
 with what `BackboneModule` lists; nothing else names either. A file with `_torch` after its name
@@ -105,7 +105,7 @@ class AutoencoderNames(Protocol):
         ...
 
     def published_name(self, arch: Any) -> str:
-        """What the authors call this architecture; '' if it is none of theirs."""
+        """The authors' name of this architecture; '' if it is none of theirs."""
         ...
 
     def settings_of(self, arch: Any) -> dict[str, Any]:

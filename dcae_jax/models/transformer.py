@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the diffusion transformers UViT and DiT share: attention, MLP, patches, stacked blocks.
+"""Parts shared by the diffusion transformers UViT and DiT: attention, MLP, patches, stacked blocks.
 
 Parameters are float32, layers compute in their `dtype`; LayerNorm and the softmax are float32
 whatever the dtype is.
@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.nn.initializers import Initializer
 
+from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
-from dcae_jax.models.weights import Array
+from dcae_jax.models.layers import ZEROS
+from dcae_jax.models.weights import Array, only_shapes, zeros_view
 from dcae_jax.runtime import sharding
 from dcae_jax.runtime.sharding import constrain_activations
 
@@ -43,7 +46,7 @@ class Architecture:
     depth: int
     width: int
     heads: int
-    latent_size: int  # positions a side
+    latent_size: int  # positions along each side
     latent_channels: int
     out_channels: int  # latent_channels, or twice as many with a learned sigma
     patch_size: int
@@ -51,24 +54,12 @@ class Architecture:
 
     @property
     def side(self) -> int:
-        """Patches a side."""
+        """Patches along each side."""
         return self.latent_size // self.patch_size
 
     @property
     def patches(self) -> int:
         return self.side**2
-
-
-# --- initial values -------------------------------------------------------------------------------
-
-
-def uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
-
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -97,7 +88,9 @@ class Attention(nnx.Module):
             raise UserError(
                 f"attention={attention!r} is not known; choose one of {', '.join(ATTENTIONS)}"
             )
-        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, kernel_init=kernel_init, bias_init=ZEROS, dtype=dtype, rngs=rngs
+        )
         self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
         self.proj = linear(width, width)
         self.heads, self.attention = heads, attention
@@ -150,7 +143,9 @@ class MLP(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        linear = functools.partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, kernel_init=kernel_init, bias_init=ZEROS, dtype=dtype, rngs=rngs
+        )
         self.fc1 = linear(width, MLP_RATIO * width)
         self.fc2 = linear(MLP_RATIO * width, width)
         self.approximate = approximate
@@ -160,6 +155,25 @@ class MLP(nnx.Module):
         x = constrain_activations(self.fc1(x), 2)  # [B, N, 4 C]
         x = jax.nn.gelu(x, approximate=self.approximate)
         return constrain_activations(self.fc2(x))  # [B, N, C]
+
+
+def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """A module like `create`'s whose arrays are those of `count` modules, stacked."""
+    if only_shapes():
+        graph, state = nnx.split(create(rngs))
+        return nnx.merge(
+            graph, jax.tree.map(lambda leaf: zeros_view((count, *leaf.shape), leaf.dtype), state)
+        )
+    layers = [nnx.split(create(rngs)) for _ in range(count)]
+    graph, structure = layers[0][0], jax.tree.structure(layers[0][1])
+    rows = [jax.tree.leaves(state) for _, state in layers]
+    del layers
+    stacked = []
+    for _ in range(structure.num_leaves):
+        column = [row.pop(0) for row in rows]  # so that no more than one array is there twice
+        join = jnp.stack if isinstance(column[0], Tracer) else np.stack
+        stacked.append(join(column))
+    return nnx.merge(graph, jax.tree.unflatten(structure, stacked))
 
 
 class Stacked(nnx.Module):
@@ -182,7 +196,7 @@ class Stacked(nnx.Module):
         unroll: bool,
         rngs: nnx.Rngs,
     ):
-        setattr(self, "*", nnx.split_rngs(splits=count)(nnx.vmap(create))(rngs))
+        setattr(self, "*", stack(count, create, rngs))
         self.count, self.remat, self.unroll = count, remat, unroll
 
     def scan(
@@ -263,7 +277,7 @@ def time_features(t: Array, width: int) -> Array:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def sizes(model_config: Any, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
+def sizes(model_config: Model, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
     """Checked {field of an Architecture: value} that both backbones have, all but out_channels.
 
     Zero depth, width and heads keep those of the variant. Raises UserError.

@@ -19,18 +19,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
+from dcae_jax.models.layers import ONES, ZEROS, normal, torch_uniform
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
 from dcae_jax.runtime.sharding import constrain_activations
 
 EXTRAS = 2  # tokens before the patches: the label and the time
 EPS = 1e-5  # of every LayerNorm
-NORMAL = initializers.normal(0.02)
+NORMAL = normal(0.02)
 
 VARIANTS = {
     "tiny": Variant(depth=4, width=128, heads=4),
@@ -62,7 +62,15 @@ def tokens(arch: Architecture) -> int:
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=EPS, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(
+        width,
+        epsilon=EPS,
+        use_fast_variance=False,
+        scale_init=ONES,
+        bias_init=ZEROS,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
 
 
 class Block(nnx.Module):
@@ -82,7 +90,9 @@ class Block(nnx.Module):
     ):
         c = arch.width
         if skip:
-            self.skip_linear = nnx.Linear(2 * c, c, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+            self.skip_linear = nnx.Linear(
+                2 * c, c, kernel_init=NORMAL, bias_init=ZEROS, dtype=dtype, rngs=rngs
+            )
         self.norm1 = layer_norm(c, rngs=rngs)
         self.attn = Attention(
             c,
@@ -126,7 +136,7 @@ class UViT(nnx.Module):
         c, patch, half = arch.width, arch.patch_size, arch.depth // 2
         block = functools.partial(Block, arch, attention=attention, dtype=self.dtype)
         stacked = functools.partial(Stacked, half, remat=remat, unroll=unroll, rngs=rngs)
-        init = transformer.uniform((arch.latent_channels * patch**2) ** -0.5)
+        init = torch_uniform(arch.latent_channels * patch**2)
         self.patch_embed = transformer.patch_embed(
             arch.latent_channels,
             c,
@@ -135,9 +145,7 @@ class UViT(nnx.Module):
             bias_init=init,
             rngs=rngs,
         )
-        self.label_emb = nnx.Embed(
-            arch.num_classes + 1, c, embedding_init=initializers.normal(1.0), rngs=rngs
-        )
+        self.label_emb = nnx.Embed(arch.num_classes + 1, c, embedding_init=normal(1.0), rngs=rngs)
         self.pos_embed = nnx.Param(NORMAL(rngs.params(), (tokens(arch), c)))
         self.in_blocks = stacked(lambda rngs: block(rngs=rngs))
         self.mid_block = block(rngs=rngs)
@@ -145,7 +153,12 @@ class UViT(nnx.Module):
         self.norm = layer_norm(c, rngs=rngs)
         # In float32: it costs nothing beside a block, and the prediction is not rounded.
         self.decoder_pred = nnx.Linear(
-            c, patch**2 * arch.out_channels, kernel_init=NORMAL, dtype=jnp.float32, rngs=rngs
+            c,
+            patch**2 * arch.out_channels,
+            kernel_init=NORMAL,
+            bias_init=ZEROS,
+            dtype=jnp.float32,
+            rngs=rngs,
         )
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:

@@ -5,12 +5,15 @@ Training, checkpoints and exports hold {'decoder.stages.1.0.conv.kernel': array}
 and list indices joined by dots. Modules exist only while a function is traced.
 """
 
+import contextvars
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # on devices or on the host
@@ -33,25 +36,48 @@ def merge(graph: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(paths))
 
 
-class _OneKey(nnx.RngStream):
-    """A stream that gives the same key again and again, which is enough for shapes.
+class _HostStream(nnx.RngStream):
+    """Keys from NumPy, two uint32 words each as jax.random takes them.
 
-    Counting inside a trace takes nnx a time that grows with the square of the draws.
+    nnx's own stream runs two compiled operations a key, which for a model of hundreds of kernels
+    is most of the time that its initialisation takes.
     """
 
-    def __call__(self) -> Array:
-        return self.key[...]
+    def __init__(self, seed: int) -> None:
+        super().__init__(0, tag="default")
+        self.seed, self.numbers = seed, itertools.count()
+
+    def __call__(self) -> Any:
+        return np.random.SeedSequence((self.seed, next(self.numbers))).generate_state(2)
+
+
+def host_rngs(seed: int) -> nnx.Rngs:
+    """`nnx.Rngs(seed)` for a module that is created outside of a trace, with other keys."""
+    rngs = nnx.Rngs(0)
+    rngs.default = _HostStream(seed)  # pyright: ignore[reportAttributeAccessIssue]
+    return rngs
+
+
+_only_shapes = contextvars.ContextVar("only_shapes", default=False)
+
+
+def only_shapes() -> bool:
+    """Whether `abstract` is running, in which nobody sees a parameter's values."""
+    return _only_shapes.get()
+
+
+def zeros_view(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Zeros that share one element's memory: a parameter's value where only shapes count."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
     """The module that `create` makes, with shapes in place of arrays. Allocates nothing."""
-
-    def one_key() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        rngs.default = _OneKey(0, tag="default")  # pyright: ignore[reportAttributeAccessIssue]
-        return create(rngs)
-
-    return nnx.eval_shape(one_key)
+    token = _only_shapes.set(True)
+    try:
+        return nnx.eval_shape(lambda: create(host_rngs(0)))
+    finally:
+        _only_shapes.reset(token)
 
 
 def num_parameters(weights: Mapping[str, Any], prefix: str | tuple[str, ...] = "") -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from dcae_jax.config.schema import MeshSizes
@@ -18,7 +18,7 @@ from dcae_jax.errors import UserError, nearest_multiples
 AXES = ("data", "fsdp", "tensor", "spatial")
 BATCH_AXES = ("data", "fsdp")
 # Rows of latents on each device of the axis spatial. XLA (jaxlib 0.10.2) computes wrong gradients
-# of this model where there is one row, or less, in some meshes (tests/test_sharding.py).
+# of this model where there is one row, or less, in some meshes (tests/runtime/test_sharding.py).
 MIN_ROWS = 2
 
 
@@ -164,7 +164,7 @@ def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
 
 
-def host_to_global(value: Any, where: NamedSharding) -> jax.Array:
+def host_to_global(value: Any, where: Sharding) -> jax.Array:
     """A global array with the sharding `where`, of a host array that every process has whole."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, value.__getitem__)

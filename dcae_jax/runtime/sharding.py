@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh, the sharding of every array, and the sharding constraints inside a program.
+"""The sharding of every array, and the sharding constraints inside a program.
 
 Weights are stored sharded (`state_shardings`) and all-gathered at use (`all_gather_weights`).
 Without these constraints XLA may gather the activations of the whole batch instead.
@@ -177,7 +177,7 @@ def reshard_with_grad(x: jax.Array, forward: P, backward: P) -> jax.Array:
 def split_qkv_heads(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A kernel [inputs, 3 C] with the rule 'rows' -> `shape` [inputs, 3, heads, D], split in heads.
 
-    A part of the 3 C channels in a row would hold, say, all heads of q and none of k.
+    A contiguous part of the 3 C channels would hold, say, all heads of q and none of k.
     """
     kernel = constrain(kernel, P("tensor"))  # its gradient passes here on its way back
     return constrain(kernel.reshape(shape), P(None, None, "tensor"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run holds. One definition serves the loop, the checkpoints and the planner."""
+"""The state of a training run, one definition for the loop, the checkpoints and the planner."""
 
 import dataclasses
 import functools
@@ -50,20 +50,20 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorSpec:
-    """What the discriminator is made of, before any array exists."""
+    """The static parts of the discriminator: graph, shapes, optimizer."""
 
     graphdef: nnx.GraphDef
-    params: dict[str, jax.ShapeDtypeStruct]
+    params: Weights  # shapes
     optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-    """What a training run is made of, before any array exists."""
+    """The static parts of a training run: graph, shapes, what is trained, optimizer."""
 
     graphdef: nnx.GraphDef
-    params: dict[str, jax.ShapeDtypeStruct]
-    stats: dict[str, jax.ShapeDtypeStruct]
+    params: Weights  # shapes
+    stats: Weights  # shapes
     trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
     averaged: frozenset[str]  # those of which a moving average is kept
     optimizer: optax.GradientTransformation
@@ -124,19 +124,16 @@ def abstract_model(
 def random_weights(
     model: Model, mesh: Mesh, seed: int, *, objective: str = "", patch_size: int = 1
 ) -> Weights:
-    """Initial parameters and statistics of the model of config.model.
+    """Initial parameters and statistics of the model of config.model, drawn on the host.
 
-    A transformer's few draws, of stacked blocks, are compiled. An autoencoder's hundreds would
-    take XLA minutes: its layers draw on the host (`layers.on_host`).
+    Why not in a compiled program: see `layers.on_host`.
     """
-    create = functools.partial(
-        create_model, model, mesh, objective=objective, patch_size=patch_size
-    )
-    return _joined((nnx.jit(create) if objective else create)(nnx.Rngs(seed)))
+    rngs = weights_lib.host_rngs(seed)
+    return _joined(create_model(model, mesh, rngs, objective=objective, patch_size=patch_size))
 
 
 def architecture(model: Model, objective: str = "", patch_size: int = 1) -> Any:
-    """What fixes the parameters of the model of config.model. Raises UserError."""
+    """The architecture of config.model, which fixes its parameters. Raises UserError."""
     module = models.find(model)
     if not objective:
         return module.architecture(model)
@@ -261,7 +258,7 @@ def abstract_state(rules: sharding.Rules, mesh: Mesh, spec: TrainSpec) -> TrainS
 def init_state(
     config: Config, mesh: Mesh, spec: TrainSpec, weights: AnyWeights | None = None
 ) -> TrainState:
-    """The state before the first step, each array made where it will lie.
+    """The state before the first step, each array created with its sharding.
 
     Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
     Raises UserError when `weights` are not those of this model.
@@ -278,9 +275,9 @@ def init_state(
     check_weights(weights, {**spec.params, **spec.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
-    if spec.discriminator:
-        # Another key than the model's, or both would start from the same draws.
-        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 1))
+    if abstract.discriminator:
+        # Another seed than the model's, or both would start from the same draws.
+        rngs = weights_lib.host_rngs(config.seed + 2**32)
         discriminator = patchgan.create(config.loss, dtype="float32", rngs=rngs)
         other = _place(_joined(discriminator), abstract.discriminator.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

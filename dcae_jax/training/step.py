@@ -28,7 +28,7 @@ TrainStep = Callable[[TrainState, Batch, Weights], tuple[TrainState, Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """What the passes over one batch give; gradients and metrics are means over its examples."""
+    """Results of the passes over one batch; gradients and metrics are means over its examples."""
 
     params: Weights  # of the model's loss
     discriminator: Weights  # of the discriminator's own loss; {} without a discriminator

@@ -6,10 +6,10 @@ from PIL import Image
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Twelve pictures in three classes, each of one colour that is its number."""
+def image_folder(tmp_path):
+    """Twelve images in three classes, each of one colour that is its number."""
     for i in range(12):
-        folder = tmp_path / "pictures" / f"class{i % 3}"
+        folder = tmp_path / "images" / f"class{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20 + i, 30 - i), (i * 20, 100, 200)).save(folder / f"ä {i}.png")
-    return str(tmp_path / "pictures")
+    return str(tmp_path / "images")

@@ -183,12 +183,16 @@ def test_what_is_not_whole_is_refused_in_one_line(tmp_path, damage, words):
 
 
 def test_latents_are_for_training_alone(tmp_path):
-    """Catches an evaluation, or an encoding, that takes latents for pictures."""
+    """Catches an evaluation, or an encoding, that takes latents for images."""
     settings = Data(source="latents", path=str(tmp_path))
-    assert sources.held_out_source(settings) is None
-    for source in (sources.training_source, sources.evaluation_source, sources.encoding_source):
+    for open_source in (
+        sources.training_source,
+        sources.held_out_source,
+        sources.evaluation_source,
+        sources.encoding_source,
+    ):
         with pytest.raises(UserError, match="has no images"):
-            source(settings)
+            open_source(settings)
 
 
 def test_an_autoencoder_is_not_trained_on_latents(tmp_path):

@@ -17,9 +17,9 @@ def _joined(batches, key="image"):
     return np.concatenate([batch[key] for batch in batches])
 
 
-def test_hosts_share_the_global_batches_of_one(pictures):
+def test_hosts_share_the_global_batches_of_one(image_folder):
     """Catches an order or an augmentation that depends on how many hosts read."""
-    config = data.config(data__source="folder", data__path=pictures)
+    config = data.config(data__source="folder", data__path=image_folder)
     whole = data.take(config, 8)
     parts = [data.take(config, 8, process=p, processes=2) for p in range(2)]
     for k in range(8):
@@ -28,48 +28,50 @@ def test_hosts_share_the_global_batches_of_one(pictures):
             np.testing.assert_array_equal(joined, whole[k][key])
 
 
-def test_the_position_is_the_global_index_alone(pictures):
+def test_the_position_is_the_global_index_alone(image_folder):
     """Catches a resumed run that starts its epoch again, or draws other crops."""
-    config = data.config(data__source="folder", data__path=pictures)
+    config = data.config(data__source="folder", data__path=image_folder)
     whole = data.take(config, 8)
     resumed = data.take(config, 5, start=3 * config.batch_size)
     np.testing.assert_array_equal(_joined(resumed), _joined(whole[3:]))
 
 
-def test_workers_and_threads_do_not_change_the_batches(pictures):
+def test_workers_and_threads_do_not_change_the_batches(image_folder):
     """Catches batches that arrive in the order in which workers finish."""
-    base = data.take(data.config(data__source="folder", data__path=pictures), 4)
+    base = data.take(data.config(data__source="folder", data__path=image_folder), 4)
     other = data.config(
-        data__source="folder", data__path=pictures, data__workers=2, data__threads=1
+        data__source="folder", data__path=image_folder, data__workers=2, data__threads=1
     )
     np.testing.assert_array_equal(_joined(data.take(other, 4)), _joined(base))
 
 
-def test_an_epoch_reads_each_record_once_and_the_next_in_another_order(pictures):
+def test_an_epoch_reads_each_record_once_and_the_next_in_another_order(image_folder):
     """Catches sampling with replacement, and the same order in every epoch."""
-    config = data.config(data__source="folder", data__path=pictures, data__held_out=0.0)
+    config = data.config(data__source="folder", data__path=image_folder, data__held_out=0.0)
     colours = _joined(data.take(config, 6))[:, 0, 0, 0]
     first, second = colours[:12], colours[12:]
     assert sorted(first) == sorted(second) == [i * 20 for i in range(12)]
     assert list(first) != list(second)
     other = _joined(
-        data.take(data.config(**{"data__source": "folder", "data__path": pictures, "seed": 8}), 3)
+        data.take(
+            data.config(**{"data__source": "folder", "data__path": image_folder, "seed": 8}), 3
+        )
     )
     assert list(other[:, 0, 0, 0]) != list(first)
 
 
-def test_the_label_is_the_top_folder(pictures):
+def test_the_label_is_the_top_folder(image_folder):
     """Catches labels that follow the order of reading instead of the class."""
-    batch = data.take(data.config(data__source="folder", data__path=pictures), 1)[0]
+    batch = data.take(data.config(data__source="folder", data__path=image_folder), 1)[0]
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0] // 20 % 3, batch["label"])
 
 
-def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(pictures, tmp_path):
+def test_a_mixture_draws_by_weight_and_the_same_on_any_number_of_hosts(image_folder, tmp_path):
     """Catches parts drawn by their size instead of their weight, or by each host for itself."""
     (tmp_path / "white").mkdir()
     for i in range(5):
         Image.new("RGB", (16, 16), "white").save(tmp_path / "white" / f"{i}.png")
-    parts = ((3.0, "folder", str(tmp_path / "white")), (1.0, "folder", pictures))
+    parts = ((3.0, "folder", str(tmp_path / "white")), (1.0, "folder", image_folder))
     config = data.config(data__source="mixture", data__parts=parts, data__held_out=0.0)
     whole = data.take(config, 50)
     white = (_joined(whole) == 255).all((1, 2, 3))
@@ -108,15 +110,15 @@ def test_the_papers_mix_is_its_phase_on_four_folders(phase, tmp_path):
         config_lib.load_file(os.path.join(CONFIGS, "mix.py"), "tiny,phase4")
 
 
-def test_an_unreadable_file_is_replaced_counted_and_named_once(pictures, caplog):
+def test_an_unreadable_file_is_replaced_counted_and_named_once(image_folder, caplog):
     """Catches a crash on one broken file, and a log that repeats it every epoch."""
     for i in range(400):
-        path = os.path.join(pictures, "class0", f"good{i}.png")
+        path = os.path.join(image_folder, "class0", f"good{i}.png")
         Image.new("RGB", (16, 16), (7, 7, 7)).save(path)
-    bad = os.path.join(pictures, "class0", "ä 0.png")
+    bad = os.path.join(image_folder, "class0", "ä 0.png")
     with open(bad, "wb") as file:
         file.write(b"\x89PNG not really")
-    config = data.config(data__source="folder", data__path=pictures, data__held_out=0.0)
+    config = data.config(data__source="folder", data__path=image_folder, data__held_out=0.0)
     batches = data.take(config, 206)  # two epochs of 412
     assert all(batch["image"].any(axis=(1, 2, 3)).all() for batch in batches)
     assert sum(bad in record.getMessage() for record in caplog.records) == 1
@@ -124,12 +126,12 @@ def test_an_unreadable_file_is_replaced_counted_and_named_once(pictures, caplog)
     np.testing.assert_array_equal(_joined(again), _joined(batches[103:]))
 
 
-def test_many_unreadable_files_are_an_error(pictures):
+def test_many_unreadable_files_are_an_error(image_folder):
     """Catches a run that trains on replacements while its data set is broken."""
     for i in range(3):
-        with open(os.path.join(pictures, "class0", f"bad{i}.jpg"), "wb") as file:
+        with open(os.path.join(image_folder, "class0", f"bad{i}.jpg"), "wb") as file:
             file.write(b"")
-    config = data.config(data__source="folder", data__path=pictures)
+    config = data.config(data__source="folder", data__path=image_folder)
     with pytest.raises(UserError, match="unreadable"):
         data.take(config, 60)
 
@@ -142,9 +144,9 @@ def test_nothing_but_unreadable_files_is_an_error_at_once(tmp_path):
         data.take(data.config(data__source="folder", data__path=str(tmp_path)), 1)
 
 
-def test_evaluation_reads_each_image_once_and_masks_the_rest(pictures):
+def test_evaluation_reads_each_image_once_and_masks_the_rest(image_folder):
     """Catches the last images counted twice, or dropped, when the batch does not divide."""
-    source = sources.folder(pictures)
+    source = sources.folder(image_folder)
     for processes in (1, 2):
         seen = []
         for process in range(processes):

@@ -16,9 +16,9 @@ from dcae_jax.data import sources, transforms
 from dcae_jax.errors import UserError
 
 
-def test_held_out_files_are_not_trained_on_and_stay_when_others_come(pictures):
+def test_held_out_files_are_not_trained_on_and_stay_when_others_come(image_folder):
     """Catches evaluation on training images, and a split that moves when a file is added."""
-    settings = Data(source="folder", path=pictures, held_out=0.25)
+    settings = Data(source="folder", path=image_folder, held_out=0.25)
 
     def names(source):
         return {source.name(i) for i in range(len(source))}
@@ -26,7 +26,7 @@ def test_held_out_files_are_not_trained_on_and_stay_when_others_come(pictures):
     held = names(sources.held_out_source(settings))
     assert len(held) == 3
     assert not held & names(sources.training_source(settings))
-    Image.new("RGB", (9, 9)).save(os.path.join(pictures, "new.png"))
+    Image.new("RGB", (9, 9)).save(os.path.join(image_folder, "new.png"))
     settings = dataclasses.replace(settings, held_out=3 / 13)
     assert len(held & names(sources.held_out_source(settings))) >= 2
 

@@ -115,8 +115,8 @@ def test_flips_and_jitter_happen_only_when_asked_for():
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "random_resized"])
-def test_a_picture_turned_by_any_angle_has_its_size(crop):
-    """Catches a square around a turned one that shrinks above 90 degrees."""
+def test_an_image_rotated_by_any_angle_has_its_size(crop):
+    """Catches a square around a rotated one that shrinks above 90 degrees."""
     settings = Data(rotation=180.0, crop=crop)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
     for seed in range(40):

@@ -62,6 +62,7 @@ def test_pca_is_the_best_linear_code_of_its_size():
     fewer it is worse, and no better than the phases' own score on other crops."""
     config = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
     config.evaluate.count, config.evaluate.resolutions = 8, (32,)
+    config = config_lib.validate(config)
     source = sources.held_out_source(config.data)
     exact = page_lib.pca_scores(config, source, 4, 48)["psnr_32"]
     few, more = (page_lib.pca_scores(config, source, 4, n)["psnr_32"] for n in (2, 12))

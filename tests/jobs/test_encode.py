@@ -27,13 +27,13 @@ from dcae_jax.jobs import encode
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import preemption, process
 
-COUNT, SIZE = 23, 32  # pictures of the fixture, and pixels that they are cut to
+COUNT, SIZE = 23, 32  # images of the fixture, and pixels per side of a crop
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Pictures of noise on a slope, in three classes."""
-    root = tmp_path_factory.mktemp("data") / "pictures"
+def image_folder(tmp_path_factory):
+    """Images of noise on a slope, in three classes."""
+    root = tmp_path_factory.mktemp("data") / "images"
     rng = np.random.default_rng(0)
     for i in range(COUNT):
         folder = root / f"class{i % 3}"
@@ -61,21 +61,21 @@ def model(exported):
 
 
 @pytest.fixture
-def config(pictures, model):
-    return _config(pictures, model)
+def config(image_folder, model):
+    return _config(image_folder, model)
 
 
-def _config(pictures, model, **changes):
+def _config(image_folder, model, **changes):
     config = config_lib.load_file(os.path.join(CONFIGS, "encode.py"))
     config.init_from, config.resolution = model, SIZE
-    config.data.source, config.data.path = "folder", pictures
+    config.data.source, config.data.path = "folder", image_folder
     config.encode.shard_size, config.encode.batch_size = 5, 4
     config.encode.update(changes)
     return config
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, model, tmp_path_factory):
+def whole(image_folder, model, tmp_path_factory):
     """The workdir of a job that nothing interrupted, on one device."""
     workdir = str(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +83,7 @@ def whole(pictures, model, tmp_path_factory):
         patch.setattr(
             mesh_lib, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, jax.devices()[:1])
         )
-        assert run_job(encode, _config(pictures, model), workdir) == encode.DONE
+        assert run_job(encode, _config(image_folder, model), workdir) == encode.DONE
     return workdir
 
 
@@ -102,9 +102,9 @@ def _assert_same_files(left, right):
     assert not different and not broken, different
 
 
-def test_latents_are_those_of_the_images_and_of_their_mirror_images(whole, model, pictures):
+def test_latents_are_those_of_the_images_and_of_their_mirror_images(whole, model, image_folder):
     """Catches latents that are scaled, of other crops, mirrored after encoding, or mislabelled."""
-    source = sources.folder(pictures)
+    source = sources.folder(image_folder)
     ae = dcae_jax.load_autoencoder(model)
     records = _records(whole)
     assert sorted(records) == list(range(COUNT))
@@ -120,7 +120,7 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(whole, model
         assert np.abs(values[0][:, ::-1].astype(float) - values[1].astype(float)).max() > 0.01
 
 
-def test_the_manifest_holds_the_statistics_of_what_is_stored(whole, model, pictures):
+def test_the_manifest_holds_the_statistics_of_what_is_stored(whole, model, image_folder):
     """Catches sums of padding, of one variant, or of values before they were rounded."""
     manifest = latents.latents(whole).manifest
     z = np.stack([values for values, _ in _records(whole).values()]).astype(np.float64)
@@ -136,7 +136,7 @@ def test_the_manifest_holds_the_statistics_of_what_is_stored(whole, model, pictu
     wanted |= {"num_classes": 3, "class_names": ["class0", "class1", "class2"], "unreadable": []}
     wanted |= {"autoencoder": model, "weights": "ema"}
     assert {key: manifest[key] for key in wanted} == wanted
-    assert manifest["source"] == {"images": COUNT, "source": "folder", "path": pictures}
+    assert manifest["source"] == {"images": COUNT, "source": "folder", "path": image_folder}
     assert manifest["checksum"] == checkpoint_weights.checksum(
         checkpoint_weights.load_weights(model)[0]
     )
@@ -361,12 +361,14 @@ def test_a_checksum_tells_weights_apart_and_the_encoders_only_encoders(exported,
     )
 
 
-def test_a_broken_image_is_left_out_named_and_counted(config, pictures, tmp_path, caplog, alone):
+def test_a_broken_image_is_left_out_named_and_counted(
+    config, image_folder, tmp_path, caplog, alone
+):
     """Catches a job that stops at one bad file, or stores latents of zeros for it."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
-    for i, file in enumerate(sources.folder(pictures).files):
-        (root / f"{i:02d}.png").write_bytes(pathlib.Path(pictures, file).read_bytes())
+    for i, file in enumerate(sources.folder(image_folder).files):
+        (root / f"{i:02d}.png").write_bytes(pathlib.Path(image_folder, file).read_bytes())
     (root / "07.png").write_bytes(b"\x89PNG not really")
     config.data.path = str(root)
     assert run_job(encode, config, str(tmp_path / "z")) == encode.DONE

@@ -273,3 +273,19 @@ def _terminate_at(workdir, step):
     while not any(row["step"] >= step for row in files.read_rows(workdir)):
         time.sleep(0.005)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_allowed_change_is_recorded(small, alone, tmp_path):
+    """Catches a run whose config.json says it always had its last configuration."""
+    workdir = tmp_path / "run"
+    small.steps = 2
+    run_job(train, small, str(workdir))
+    small.steps, small.ema_decay = 4, 0.5
+    with pytest.raises(UserError, match="ema_decay was 0.99, is 0.5"):
+        run_job(train, small, str(workdir))
+    small.allow_change = ("ema_decay",)
+    run_job(train, small, str(workdir))
+    small.steps = 5
+    run_job(train, small, str(workdir))
+    changes = json.loads((workdir / "config.json").read_text())["changes"]
+    assert changes == [{"step": 2, "key": "ema_decay", "before": 0.99, "now": 0.5}]

@@ -26,13 +26,13 @@ def ae():
     return dcae_jax.create_autoencoder("tiny", seed=3, mesh=mesh)
 
 
-def _pictures(*shape):
+def _images(*shape):
     return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
 
 
 def test_encode_and_decode_have_the_promised_shapes(ae):
     """Catches latents that are scaled, transposed or of another dtype."""
-    z = ae.encode(_pictures(2, 32, 48, 3))
+    z = ae.encode(_images(2, 32, 48, 3))
     assert z.shape == (2, 2, 3, 32) and z.dtype == jnp.float32
     y = ae.decode(z)
     assert y.shape == (2, 32, 48, 3) and y.dtype == jnp.float32
@@ -53,7 +53,7 @@ def test_encode_and_decode_have_the_promised_shapes(ae):
     ],
 )
 def test_input_that_makes_no_sense_is_named(ae, x, words):
-    """Catches latents of noise from pictures in 0..255, and errors from inside XLA."""
+    """Catches latents of noise from images in 0..255, and errors from inside XLA."""
     with pytest.raises(ValueError, match=re.escape(words)):
         ae.encode(x)
 
@@ -66,7 +66,7 @@ def test_device_arrays_are_read_only_when_asked(ae):
         ae.encode(x, check=True)
 
 
-def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, alone, tmp_path):
+def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_image(small, alone, tmp_path):
     """Catches evaluation of other weights than training evaluated, and padding left in."""
     workdir = str(tmp_path / "run")
     small.evaluate.crops, small.evaluate.count = 4, 7
@@ -74,12 +74,12 @@ def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, a
     config = config_lib.load_file(os.path.join(CONFIGS, "evaluate.py"))
     config.init_from = workdir
     config.evaluate.update(small.evaluate)
-    run_job(evaluate, config, str(tmp_path / "judged"))
-    judged = json.loads((tmp_path / "judged" / "evaluate.json").read_text())["results"]["32"]
+    run_job(evaluate, config, str(tmp_path / "evaluated"))
+    evaluated = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["results"]["32"]
     trained = files.read_rows(workdir)[-1]
-    assert judged["images"] == 7
+    assert evaluated["images"] == 7
     for name in ("psnr", "ssim"):
-        assert judged[name] == pytest.approx(trained[f"{name}_32"], rel=1e-5)
+        assert evaluated[name] == pytest.approx(trained[f"{name}_32"], rel=1e-5)
 
     photo = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
@@ -96,10 +96,28 @@ def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_picture(small, a
 
 
 def test_grids_show_the_difference_and_survive_odd_sizes():
-    """Catches pictures that overlap in the grid, and differences that wrap around in uint8."""
+    """Catches images that overlap in the grid, and differences that wrap around in uint8."""
     x = np.full((2, 3, 5, 3), 250, np.uint8)
     y = np.full((2, 3, 5, 3), 0, np.uint8)
     grid = files.image_grid([x, y], tile=6, gap=1)
     assert grid.shape == (2 * 6 + 1, 2 * 10 + 1, 3)
     assert (grid[:6, :10] == 250).all() and (grid[7:, 11:] == 0).all() and grid[6, 0, 0] == 255
     assert (files.difference(x, y) == 0).all() and (files.difference(x, x) == 128).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tile": -1}, {"tile": 2, "overlap": 2}],
+)
+def test_tiles_that_cannot_be_are_refused(change):
+    """Catches an endless loop over tiles of no size."""
+    ae = dcae_jax.create_autoencoder("tiny")
+    with pytest.raises(ValueError):
+        ae.encode(np.zeros((1, 64, 64, 3), np.float32), **change)
+
+
+@pytest.mark.parametrize("x", [None, [[1.0]], np.zeros((1, 64, 64, 3), np.complex64), np.zeros(3)])
+def test_input_of_another_kind_is_named(x):
+    """Catches JAX's shape errors from inside the model."""
+    with pytest.raises(ValueError, match="x "):
+        dcae_jax.create_autoencoder("tiny").encode(x)

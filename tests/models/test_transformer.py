@@ -12,7 +12,7 @@ from goldens import make_diffusion
 
 from dcae_jax import models
 from dcae_jax.errors import UserError
-from dcae_jax.models import dit, transformer, uvit
+from dcae_jax.models import dit, layers, transformer, uvit
 from dcae_jax.models import weights as weights_lib
 
 MODELS = list(make_diffusion.MODELS)
@@ -154,17 +154,19 @@ def test_patches_are_cut_and_joined_in_the_same_order():
     np.testing.assert_array_equal(transformer.from_patches(patches, 3, 2), x)
 
 
-def test_each_stacked_layer_has_its_own_draws():
+@pytest.mark.parametrize("where", ["nnx's keys", "keys of the host", "in a trace"])
+def test_each_stacked_layer_has_its_own_draws(where):
     """Catches one draw repeated for all layers, and a fan-in that counts them."""
-    rngs = nnx.Rngs(3)
+    rngs = weights_lib.host_rngs(3) if where == "keys of the host" else nnx.Rngs(3)
 
     def stack(rngs):
         def create(rngs):
-            return nnx.Linear(30, 20, kernel_init=dit.XAVIER, rngs=rngs)
+            return nnx.Linear(30, 20, kernel_init=layers.xavier, rngs=rngs)
 
         return transformer.Stacked(20, create, remat=False, unroll=False, rngs=rngs)
 
-    stacks = [weights_lib.split(stack(rngs))[1]["*.kernel"] for _ in range(2)]
+    create = nnx.jit(stack) if where == "in a trace" else stack
+    stacks = [weights_lib.split(create(rngs))[1]["*.kernel"] for _ in range(2)]
     kernel = np.concatenate([np.asarray(value) for value in stacks])
     assert kernel.shape == (40, 30, 20) and kernel.dtype == np.float32
     assert np.abs(np.corrcoef(kernel.reshape(40, -1))[np.triu_indices(40, 1)]).max() < 0.25

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from transformer_costs import num_parameters, uvit_macs
+from support.transformer_costs import num_parameters, uvit_macs
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import uvit

@@ -5,7 +5,7 @@ import os
 
 import jax
 from support import CONFIGS
-from transformer_costs import uvit_macs
+from support.transformer_costs import uvit_macs
 
 from dcae_jax import config as config_lib
 from dcae_jax.setup import resolve
@@ -35,7 +35,7 @@ def test_a_training_step_on_f64_latents_needs_a_fourteenth_of_that_on_f8(one_dev
     sizes = [(c.model.latent_size, c.model.latent_channels) for c in (wide, narrow)]
     assert sizes == [(64, 4), (8, 128)]
     macs = [
-        uvit_macs(state_lib.architecture(config.model, config.objective))
+        uvit_macs(state_lib.architecture(config.model, config.objective, config.patch_size))
         for config in (wide, narrow)
     ]
     assert round(macs[0] / macs[1], 1) == 19.9

@@ -6,9 +6,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import phase3_golden
 import pytest
 from goldens import make_gan
+from support import phase3_golden
 
 from dcae_jax import config as config_lib
 from dcae_jax.models import lpips as lpips_lib

@@ -8,14 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate
+from support.gaussian import (
+    BETAS,
+    COUNTS,
+    DEVIATION,
+    MEAN,
+    START,
+    chain_log_alpha,
+    chain_model,
+    epsilon_of,
+    order_of,
+    velocity,
+    wide,
+)
 
-from dcae_jax.diffusion import dpm_solver, objectives, samplers
+from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
-
-# The data: one number, normally distributed.
-MEAN, DEVIATION = 0.7, 0.5
-START = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
-BETAS = {"epsilon": objectives.scaled_linear_betas(), "learned_sigma": objectives.linear_betas()}
 
 
 @pytest.fixture(autouse=True)
@@ -24,176 +32,12 @@ def _float64():
         yield
 
 
-def wide(a):
-    return a[:, None, None, None]
-
-
-def epsilon_of(x, log_alpha):
-    """The best prediction of the noise in x [B, 1, 1, 1], given log alpha [B]."""
-    alpha, variance = wide(jnp.exp(log_alpha)), wide(-jnp.expm1(2 * log_alpha))
-    return jnp.sqrt(variance) * (x - alpha * MEAN) / (alpha**2 * DEVIATION**2 + variance)
-
-
-def chain_log_alpha(objective, time):
-    """log alpha at the time that the network is given, linear between the chain's steps."""
-    table = jnp.asarray(np.log(np.cumprod(1 - BETAS[objective])) / 2)
-    first = {"epsilon": 1, "learned_sigma": 0}[objective]
-    return jnp.interp(time, jnp.arange(1000.0) + first, table)
-
-
-def chain_model(objective, x, time, cond=None):
-    epsilon = epsilon_of(x, chain_log_alpha(objective, time))
-    extra = [epsilon] if objective == "learned_sigma" else []
-    return jnp.concatenate([epsilon, *extra], axis=-1)
-
-
-def velocity(x, t, cond=None):
-    """The best prediction of data - noise on the line from noise (t = 0) to data (t = 1)."""
-    t = wide(t)
-    variance = t**2 * DEVIATION**2 + (1 - t) ** 2
-    return MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
-
-
-def exact(x, log_alpha, log_alpha_end):
-    """Where the probability flow ODE takes x: to the same quantile."""
-    spread = [
-        np.sqrt(np.exp(2 * a) * DEVIATION**2 - np.expm1(2 * a)) for a in (log_alpha, log_alpha_end)
-    ]
-    return np.exp(log_alpha_end) * MEAN + (x - np.exp(log_alpha) * MEAN) * spread[1] / spread[0]
-
-
-def largest_error(objective, sampler, steps):
-    model = functools.partial(chain_model, objective)
-    run = functools.partial(
-        samplers.sample, model, objective=objective, sampler=sampler, steps=steps
-    )
-    log_alpha = np.log(np.cumprod(1 - BETAS[objective])) / 2
-    return np.abs(jax.jit(run)(START) - exact(START, log_alpha[-1], log_alpha[0])).max()
-
-
-@pytest.mark.parametrize(
-    "sampler, steps, want",
-    [
-        ("dpm_fast", 30, 0.0444),
-        ("dpm_fast", 60, 0.0187),
-        ("ddim", 30, 0.0810),
-        ("ddim", 60, 0.0431),
-    ],
-)
-def test_errors_on_the_gaussian_are_those_of_the_authors_samplers(sampler, steps, want):
-    """Catches another grid, other orders, inner evaluations off the grid, a wrong network time."""
-    assert round(float(largest_error("epsilon", sampler, steps)), 4) == want
-
-
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS["learned_sigma"][1:])
-def test_samplers_of_the_other_chain_converge_too(sampler):
-    """Catches DiT's network given UViT's times, and its variances taken for noise."""
-    errors = [largest_error("learned_sigma", sampler, steps) for steps in (100, 400)]
-    # Uniform time is a coarse grid near the data, where its log-SNR changes fast.
-    assert errors[0] < 0.1 and errors[1] < 0.4 * errors[0]
-
-
-def smooth_log_alpha(t):
-    """The variance preserving process with beta from 0.1 to 20 (Song et al. 2021)."""
-    return -(t**2) * (20 - 0.1) / 4 - t * 0.1 / 2
-
-
-SMOOTH = dpm_solver.Schedule(log_alpha=smooth_log_alpha, network_time=lambda t: t)
-
-
-def smooth_grid(count):
-    """Times from 1 to 0.05, evenly spaced in half-log-SNR, by bisection."""
-    wanted = np.linspace(SMOOTH.half_log_snr(1.0), SMOOTH.half_log_snr(0.05), count + 1)
-    low, high = np.full(count + 1, 0.01), np.full(count + 1, 1.5)
-    for _ in range(60):
-        middle = (low + high) / 2
-        noisier = SMOOTH.half_log_snr(middle) < wanted
-        low, high = np.where(noisier, low, middle), np.where(noisier, middle, high)
-    return (low + high) / 2
-
-
-def singlestep(order, model, x, cond, schedule, times):
-    orders = [order] * (len(times) // order)
-    return dpm_solver.singlestep(model, x, cond, schedule, times, orders)
-
-
-def order_of(errors):
-    """The slope of log error over log steps, for three errors with steps doubled each time."""
-    return np.log2(errors[0] / errors[2]) / 2
-
-
-COUNTS = (120, 240, 480)
-SOLVERS = {
-    "ddim": dpm_solver.ddim,
-    "2m": dpm_solver.dpmpp_2m,
-    "3m": dpm_solver.dpmpp_3m,
-    "single 2": functools.partial(singlestep, 2),
-    "single 3": functools.partial(singlestep, 3),
-}
-
-
-@pytest.mark.parametrize(
-    "solver, low, high",
-    [
-        ("ddim", 0.85, 1.15),
-        ("2m", 1.85, 2.15),
-        ("3m", 2.85, 3.15),
-        ("single 2", 1.85, 2.15),
-        ("single 3", 2.8, 3.15),
-    ],
-)
-def test_orders_of_convergence_of_dpm_solvers(solver, low, high):
-    """Catches a wrong coefficient, which lowers the order even where samples look right."""
-    model = lambda x, t, _: epsilon_of(x, smooth_log_alpha(t))  # noqa: E731
-    want = exact(START, smooth_log_alpha(1.0), smooth_log_alpha(0.05))
-    errors = []
-    for count in COUNTS:
-        solve = functools.partial(SOLVERS[solver], schedule=SMOOTH, times=smooth_grid(count))
-        run = jax.jit(lambda x, solve=solve: solve(model, x, None))
-        errors.append(np.abs(run(START) - want).max())
-    assert low <= order_of(errors) <= high, errors
-
-
 @pytest.mark.parametrize("solver, order", [(samplers.euler, 1), (samplers.heun, 2)])
 def test_orders_of_convergence_of_flow_solvers(solver, order):
     """Catches a second slope taken at the first one's time, and time that runs backwards."""
     run = jax.jit(lambda x, steps: solver(velocity, x, None, steps))
     errors = [np.abs(run(START, n) - (MEAN + DEVIATION * START)).max() for n in COUNTS]
     assert abs(order_of(errors) - order) < 0.15, errors
-
-
-@pytest.mark.parametrize(
-    "steps, tail", [(1, [1]), (2, [2]), (3, [2, 1]), (4, [3, 1]), (30, [2, 1])]
-)
-def test_the_orders_of_the_fast_rule_use_every_evaluation(steps, tail):
-    """Catches a plan with one evaluation more or less than asked for."""
-    orders = dpm_solver.fast_orders(steps)
-    assert sum(orders) == steps
-    assert orders == [3] * ((steps - sum(tail)) // 3) + tail
-
-
-@pytest.mark.parametrize("order, solver", [(2, dpm_solver.dpmpp_2m), (3, dpm_solver.dpmpp_3m)])
-def test_few_multisteps_end_with_low_orders(order, solver):
-    """Catches high orders over the last, largest steps: 5 evaluations would blow up."""
-    assert dpm_solver.multistep_orders(5, 3).tolist() == [1, 2, 3, 2, 1]
-    assert dpm_solver.multistep_orders(15, 3).tolist() == [1, 2, *[3] * 13]
-    times, seen = smooth_grid(5), []
-
-    def model(x, t, _):
-        seen.append(x)
-        return epsilon_of(x, smooth_log_alpha(t))
-
-    with jax.disable_jit():
-        end = solver(model, jnp.asarray(START), None, SMOOTH, times)
-
-    def first_order(x, i):
-        alpha, sigma = SMOOTH.alpha(times[i : i + 2]), SMOOTH.sigma(times[i : i + 2])
-        noise = epsilon_of(x, jnp.full(9, smooth_log_alpha(times[i])))
-        return alpha[1] / alpha[0] * (x - sigma[0] * noise) + sigma[1] * noise
-
-    steps = [*seen, end]
-    low = [np.allclose(first_order(steps[i], i), steps[i + 1], rtol=1e-9) for i in range(5)]
-    assert low == [True, False, False, False, True]
 
 
 def test_dormand_prince_has_the_published_coefficients_and_keeps_its_tolerance():
@@ -322,7 +166,7 @@ def test_a_respaced_chain_is_as_noisy_at_its_steps():
 
 
 def test_noise_is_that_of_the_sample_and_not_of_the_batch():
-    """Catches noise drawn for a batch: a resumed job would make other pictures."""
+    """Catches noise drawn for a batch: a resumed job would make other images."""
 
     def noise(seed, numbers):
         return samplers.initial_noise(samplers.sample_keys(seed, numbers), (2, 2, 3))

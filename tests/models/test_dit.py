@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from transformer_costs import dit_macs, num_parameters
+from support.transformer_costs import dit_macs, num_parameters
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import dit

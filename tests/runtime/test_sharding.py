@@ -378,3 +378,17 @@ def test_eight_devices_save_and_fewer_go_on(there, tmp_path):
     assert index == 16 and int(back.step) == 2
     _, rows = _steps("phase1", there, back, 2, STEPS)
     _assert_alike(rows, _run("phase1", ())[1][2:])
+
+
+def test_fsdp_splits_the_largest_axis_that_divides():
+    """Catches small biases split over chips, and kernels split along an axis of 3."""
+    sizes = config_lib.default().mesh
+    sizes.fsdp = 8
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:8])
+
+    def spec(*shape, rule="fsdp"):
+        return tuple(sharding.weight_spec(shape, rule, mesh))
+
+    assert spec(3, 3, 64, 256) == (None, None, None, "fsdp")
+    assert spec(3, 3, 512, 36) == (None, None, "fsdp")
+    assert spec(64) == () and spec(3, 3, 64, 256, rule="replicate") == ()

@@ -4,10 +4,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import phase3_golden
 import pytest
 from flax import nnx
 from goldens import make_gan
+from support import phase3_golden
 
 from dcae_jax.config.schema import SHARDING, Loss, Optimizer
 from dcae_jax.models import patchgan

@@ -10,7 +10,6 @@ import optax
 from goldens import judges, make_gan
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from support import CONFIGS
 
 from dcae_jax import config as config_lib
 from dcae_jax.models import dcae_torch, lpips_torch
@@ -18,6 +17,7 @@ from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
+from support import CONFIGS
 
 VARIANT = dcae_torch.variant_of(make_gan.CONFIG, "diffusers")
 

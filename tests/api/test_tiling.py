@@ -174,8 +174,8 @@ def test_the_interface_takes_tiles_and_refuses_what_cannot_be():
 def test_tiles_of_attention_leave_no_step_at_their_borders(tmp_path):
     """Catches tiles that are laid side by side, or blended over a part of their overlap.
 
-    A picture has steps of its own where a border happens to be, and a trained model's latents
-    make a grid, so what tiling adds to the whole picture is measured, and the step beside it.
+    An image has steps of its own where a border happens to be, and a trained model's latents
+    make a grid, so what tiling adds to the whole image is measured, and the step beside it.
     """
     c = config_lib.load_file(os.path.join(CONFIGS, "phase1.py"), "tiny")
     c.update({"steps": 100, "save_every": 100, "evaluate_every": 0, "batch_size": 8})

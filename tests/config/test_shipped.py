@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of configs/: each makes a state for every variant."""
+
+import glob
+import os
+
+import jax
+import pytest
+from support import CONFIGS
+
+from dcae_jax import config as config_lib
+from dcae_jax.models import dcae, dit, sdvae, uvit
+from dcae_jax.training import state as state_lib
+
+
+def _training_configs():
+    sizes = {*dcae.VARIANTS, *sdvae.VARIANTS, *uvit.VARIANTS, *dit.VARIANTS}
+    for path in sorted(glob.glob(os.path.join(CONFIGS, "*.py"))):
+        for variant in sorted(sizes):
+            try:
+                config = config_lib.load_file(path, variant)
+            except TypeError:  # takes no variant
+                continue
+            if config.job != "train":
+                continue
+            known = {"auto": {*dcae.VARIANTS, *sdvae.VARIANTS}}
+            known |= {"uvit": uvit.VARIANTS, "dit": dit.VARIANTS}
+            if variant not in known[config.model.name]:
+                continue
+            if config.objective:  # what a run takes from its latents
+                m = config.model
+                m.latent_size, m.latent_channels, m.num_classes, m.scaling_factor = 8, 4, 3, 1.0
+            name = f"{os.path.basename(path)}:{variant}"
+            yield pytest.param(config_lib.validate(config), id=name)
+
+
+@pytest.mark.parametrize("config", _training_configs())
+def test_every_training_config_builds_its_abstract_state(config, one_device):
+    """Catches a pattern that matches nothing, or a key that does not fit, in a shipped config."""
+    spec = state_lib.train_spec(config, one_device)
+    abstract = state_lib.abstract_state(config.sharding, one_device, spec)
+    assert abstract.params.keys() == spec.params.keys()
+    assert abstract.ema.keys() == spec.trained
+    moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
+    trained = [name for name in spec.params if name in spec.trained]
+    assert len(moments) == 2 * len(trained)
