@@ -86,6 +86,7 @@ def _reconstructions(run: Run) -> Evaluate:
     """Scores on the held-out images, into the row of the step."""
     config, mesh = run.config, run.mesh
     held_out = sources.held_out_source(config.data)
+    assert held_out is not None  # that is for latents
     metric_networks = networks.load_networks(config.evaluate, mesh)
 
     def evaluate(
