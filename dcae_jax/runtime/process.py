@@ -16,6 +16,14 @@ def set_up_logging() -> None:
     # Orbax and Grain log through absl, each step of their own work and a page for each thread
     # that fails; what fails still raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops
+
+
+def _without_closed_loops(failure: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
+    value = failure.exc_value
+    if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
+        sys.__unraisablehook__(failure)
 
 
 def use_compile_cache() -> None:
