@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 HERE = pathlib.Path(__file__).parent
@@ -29,11 +30,16 @@ def results(request, tmp_path_factory):
     """{case: result} of the cases that were selected, run in one process of one device."""
     here = [item for item in request.session.items if item.path == request.path]
     names = {item.callspec.params["name"] for item in here if hasattr(item, "callspec")}
-    out = tmp_path_factory.mktemp("net") / "found.json"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers of this run
+    out = folder / "net.json"
     only = "|".join(f"^{name}$" for name in sorted(names))
     command = [sys.executable, str(HERE / "record.py"), f"--out={out}", f"--only={only}"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with filelock.FileLock(f"{out}.lock"):  # the first worker that needs them runs the cases
+        if not out.exists():
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
