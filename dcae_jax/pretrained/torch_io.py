@@ -56,7 +56,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
                 f"{path} is not readable safetensors ({error}): fetch it again"
             ) from None
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise UserError(
             f"{path}: reading a {path.suffix or 'pickled'} file needs PyTorch; "
