@@ -149,7 +149,9 @@ def test_a_mesh_trains_as_one_device_does(kind, axes):
     one_stats, one_rows = _run(kind, ())
     _assert_alike(rows, one_rows, first=True)
     for name, want in one_stats.items():
-        np.testing.assert_allclose(stats[name], want, rtol=1e-3, atol=1e-5, err_msg=name)
+        # A mean near zero is a sum that cancels: its rounding is of the size of the other channels.
+        atol = max(1e-5, 1e-4 * float(np.abs(want).max()))
+        np.testing.assert_allclose(stats[name], want, rtol=1e-3, atol=atol, err_msg=name)
 
 
 def _collectives(text, kind):
