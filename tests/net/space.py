@@ -160,10 +160,22 @@ def tensors(
     values: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, Any]:
     """{name: summary}, changes being counted from `start`."""
+    values, start = _parts(values), start and _parts(start)
     return {
-        name: summary(name, value, None if start is None else start[name])
-        for name, value in sorted(values.items())
+        name: summary(name, value, start and start[name]) for name, value in sorted(values.items())
     }
+
+
+def _parts(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the biases of queries, keys and values apart: that of keys moves by rounding alone."""
+    parts = {}
+    for name, value in values.items():
+        if name.endswith("attn.qkv.bias"):
+            for part, third in zip("qkv", np.split(np.asarray(value), 3), strict=True):
+                parts[f"{name}[{part}]"] = third
+        else:
+            parts[name] = value
+    return parts
 
 
 def without_paths(text: str, space: Space) -> str:
