@@ -190,9 +190,8 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
             autoencoder=(inner, model.autoencoder.architecture),
         )
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
-    objective, patch_size = saved.diffusion.objective, saved.diffusion.patch_size
-    again = state_lib.architecture(saved.model, objective, patch_size)
-    if (objective, again) != (model.objective, model.architecture):
+    again = state_lib.architecture(saved.model, saved.diffusion)
+    if (saved.diffusion.objective, again) != (model.objective, model.architecture):
         raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
     worst = export_formats.max_difference(weights, back)
     if saved.diffusion.autoencoder:

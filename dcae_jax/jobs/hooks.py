@@ -126,7 +126,7 @@ def _samples(run: Run) -> Evaluate:
     autoencoder = autoencoder_lib.load_autoencoder(config.autoencoder, config.dtype, mesh)
     found = weights_lib.encoder_checksum(autoencoder.weights)
     latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
-    arch = state_lib.architecture(config.model, config.objective, config.patch_size)
+    arch = state_lib.architecture(config.model, config)
 
     def evaluate(
         step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
