@@ -70,13 +70,32 @@ class DCAE(nnx.Module):
         self.encoder = Encoder(arch, layers, remat=remat)
         self.decoder = Decoder(arch, layers, remat=remat)
 
-    def encode(self, x: Array) -> Array:
-        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled."""
-        return self.encoder(x).astype(jnp.float32)
+    def encode(self, x: Array, channels: int | Array | None = None) -> Array:
+        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
-    def decode(self, z: Array) -> Array:
-        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
-        return self.decoder(z).astype(jnp.float32)
+        channels: c', 1 .. c: the latent's channels from c' on are 0 (structured latents,
+        arXiv:2508.00413). It may be traced, so that one program serves every c'. Raises UserError
+        in a model with a latent shortcut.
+        """
+        return self.keep(self.encoder(x).astype(jnp.float32), channels)
+
+    def decode(self, z: Array, channels: int | Array | None = None) -> Array:
+        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped.
+
+        channels: as in `encode`.
+        """
+        return self.decoder(self.keep(z, channels)).astype(jnp.float32)
+
+    def keep(self, z: Array, channels: int | Array | None) -> Array:
+        """z [B, h, w, c] with zeros in the channels from `channels` on; None: z as it is."""
+        if channels is None:
+            return z
+        if self.encoder.has_shortcut:
+            raise UserError(
+                "channels needs a variant without a latent shortcut (1.5-*): the shortcut averages "
+                "over channels, so that the first ones are no latent of their own"
+            )
+        return jnp.where(jnp.arange(z.shape[-1]) < channels, z, 0)
 
     def __call__(self, x: Array) -> Array:                      # [B, H, W, 3]
         return self.decode(self.encode(x))                      # [B, H, W, 3]
