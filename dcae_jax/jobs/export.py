@@ -48,11 +48,7 @@ def run(config: Config, workdir: str) -> int:
         writer = functools.partial(write, config_lib.replace(config, model=saved.model), weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
-    size = sum(
-        os.path.getsize(os.path.join(parent, name))
-        for parent, _, names in os.walk(out)
-        for name in names
-    )
+    size = sum(files.size(os.path.join(out, name)) or 0 for name in files.walk(out))
     logging.info(
         "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",
         out,
