@@ -69,6 +69,11 @@ def whole_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path)) if there else path
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder."""
+    return os.path.exists(path)
+
+
 def listdir(folder: str) -> list[str]:
     """What is in `folder`, sorted; [] if there is no such folder."""
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []

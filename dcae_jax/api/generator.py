@@ -303,20 +303,14 @@ def abstract_generator(
 
     Raises UserError where its latents are not those of the autoencoder.
     """
-    objective, patch_size, mesh = diffusion.objective, diffusion.patch_size, autoencoder.mesh
-    arch = state_lib.architecture(model, objective, patch_size)
+    arch, mesh = state_lib.architecture(model, diffusion), autoencoder.mesh
     if arch.latent_channels != autoencoder.latent_channels:
         raise UserError(
             f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
             f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
         )
-    abstract = state_lib.abstract_model(
-        model,
-        mesh,
-        dtype=autoencoder_lib.checked_dtype(dtype),
-        objective=objective,
-        patch_size=patch_size,
-    )
+    compute = autoencoder_lib.checked_dtype(dtype)
+    abstract = state_lib.abstract_model(model, mesh, diffusion, dtype=compute)
     graphdef, params, _ = weights_lib.split(abstract)
     shapes = autoencoder_lib.replicated_shapes(params, mesh)
-    return Generator(graphdef, shapes, arch, model, objective, autoencoder)
+    return Generator(graphdef, shapes, arch, model, diffusion.objective, autoencoder)

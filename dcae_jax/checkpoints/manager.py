@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.errors import MachineError
 
@@ -124,10 +125,8 @@ def saved_steps(workdir: str) -> list[int]:
 
     Unfinished ones have names that are no numbers.
     """
-    folder = os.path.join(workdir, FOLDER)
-    if not os.path.isdir(folder):
-        return []
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+    names = files.listdir(os.path.join(workdir, FOLDER))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def resume_step(workdir: str) -> int | None:

@@ -49,7 +49,7 @@ def load_weights(
     Raises UserError if there is nothing to load.
     """
     full = os.path.abspath(os.path.expanduser(path))
-    if os.path.exists(os.path.join(full, EXPORT)):
+    if files.exists(os.path.join(full, EXPORT)):
         return _load_export(full, kind)
     if saved := _run_at(full):
         return _load_run(full, which, kind, saved), saved
@@ -132,7 +132,7 @@ def _whole_step(workdir: str, steps: list[int]) -> int:
 
 def _damage(folder: str, part: str = "") -> str:
     """As integrity.damage, but weights without a manifest pass, with a warning."""
-    if not os.path.exists(os.path.join(folder, integrity.FILE)):
+    if not files.exists(os.path.join(folder, integrity.FILE)):
         logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
         return ""
     return integrity.damage(folder, part)

@@ -23,6 +23,11 @@ def check(config: Config) -> None:
             "data.source='latents' is for diffusion models; set objective, as configs/uvit.py and "
             "dit.py do, or give images"
         )
+    if config.init_parts and not config.init_from:
+        raise UserError(
+            f"init_parts={config.init_parts} are to be filled from init_from, which is empty; "
+            "set both or neither"
+        )
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")

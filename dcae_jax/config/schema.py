@@ -238,6 +238,8 @@ class Training:
     resolutions: tuple[int, ...] = key((),
         "drawn uniformly, one per step, instead of `resolution` (repeat to weigh)", ge=1, le=2**16)
     needs_weights: bool = key(False, "starting without init_from is an error")
+    init_parts: tuple[str, ...] = key((),
+        "paths that init_from must fill, if it is of another model: docs/training.md; (): all")
     steps: int = key(100_000, "optimizer steps in all, also after a resume", ge=0)
     trainable: tuple[str, ...] = key((".*",),
         "paths to train, matched whole; {deepest}, {outermost}: docs/training.md")

@@ -176,7 +176,7 @@ def reference_statistics(
     source = image_source(path, key)
     name = _fingerprint(path, source, size, settings.inception_weights)
     cached = os.path.join(workdir, "reference", f"{name}.npz")
-    found = jax.process_index() == 0 and os.path.exists(cached)
+    found = jax.process_index() == 0 and files.exists(cached)
     if jax.process_count() > 1:  # another process may not see process 0's disk
         found = bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found:

@@ -48,11 +48,7 @@ def run(config: Config, workdir: str) -> int:
         writer = functools.partial(write, config_lib.replace(config, model=saved.model), weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
-    size = sum(
-        os.path.getsize(os.path.join(parent, name))
-        for parent, _, names in os.walk(out)
-        for name in names
-    )
+    size = sum(files.size(os.path.join(out, name)) or 0 for name in files.walk(out))
     logging.info(
         "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",
         out,
@@ -190,9 +186,8 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
             autoencoder=(inner, model.autoencoder.architecture),
         )
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
-    objective, patch_size = saved.diffusion.objective, saved.diffusion.patch_size
-    again = state_lib.architecture(saved.model, objective, patch_size)
-    if (objective, again) != (model.objective, model.architecture):
+    again = state_lib.architecture(saved.model, saved.diffusion)
+    if (saved.diffusion.objective, again) != (model.objective, model.architecture):
         raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
     worst = export_formats.max_difference(weights, back)
     if saved.diffusion.autoencoder:

@@ -126,7 +126,7 @@ def _samples(run: Run) -> Evaluate:
     autoencoder = autoencoder_lib.load_autoencoder(config.autoencoder, config.dtype, mesh)
     found = weights_lib.encoder_checksum(autoencoder.weights)
     latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
-    arch = state_lib.architecture(config.model, config.objective, config.patch_size)
+    arch = state_lib.architecture(config.model, config)
 
     def evaluate(
         step: int, state: TrainState, writer: MetricWriter, stopped: Callable[[], bool]
@@ -157,7 +157,7 @@ def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
     """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
     if due and config.objective:
-        return not os.path.exists(_samples_file(workdir, step))
+        return not files.exists(_samples_file(workdir, step))
     row = next((row for row in files.read_rows(workdir) if row["step"] == step), {})
     return bool(due) and not all(f"psnr_{size}" in row for size in config.evaluate.resolutions)
 

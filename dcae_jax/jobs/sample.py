@@ -62,7 +62,7 @@ def run(config: Config, workdir: str) -> int:
 
 def _draw_all(settings: Sample, seed: int, model: Generator, workdir: str) -> int:
     done = os.path.join(workdir, RESULTS[settings.format])
-    if os.path.exists(done):
+    if files_lib.exists(done):
         logging.info("%s is there already: %d samples", done, settings.count)
         return 0
     with preemption.flag(all_processes=True) as stopped, _progress_bar(settings.count) as bar:
@@ -159,7 +159,7 @@ def _files(settings: Sample, workdir: str, numbers: Sequence[int]) -> list[str]:
 
 def _is_saved(settings: Sample, workdir: str, numbers: Sequence[int]) -> bool:
     """Whether these samples are on disk; all processes get the answer of process 0."""
-    saved = all(os.path.exists(file) for file in _files(settings, workdir, numbers))
+    saved = all(files_lib.exists(file) for file in _files(settings, workdir, numbers))
     if jax.process_count() == 1:
         return saved
     return bool(multihost_utils.broadcast_one_to_all(np.int32(saved)))

@@ -9,7 +9,7 @@ import functools
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import (
@@ -18,14 +18,6 @@ from dcae_jax.models.protocol import (
     BackboneModule,
     BackboneNames,
 )
-
-if TYPE_CHECKING:
-    from dcae_jax.models.protocol import (
-        AutoencoderModule,
-        AutoencoderNames,
-        BackboneModule,
-        BackboneNames,
-    )
 
 DEFAULT = "dcae"
 
@@ -42,13 +34,13 @@ def find(model_config: Any) -> Any:
     return module
 
 
-def autoencoder_of(variant: str) -> "AutoencoderModule":
+def autoencoder_of(variant: str) -> AutoencoderModule:
     """The file that has the autoencoder called `variant`; the DC-AE's if none has."""
     known = (module for module in autoencoders() if variant in names_in(module))
-    return next(known, cast("AutoencoderModule", _imported(DEFAULT)))
+    return next(known, cast(AutoencoderModule, _imported(DEFAULT)))
 
 
-def names_in(module: "AutoencoderModule") -> tuple[str, ...]:
+def names_in(module: AutoencoderModule) -> tuple[str, ...]:
     """The variants of an autoencoder's file and the names they are published under."""
     return (*module.VARIANTS, *getattr(module, "PUBLISHED", ()))
 
@@ -58,12 +50,12 @@ def is_autoencoder(module: Any) -> bool:
     return hasattr(module, "last_layer")
 
 
-def autoencoders() -> list["AutoencoderModule"]:
+def autoencoders() -> list[AutoencoderModule]:
     """The files of this folder that have autoencoders."""
     return [module for module in _models() if is_autoencoder(module)]
 
 
-def backbones() -> list["BackboneModule"]:
+def backbones() -> list[BackboneModule]:
     """The files of this folder that have backbones of diffusion models."""
     return [module for module in _models() if not is_autoencoder(module)]
 
@@ -78,12 +70,12 @@ def name_of(module: Any) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-def autoencoder_names(module: "AutoencoderModule") -> "AutoencoderNames":
+def autoencoder_names(module: AutoencoderModule) -> AutoencoderNames:
     """PyTorch's names for the weights of an autoencoder. Raises UserError if no file knows."""
     return _torch(module)
 
 
-def backbone_names(module: "BackboneModule") -> "BackboneNames":
+def backbone_names(module: BackboneModule) -> BackboneNames:
     """PyTorch's names for the weights of a backbone. Raises UserError if no file knows."""
     return _torch(module)
 

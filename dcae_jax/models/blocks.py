@@ -11,17 +11,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from dcae_jax.models.layers import (
-    DepthwiseForm,
-    GroupedLinear,
-    NormKind,
-    conv,
-    depthwise_conv,
-    linear,
-    norm,
-)
+from dcae_jax.models.layers import GroupedLinear, Layers, NormKind
 from dcae_jax.models.weights import Array
 
 DownsampleForm = Literal["s2c", "stride"]
@@ -106,6 +97,7 @@ def quadratic_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
     return jnp.einsum("bhnm,bmhe->bnhe", similarity, v)  # [B, N, heads, D]
 
 
+# fmt: off
 class LiteMLA(nnx.Module):
     """Multi-head ReLU linear attention; `scale5` adds heads that see 5x5 neighbourhoods.
 
@@ -113,141 +105,84 @@ class LiteMLA(nnx.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        scale5: bool = False,
-        norm_kind: NormKind = "trms2d",
-        depthwise: DepthwiseForm,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, channels: int, layers: Layers, *, norm: NormKind = "trms2d", scale5: bool = False
     ) -> None:
         qkv, groups = 3 * channels, 3 * channels // HEAD_DIM
-        wide = 2 * channels if scale5 else channels
-        self.qkv = linear(channels, qkv, use_bias=False, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(channels, qkv, use_bias=False)
         self.scale5 = scale5
         if scale5:
-            self.aggreg_depth = depthwise_conv(
-                qkv, size=5, use_bias=False, form=depthwise, dtype=dtype, rngs=rngs
-            )
-            self.aggreg_point = GroupedLinear(qkv, qkv, groups=groups, dtype=dtype, rngs=rngs)
-        self.proj = linear(wide, channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = norm(norm_kind, channels, dtype=dtype)
+            self.aggreg_depth = layers.conv(qkv, qkv, size=5, use_bias=False, depthwise=True)
+            self.aggreg_point = GroupedLinear(qkv, qkv, layers, groups=groups)
+        wide = 2 * channels if scale5 else channels
+        self.proj = layers.linear(wide, channels, use_bias=False)
+        self.norm = layers.norm(norm, channels)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
         b, h, w, _ = x.shape
-        qkv = self.qkv(x)  # [B, H, W, 3C]
+        qkv = self.qkv(x)                                           # [B, H, W, 3C]
         if self.scale5:
-            wide = self.aggreg_point(self.aggreg_depth(qkv))  # [B, H, W, 3C]
-            qkv = jnp.concatenate([qkv, wide], -1)  # [B, H, W, 6C]
-        heads = qkv.reshape(b, h * w, -1, 3 * HEAD_DIM)  # [B, HW, heads, 96]
-        q, k, v = jnp.split(heads, 3, axis=-1)  # each [B, HW, heads, 32]
-        out = relu_attention(q, k, v)  # [B, HW, heads, 32]
-        out = out.reshape(b, h, w, -1)  # [B, H, W, C or 2C]
-        return self.norm(self.proj(out))  # [B, H, W, C]
+            wide = self.aggreg_point(self.aggreg_depth(qkv))        # [B, H, W, 3C]
+            qkv = jnp.concatenate([qkv, wide], -1)                  # [B, H, W, 6C]
+        heads = qkv.reshape(b, h * w, -1, 3 * HEAD_DIM)             # [B, HW, heads, 96]
+        q, k, v = jnp.split(heads, 3, axis=-1)                      # each [B, HW, heads, 32]
+        out = relu_attention(q, k, v)                               # [B, HW, heads, 32]
+        out = out.reshape(b, h, w, -1)                              # [B, H, W, C or 2C]
+        return self.norm(self.proj(out))                            # [B, H, W, C]
 
 
 class GLUMBConv(nnx.Module):
     """Inverted bottleneck with a gate: 1x1 to 8C, SiLU, depthwise 3x3, a * SiLU(g), 1x1 to C."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        norm_kind: NormKind = "trms2d",
-        depthwise: DepthwiseForm,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, channels: int, layers: Layers, *, norm: NormKind = "trms2d") -> None:
         hidden = EXPAND * channels
-        self.inverted_conv = linear(channels, hidden, dtype=dtype, rngs=rngs)
-        self.depth_conv = depthwise_conv(hidden, form=depthwise, dtype=dtype, rngs=rngs)
-        self.point_conv = linear(hidden // 2, channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = norm(norm_kind, channels, dtype=dtype)
+        self.inverted_conv = layers.linear(channels, hidden)
+        self.depth_conv = layers.conv(hidden, hidden, depthwise=True)
+        self.point_conv = layers.linear(hidden // 2, channels, use_bias=False)
+        self.norm = layers.norm(norm, channels)
 
-    def __call__(self, x: Array) -> Array:
-        x = nnx.silu(self.inverted_conv(x))  # [B, H, W, 8C]
-        x = self.depth_conv(x)  # [B, H, W, 8C]
-        a, gate = jnp.split(x, 2, axis=-1)  # each [B, H, W, 4C]
-        return self.norm(self.point_conv(a * nnx.silu(gate)))  # [B, H, W, C]
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+        x = nnx.silu(self.inverted_conv(x))                         # [B, H, W, 8C]
+        x = self.depth_conv(x)                                      # [B, H, W, 8C]
+        a, gate = jnp.split(x, 2, axis=-1)                          # each [B, H, W, 4C]
+        return self.norm(self.point_conv(a * nnx.silu(gate)))       # [B, H, W, C]
 
 
 class EfficientViTBlock(nnx.Module):
     """x + LiteMLA(x), then x + GLUMBConv(x)."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        scale5: bool = False,
-        norm_kind: NormKind = "trms2d",
-        depthwise: DepthwiseForm,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.context_module = LiteMLA(
-            channels,
-            scale5=scale5,
-            norm_kind=norm_kind,
-            depthwise=depthwise,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.local_module = GLUMBConv(
-            channels, norm_kind=norm_kind, depthwise=depthwise, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, channels: int, layers: Layers, *, norm: NormKind, scale5: bool) -> None:
+        self.context_module = LiteMLA(channels, layers, norm=norm, scale5=scale5)
+        self.local_module = GLUMBConv(channels, layers, norm=norm)
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.context_module(x)  # [B, H, W, C]
-        return x + self.local_module(x)  # [B, H, W, C]
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+        x = x + self.context_module(x)                              # [B, H, W, C]
+        return x + self.local_module(x)                             # [B, H, W, C]
 
 
 # --- residual blocks and changes of size ----------------------------------------------------------
 
 
 class ResBlock(nnx.Module):
-    """x + norm(conv(act(conv(x))))."""
+    """x + norm(conv(act(conv(x)))). The activation goes with the norm: bn2d ReLU, trms2d SiLU."""
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        norm_kind: NormKind,
-        act: Activation,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.conv1 = conv(channels, channels, dtype=dtype, rngs=rngs)
-        self.conv2 = conv(channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = norm(norm_kind, channels, dtype=dtype)
-        self.act: Activation = act
+    def __init__(self, channels: int, layers: Layers, *, norm: NormKind) -> None:
+        self.conv1 = layers.conv(channels, channels)
+        self.conv2 = layers.conv(channels, channels, use_bias=False)
+        self.norm = layers.norm(norm, channels)
+        self.act: Activation = "relu" if norm == "bn2d" else "silu"
 
-    def __call__(self, x: Array) -> Array:
-        y = ACTIVATIONS[self.act](self.conv1(x))  # [B, H, W, C]
-        return x + self.norm(self.conv2(y))  # [B, H, W, C]
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+        y = ACTIVATIONS[self.act](self.conv1(x))                    # [B, H, W, C]
+        return x + self.norm(self.conv2(y))                         # [B, H, W, C]
 
 
 def block(
-    kind: BlockKind,
-    width: int,
-    norm: NormKind,
-    *,
-    depthwise: DepthwiseForm,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
+    kind: BlockKind, width: int, norm: NormKind, layers: Layers
 ) -> ResBlock | EfficientViTBlock:
     """One block of a stage. [B, h, w, width] -> the same"""
     if kind == "res":
-        act = "relu" if norm == "bn2d" else "silu"
-        return ResBlock(width, norm_kind=norm, act=act, dtype=dtype, rngs=rngs)
-    return EfficientViTBlock(
-        width,
-        scale5=kind == "evit5",
-        norm_kind=norm,
-        depthwise=depthwise,
-        dtype=dtype,
-        rngs=rngs,
-    )
+        return ResBlock(width, layers, norm=norm)
+    return EfficientViTBlock(width, layers, norm=norm, scale5=kind == "evit5")
 
 
 class Downsample(nnx.Module):
@@ -257,28 +192,22 @@ class Downsample(nnx.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        form: DownsampleForm,
-        shortcut: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, inputs: int, outputs: int, layers: Layers, *,
+        form: DownsampleForm, shortcut: bool = False,
     ) -> None:
         if form == "s2c":
-            self.conv = conv(inputs, outputs // 4, dtype=dtype, rngs=rngs)
+            self.conv = layers.conv(inputs, outputs // 4)
         else:
-            self.conv = conv(inputs, outputs, strides=2, dtype=dtype, rngs=rngs)
+            self.conv = layers.conv(inputs, outputs, strides=2)
         self.form, self.shortcut, self.outputs = form, shortcut, outputs
 
-    def __call__(self, x: Array) -> Array:
-        y = self.conv(x)  # [B, H, W, C'/4], or [B, H/2, W/2, C'] with the stride
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+        y = self.conv(x)                                            # [B, H, W, C'/4] with 's2c'
         if self.form == "s2c":
-            y = space_to_channel(y)  # [B, H/2, W/2, C']
+            y = space_to_channel(y)                                 # [B, H/2, W/2, C']
         if self.shortcut:
-            y = y + down_shortcut(x, self.outputs)  # [B, H/2, W/2, C']
-        return y
+            y = y + down_shortcut(x, self.outputs)                  # [B, H/2, W/2, C']
+        return y                                                    # [B, H/2, W/2, C']
 
 
 class Upsample(nnx.Module):
@@ -288,25 +217,19 @@ class Upsample(nnx.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        form: UpsampleForm,
-        shortcut: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, inputs: int, outputs: int, layers: Layers, *,
+        form: UpsampleForm, shortcut: bool = False,
     ) -> None:
-        wide = 4 * outputs if form == "c2s" else outputs
-        self.conv = conv(inputs, wide, dtype=dtype, rngs=rngs)
+        self.conv = layers.conv(inputs, 4 * outputs if form == "c2s" else outputs)
         self.form, self.shortcut, self.outputs = form, shortcut, outputs
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
         if self.form == "c2s":
-            y = channel_to_space(self.conv(x))  # [B, 2H, 2W, C']
+            y = channel_to_space(self.conv(x))                      # [B, 2H, 2W, C']
         else:
-            y = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # [B, 2H, 2W, C]
-            y = self.conv(y)  # [B, 2H, 2W, C']
+            y = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)     # [B, 2H, 2W, C]
+            y = self.conv(y)                                        # [B, 2H, 2W, C']
         if self.shortcut:
-            y = y + up_shortcut(x, self.outputs)  # [B, 2H, 2W, C']
-        return y
+            y = y + up_shortcut(x, self.outputs)                    # [B, 2H, 2W, C']
+        return y                                                    # [B, 2H, 2W, C']
+# fmt: on

@@ -18,9 +18,9 @@ from jax.typing import DTypeLike
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
-from dcae_jax.models import blocks, layers
+from dcae_jax.models import blocks
 from dcae_jax.models.blocks import Activation, BlockKind, DownsampleForm, UpsampleForm
-from dcae_jax.models.layers import DepthwiseForm, NormKind
+from dcae_jax.models.layers import DepthwiseForm, Layers, NormKind, depthwise_form, run
 from dcae_jax.models.weights import Array
 
 
@@ -55,164 +55,138 @@ class Variant:
 # --- the network ----------------------------------------------------------------------------------
 
 
+# fmt: off
 class DCAE(nnx.Module):
     """The autoencoder. It is deterministic: there is no posterior and no KL term.
 
-    depthwise: how XLA computes depthwise convolutions, the same numbers either way. remat: the
-    backward pass recomputes each block.
+    depthwise: see `Layers`. remat: the backward pass recomputes each block.
     """
 
     def __init__(
-        self,
-        arch: Variant,
-        *,
-        depthwise: DepthwiseForm,
-        remat: bool = False,
-        dtype: DTypeLike,
-        rngs: Rngs,
+        self, arch: Variant, *,
+        depthwise: DepthwiseForm, remat: bool = False, dtype: DTypeLike, rngs: Rngs,
     ) -> None:
-        self.encoder = Encoder(arch, depthwise=depthwise, remat=remat, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(arch, depthwise=depthwise, remat=remat, dtype=dtype, rngs=rngs)
+        layers = Layers(dtype, rngs, depthwise)
+        self.encoder = Encoder(arch, layers, remat=remat)
+        self.decoder = Decoder(arch, layers, remat=remat)
 
-    def encode(self, x: Array) -> Array:
-        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled."""
-        return self.encoder(x).astype(jnp.float32)
+    def encode(self, x: Array, channels: int | Array | None = None) -> Array:
+        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
-    def decode(self, z: Array) -> Array:
-        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
-        return self.decoder(z).astype(jnp.float32)
+        channels: c', 1 .. c: the latent's channels from c' on are 0 (structured latents,
+        arXiv:2508.00413). It may be traced, so that one program serves every c'. Raises UserError
+        in a model with a latent shortcut.
+        """
+        return self.keep(self.encoder(x).astype(jnp.float32), channels)
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
-        return self.decode(self.encode(x))  # [B, H, W, 3]
+    def decode(self, z: Array, channels: int | Array | None = None) -> Array:
+        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped.
+
+        channels: as in `encode`.
+        """
+        return self.decoder(self.keep(z, channels)).astype(jnp.float32)
+
+    def keep(self, z: Array, channels: int | Array | None) -> Array:
+        """z [B, h, w, c] with zeros in the channels from `channels` on; None: z as it is."""
+        if channels is None:
+            return z
+        if self.encoder.has_shortcut:
+            raise UserError(
+                "channels needs a variant without a latent shortcut (1.5-*): the shortcut averages "
+                "over channels, so that the first ones are no latent of their own"
+            )
+        return jnp.where(jnp.arange(z.shape[-1]) < channels, z, 0)
+
+    def __call__(self, x: Array) -> Array:                      # [B, H, W, 3]
+        return self.decode(self.encode(x))                      # [B, H, W, 3]
 
 
 class Encoder(nnx.Module):
     """Images -> latents; each stage is half the size of the one before."""
 
-    def __init__(
-        self, arch: Variant, *, depthwise: DepthwiseForm, remat: bool, dtype: DTypeLike, rngs: Rngs
-    ) -> None:
-        if arch.encoder_depths[0] == 0:
-            self.project_in = blocks.Downsample(
-                3, arch.widths[1], form=arch.downsample, shortcut=False, dtype=dtype, rngs=rngs
-            )
+    def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
+        if arch.encoder_depths[0]:
+            self.project_in = layers.conv(3, arch.widths[0])
         else:
-            self.project_in = layers.conv(3, arch.widths[0], dtype=dtype, rngs=rngs)
-        self.stages = nnx.List(
-            encoder_stage(arch, i, depthwise=depthwise, dtype=dtype, rngs=rngs)
-            for i in range(len(arch.widths))
-        )
-        self.project_out = layers.conv(
-            arch.widths[-1], arch.latent_channels, dtype=dtype, rngs=rngs
-        )
+            self.project_in = blocks.Downsample(3, arch.widths[1], layers, form=arch.downsample)
+        self.stages = nnx.List(encoder_stage(arch, i, layers) for i in range(len(arch.widths)))
+        self.project_out = layers.conv(arch.widths[-1], arch.latent_channels)
         self.has_shortcut = arch.residual and arch.latent_shortcuts
         self.remat = remat
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
-        x = self.project_in(x)  # [B, H, W, C0]; [B, H/2, W/2, C1] if stage 0 is empty
+    def __call__(self, x: Array) -> Array:                      # [B, H, W, 3]
+        x = self.project_in(x)                                  # [B, H, W, C0] or [B, H/2, W/2, C1]
         for stage in self.stages:
-            x = layers.run(stage, x, remat=self.remat)  # [B, H/2^(i+1), W/2^(i+1), C(i+1)]
-        z = self.project_out(x)  # [B, H/f, W/f, c]
+            x = run(stage, x, remat=self.remat)                 # [B, H/2^j, W/2^j, Cj], j = i + 1
+        z = self.project_out(x)                                 # [B, H/f, W/f, c]
         if self.has_shortcut:
-            z = z + blocks.average_channels(x, z.shape[-1])  # [B, H/f, W/f, c]
-        return z
+            z = z + blocks.average_channels(x, z.shape[-1])     # [B, H/f, W/f, c]
+        return z                                                # [B, H/f, W/f, c]
 
 
 class Decoder(nnx.Module):
     """Latents -> images. `stages[i]` mirrors the encoder's, as in published weights: last first."""
 
-    def __init__(
-        self, arch: Variant, *, depthwise: DepthwiseForm, remat: bool, dtype: DTypeLike, rngs: Rngs
-    ) -> None:
-        self.project_in = layers.conv(arch.latent_channels, arch.widths[-1], dtype=dtype, rngs=rngs)
-        self.stages = nnx.List(
-            decoder_stage(arch, i, depthwise=depthwise, dtype=dtype, rngs=rngs)
-            for i in range(len(arch.widths))
-        )
-        self.project_out = OutputHead(arch, dtype=dtype, rngs=rngs)
+    def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
+        self.project_in = layers.conv(arch.latent_channels, arch.widths[-1])
+        self.stages = nnx.List(decoder_stage(arch, i, layers) for i in range(len(arch.widths)))
+        self.project_out = OutputHead(arch, layers)
         self.has_shortcut = arch.residual and arch.latent_shortcuts
         self.remat = remat
 
-    def __call__(self, z: Array) -> Array:  # [B, H/f, W/f, c]
-        x = self.project_in(z)  # [B, H/f, W/f, Cn]
+    def __call__(self, z: Array) -> Array:                      # [B, H/f, W/f, c]
+        x = self.project_in(z)                                  # [B, H/f, W/f, Cn]
         if self.has_shortcut:
-            x = x + blocks.duplicate_channels(z, x.shape[-1]).astype(x.dtype)  # [B, H/f, W/f, Cn]
+            wide = blocks.duplicate_channels(z, x.shape[-1])    # [B, H/f, W/f, Cn]
+            x = x + wide.astype(x.dtype)                        # [B, H/f, W/f, Cn]
         for stage in reversed(self.stages):
-            x = layers.run(stage, x, remat=self.remat)  # [B, H/2^i, W/2^i, Ci]
-        return self.project_out(x)  # [B, H, W, 3]
+            x = run(stage, x, remat=self.remat)                 # [B, H/2^i, W/2^i, Ci]
+        return self.project_out(x)                              # [B, H, W, 3]
 
 
-def encoder_stage(
-    arch: Variant, i: int, *, depthwise: DepthwiseForm, dtype: DTypeLike, rngs: Rngs
-) -> nnx.List:
+def encoder_stage(arch: Variant, i: int, layers: Layers) -> nnx.List:
     """The blocks of stage i, then downsampling to stage i + 1 (none at the deepest).
 
     [B, H/2^i, W/2^i, Ci] -> [B, H/2^(i+1), W/2^(i+1), C(i+1)]
     """
     kind, width, depth = arch.encoder_blocks[i], arch.widths[i], arch.encoder_depths[i]
-    stage: list[nnx.Module] = [
-        blocks.block(kind, width, "trms2d", depthwise=depthwise, dtype=dtype, rngs=rngs)
-        for _ in range(depth)
-    ]
+    stage: list[nnx.Module] = [blocks.block(kind, width, "trms2d", layers) for _ in range(depth)]
     if depth and i + 1 < len(arch.widths):
-        stage.append(
-            blocks.Downsample(
-                width,
-                arch.widths[i + 1],
-                form=arch.downsample,
-                shortcut=arch.residual,
-                dtype=dtype,
-                rngs=rngs,
-            )
-        )
+        deeper, form = arch.widths[i + 1], arch.downsample
+        stage.append(blocks.Downsample(width, deeper, layers, form=form, shortcut=arch.residual))
     return nnx.List(stage)
 
 
-def decoder_stage(
-    arch: Variant, i: int, *, depthwise: DepthwiseForm, dtype: DTypeLike, rngs: Rngs
-) -> nnx.List:
+def decoder_stage(arch: Variant, i: int, layers: Layers) -> nnx.List:
     """Upsampling from stage i + 1 (none at the deepest), then the blocks of stage i.
 
     [B, H/2^(i+1), W/2^(i+1), C(i+1)] -> [B, H/2^i, W/2^i, Ci]
     """
-    kind, norm = arch.decoder_blocks[i], arch.decoder_norms[i]
-    width, depth = arch.widths[i], arch.decoder_depths[i]
+    kind, width, depth = arch.decoder_blocks[i], arch.widths[i], arch.decoder_depths[i]
     stage: list[nnx.Module] = []
     if depth and i + 1 < len(arch.widths):
-        stage.append(
-            blocks.Upsample(
-                arch.widths[i + 1],
-                width,
-                form=arch.upsample,
-                shortcut=arch.residual,
-                dtype=dtype,
-                rngs=rngs,
-            )
-        )
-    stage += [
-        blocks.block(kind, width, norm, depthwise=depthwise, dtype=dtype, rngs=rngs)
-        for _ in range(depth)
-    ]
-    return nnx.List(stage)
+        deeper, form = arch.widths[i + 1], arch.upsample
+        stage.append(blocks.Upsample(deeper, width, layers, form=form, shortcut=arch.residual))
+    norm = arch.decoder_norms[i]
+    return nnx.List(stage + [blocks.block(kind, width, norm, layers) for _ in range(depth)])
 
 
 class OutputHead(nnx.Module):
     """norm, activation, convolution to RGB; to twice the size where stage 0 is empty."""
 
-    def __init__(self, arch: Variant, *, dtype: DTypeLike, rngs: Rngs) -> None:
+    def __init__(self, arch: Variant, layers: Layers) -> None:
         width = arch.widths[0] if arch.decoder_depths[0] else arch.widths[1]
-        self.norm = layers.norm("trms2d", width, dtype=dtype)
+        self.norm = layers.norm("trms2d", width)
         if arch.decoder_depths[0]:
-            self.conv = layers.conv(width, 3, dtype=dtype, rngs=rngs)
+            self.conv = layers.conv(width, 3)
         else:
-            self.conv = blocks.Upsample(
-                width, 3, form=arch.upsample, shortcut=False, dtype=dtype, rngs=rngs
-            )
+            self.conv = blocks.Upsample(width, 3, layers, form=arch.upsample)
         self.act: Activation = arch.output_act
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, C0], or [B, H/2, W/2, C1]
+    def __call__(self, x: Array) -> Array:                      # [B, H, W, C0] or [B, H/2, W/2, C1]
         x = blocks.ACTIVATIONS[self.act](self.norm(x))
-        return self.conv(x)  # [B, H, W, 3]
+        return self.conv(x)                                     # [B, H, W, 3]
+# fmt: on
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -361,7 +335,7 @@ def create(
 
     The platform is the mesh's, not this machine's: a CPU host can compile for a TPU.
     """
-    form = layers.depthwise_form(model_config.depthwise, platform)
+    form = depthwise_form(model_config.depthwise, platform)
     return DCAE(architecture(model_config), depthwise=form, remat=remat, dtype=dtype, rngs=rngs)
 
 

@@ -7,9 +7,9 @@ What diffusers can describe and this package cannot build is refused, field by f
 from collections.abc import Mapping
 from typing import Any
 
-from dcae_jax.errors import UserError
 from dcae_jax.models.blocks import HEAD_DIM
 from dcae_jax.models.dcae import Variant
+from dcae_jax.models.torch_layout import bad_field, checked_scaling
 
 CLASS_NAME = "AutoencoderDC"
 
@@ -89,28 +89,26 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
     """
     kind = config.get("_class_name", CLASS_NAME)
     if kind != CLASS_NAME:
-        raise _bad("_class_name", kind, "DC-AE is an AutoencoderDC")
+        raise bad_field("_class_name", kind, "DC-AE is an AutoencoderDC")
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     for key, value in given.items():
         if key not in DIFFUSERS_DEFAULTS:
-            raise _bad(key, value, "AutoencoderDC has no such field")
+            raise bad_field(key, value, "AutoencoderDC has no such field")
     c = {**DIFFUSERS_DEFAULTS, **given}
     for key, only in (("in_channels", 3), ("attention_head_dim", HEAD_DIM)):
         if c[key] != only:
-            raise _bad(key, c[key], f"only {only} is supported")
+            raise bad_field(key, c[key], f"only {only} is supported")
     widths = _counts(c, "encoder_block_out_channels", 1)
     if _counts(c, "decoder_block_out_channels", 1) != widths:
         why = f"must be as encoder_block_out_channels={list(widths)}"
-        raise _bad("decoder_block_out_channels", c["decoder_block_out_channels"], why)
+        raise bad_field("decoder_block_out_channels", c["decoder_block_out_channels"], why)
     stages = len(widths)
     if stages < 2:
-        raise _bad("encoder_block_out_channels", list(widths), "give two stages or more")
+        raise bad_field("encoder_block_out_channels", list(widths), "give two stages or more")
     for key in ("encoder_out_shortcut", "decoder_in_shortcut"):
         if not isinstance(c[key], bool) or c[key] != c["encoder_out_shortcut"]:
-            raise _bad(key, c[key], "must be true or false, the same in encoder and decoder")
-    scaling = c["scaling_factor"]
-    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
-        raise _bad("scaling_factor", scaling, "must be a number above 0")
+            raise bad_field(key, c[key], "must be true or false, the same in encoder and decoder")
+    scaling = checked_scaling(c)
     arch = Variant(
         latent_channels=_count(c, "latent_channels", c["latent_channels"], 1),
         widths=widths,
@@ -123,7 +121,7 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
         upsample=_choices(c, "upsample_block_type", 1)[0],
         output_act=_choices(c, "decoder_conv_act_fn", 1)[0],
         latent_shortcuts=c["encoder_out_shortcut"],
-        scaling_factor=None if scaling == 1 else float(scaling),
+        scaling_factor=None if scaling == 1 else scaling,
     )
     _check_decoder(c, arch)
     _check_widths(arch)
@@ -140,10 +138,10 @@ def _check_decoder(c: Mapping[str, Any], arch: Variant) -> None:
         if arch.decoder_blocks[i] == "res":
             if _choice("decoder_act_fns", acts[i]) != wanted:
                 why = f"stage {i} has the norm {norm}, which goes with {wanted} here"
-                raise _bad("decoder_act_fns", c["decoder_act_fns"], why)
+                raise bad_field("decoder_act_fns", c["decoder_act_fns"], why)
         elif norm == "bn2d":
             why = f"EfficientViTBlocks, as in stage {i}, are supported with rms_norm only"
-            raise _bad("decoder_norm_types", c["decoder_norm_types"], why)
+            raise bad_field("decoder_norm_types", c["decoder_norm_types"], why)
 
 
 def _check_widths(arch: Variant) -> None:
@@ -152,38 +150,34 @@ def _check_widths(arch: Variant) -> None:
         blocks = [arch.encoder_blocks[i], arch.decoder_blocks[i]]
         multiple = 4 if blocks == ["res", "res"] else HEAD_DIM
         if width % multiple:
-            raise _bad(key, value, f"{width} in stage {i} is no multiple of {multiple}")
+            raise bad_field(key, value, f"{width} in stage {i} is no multiple of {multiple}")
     pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]
     if arch.latent_shortcuts:
         pairs.append((arch.widths[-1], arch.latent_channels))
     first = 0 if arch.encoder_depths[0] or arch.decoder_depths[0] else 1
     for wide, narrow in pairs[first:]:
         if wide % narrow:
-            raise _bad(key, value, f"a shortcut cannot average {wide} channels into {narrow}")
-
-
-def _bad(key: str, value: Any, why: str) -> UserError:
-    return UserError(f"config.json: {key}={value!r}: {why}")
+            raise bad_field(key, value, f"a shortcut cannot average {wide} channels into {narrow}")
 
 
 def _count(c: Mapping[str, Any], key: str, value: Any, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise _bad(key, c[key], f"give whole numbers of at least {at_least}")
+        raise bad_field(key, c[key], f"give whole numbers of at least {at_least}")
     return value
 
 
 def _counts(c: Mapping[str, Any], key: str, at_least: int) -> tuple[int, ...]:
     if not isinstance(c[key], list | tuple):
-        raise _bad(key, c[key], "give a list with one number a stage")
+        raise bad_field(key, c[key], "give a list with one number a stage")
     return tuple(_count(c, key, value, at_least) for value in c[key])
 
 
 def _depths(c: Mapping[str, Any], key: str, stages: int) -> tuple[int, ...]:
     depths = _counts(c, key, 0)
     if len(depths) != stages:
-        raise _bad(key, c[key], f"give one number for each of the {stages} stages")
+        raise bad_field(key, c[key], f"give one number for each of the {stages} stages")
     if 0 in depths[1:]:
-        raise _bad(key, c[key], "only the first stage may be empty")
+        raise bad_field(key, c[key], "only the first stage may be empty")
     return depths
 
 
@@ -192,7 +186,7 @@ def _stages(c: Mapping[str, Any], key: str, stages: int) -> tuple[Any, ...]:
     if isinstance(c[key], str):
         return (c[key],) * stages
     if not isinstance(c[key], list | tuple) or len(c[key]) < stages:
-        raise _bad(key, c[key], f"give one value for each of the {stages} stages")
+        raise bad_field(key, c[key], f"give one value for each of the {stages} stages")
     return tuple(c[key][:stages])
 
 
@@ -203,7 +197,7 @@ def _choices(c: Mapping[str, Any], key: str, stages: int) -> tuple[Any, ...]:
 def _choice(key: str, value: Any) -> Any:
     choices = _CHOICES[key]
     if not isinstance(value, str) or value not in choices:
-        raise _bad(key, value, f"only {' and '.join(choices)} are supported")
+        raise bad_field(key, value, f"only {' and '.join(choices)} are supported")
     return choices[value]
 
 
@@ -213,6 +207,6 @@ def _blocks(c: Mapping[str, Any], side: str, stages: int) -> tuple[Any, ...]:
         if kinds[i] == "evit":
             if list(scales) not in ([], [5]):
                 key = f"{side}_qkv_multiscales"
-                raise _bad(key, c[key], "only [] and [5] are supported")
+                raise bad_field(key, c[key], "only [] and [5] are supported")
             kinds[i] += "5" * len(scales)
     return tuple(kinds)

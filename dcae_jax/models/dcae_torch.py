@@ -16,6 +16,7 @@ import numpy as np
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_diffusers, torch_layout
+from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.dcae import Variant
 
 FORMATS = ("diffusers", "authors")
@@ -121,7 +122,7 @@ def shapes_in(arch: Variant, form: str) -> torch_layout.Shapes:
 
 @functools.cache
 def _shapes(arch: Variant) -> torch_layout.Shapes:
-    return torch_layout.shapes_of(
+    return weights_lib.shapes(
         lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=rngs)
     )
 

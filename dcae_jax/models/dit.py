@@ -43,18 +43,16 @@ VARIANTS = {
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
-    """The architecture of config.model: its variant with the sizes set beside it.
-
-    learn_sigma: the output has a second half for the variance. Raises UserError where a size
-    does not fit.
-    """
-    sizes = transformer.sizes(model_config, VARIANTS, patch_size)
-    if sizes["width"] % 4:
+    """`transformer.resolve_architecture` of a DiT."""
+    arch = transformer.resolve_architecture(
+        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
+    )
+    if arch.width % 4:
         raise UserError(
-            f"model.width={sizes['width']} must be a multiple of 4 for dit: sine and cosine of "
+            f"model.width={arch.width} must be a multiple of 4 for dit: sine and cosine of "
             "row and column"
         )
-    return Architecture(**sizes, out_channels=sizes["latent_channels"] * (2 if learn_sigma else 1))
+    return arch
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -79,8 +77,10 @@ def positions(side: int, width: int) -> np.ndarray:
 # error of the prediction.
 Linear = functools.partial(nnx.Linear, bias_init=ZEROS, dtype=jnp.float32)
 ZeroLinear = functools.partial(Linear, kernel_init=ZEROS)
+layer_norm = functools.partial(transformer.layer_norm, eps=EPS, affine=False)
 
 
+# fmt: off
 class TimeEmbedder(nnx.Module):
     """Sinusoidal features, Linear, SiLU, Linear."""
 
@@ -88,9 +88,9 @@ class TimeEmbedder(nnx.Module):
         self.fc1 = Linear(FREQUENCIES, width, kernel_init=NORMAL, rngs=rngs)
         self.fc2 = Linear(width, width, kernel_init=NORMAL, rngs=rngs)
 
-    def __call__(self, t: Array) -> Array:
-        x = transformer.time_features(t, FREQUENCIES)  # [B, 256]
-        return self.fc2(jax.nn.silu(self.fc1(x)))  # [B, C] float32
+    def __call__(self, t: Array) -> Array:                                       # [B]
+        x = transformer.time_features(t, FREQUENCIES)                            # [B, 256]
+        return self.fc2(jax.nn.silu(self.fc1(x)))                                # [B, C] float32
 
 
 class Modulation(nnx.Module):
@@ -100,25 +100,13 @@ class Modulation(nnx.Module):
         self.linear = ZeroLinear(width, count * width, rngs=rngs)
         self.count = count
 
-    def __call__(self, c: Array) -> list[Array]:
-        vectors = constrain_activations(self.linear(jax.nn.silu(c)))  # [B, count C] float32
-        return jnp.split(vectors[:, None], self.count, axis=-1)  # count of [B, 1, C]
-
-
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        width,
-        epsilon=EPS,
-        use_scale=False,
-        use_bias=False,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+    def __call__(self, c: Array) -> list[Array]:                                 # [B, C]
+        vectors = constrain_activations(self.linear(jax.nn.silu(c)))             # [B, count C]
+        return jnp.split(vectors[:, None], self.count, axis=-1)                  # each [B, 1, C]
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    return x * (1 + scale) + shift  # [B, N, C]
+    return x * (1 + scale) + shift                                               # [B, N, C]
 
 
 class Block(nnx.Module):
@@ -126,26 +114,19 @@ class Block(nnx.Module):
 
     def __init__(self, arch: Architecture, *, attention: str = "plain", dtype: Any, rngs: nnx.Rngs):
         c = arch.width
+        linear = functools.partial(Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(c, rngs=rngs)
-        self.attn = Attention(
-            c,
-            arch.heads,
-            qkv_bias=True,
-            kernel_init=xavier,
-            attention=attention,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.attn = Attention(c, arch.heads, linear, qkv_bias=True, attention=attention)
         self.norm2 = layer_norm(c, rngs=rngs)
-        self.mlp = MLP(c, approximate=True, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c, linear, approximate=True)
         self.adaLN_modulation = Modulation(c, 6, rngs=rngs)
 
-    def __call__(self, x: Array, c: Array) -> Array:
+    def __call__(self, x: Array, c: Array) -> Array:                             # [B, N, C], [B, C]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # [B, 1, C]
-        h = gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # [B, N, C] float32
-        x = constrain_activations(x + h.astype(x.dtype))  # [B, N, C]
-        h = gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # [B, N, C] float32
-        return constrain_activations(x + h.astype(x.dtype))  # [B, N, C]
+        h = gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))           # [B, N, C] float32
+        x = constrain_activations(x + h.astype(x.dtype))                         # [B, N, C]
+        h = gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))            # [B, N, C] float32
+        return constrain_activations(x + h.astype(x.dtype))                      # [B, N, C]
 
 
 class FinalLayer(nnx.Module):
@@ -156,39 +137,31 @@ class FinalLayer(nnx.Module):
         self.adaLN_modulation = Modulation(arch.width, 2, rngs=rngs)
         self.linear = ZeroLinear(arch.width, arch.patch_size**2 * arch.out_channels, rngs=rngs)
 
-    def __call__(self, x: Array, c: Array) -> Array:
-        shift, scale = self.adaLN_modulation(c)  # [B, 1, C]
-        return self.linear(modulate(self.norm(x), shift, scale))  # [B, N, p^2 out_channels]
+    def __call__(self, x: Array, c: Array) -> Array:                             # [B, N, C], [B, C]
+        shift, scale = self.adaLN_modulation(c)                                  # [B, 1, C]
+        return self.linear(modulate(self.norm(x), shift, scale))                 # [B, N, p^2 c']
 
 
 class DiT(nnx.Module):
-    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, out_channels] float32.
+    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
-    h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels are 0 ..
-    num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`; neither changes a
-    number beyond rounding. attention: see `Attention`.
+    h = w = arch.latent_size, c' = arch.out_channels. t goes to the sinusoidal features as it is;
+    labels are 0 .. num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`;
+    neither changes a number beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        *,
-        dtype: Any,
-        rngs: nnx.Rngs,
-        remat: bool = False,
-        unroll: bool = False,
-        attention: str = "plain",
+        self, arch: Architecture, *,
+        dtype: Any, rngs: nnx.Rngs,
+        remat: bool = False, unroll: bool = False, attention: str = "plain",
     ):
         self.arch, self.dtype = arch, jnp.dtype(dtype)
         c, patch = arch.width, arch.patch_size
         self.x_embedder = transformer.patch_embed(
-            arch.latent_channels,
-            c,
-            patch,
+            arch.latent_channels, c, patch,
             # Xavier of the patch as a vector, as if it were a Linear.
             kernel_init=uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
-            bias_init=ZEROS,
-            rngs=rngs,
+            bias_init=ZEROS, rngs=rngs,
         )
         self.t_embedder = TimeEmbedder(c, rngs=rngs)
         self.y_embedder = nnx.Embed(arch.num_classes + 1, c, embedding_init=NORMAL, rngs=rngs)
@@ -198,14 +171,15 @@ class DiT(nnx.Module):
         )
         self.final_layer = FinalLayer(arch, rngs=rngs)
 
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+    def __call__(self, x: Array, t: Array, labels: Array) -> Array:              # [B, h, w, c]
         b, arch = len(x), self.arch
-        x = self.x_embedder(x).reshape(b, arch.patches, arch.width)  # [B, N, C]
-        x = (x + positions(arch.side, arch.width)).astype(self.dtype)  # [B, N, C]
-        c = self.t_embedder(t) + self.y_embedder(labels)  # [B, C] float32
-        x, _ = self.blocks.scan(lambda block, x, _: (block(x, c), None), x)  # [B, N, C]
-        x = self.final_layer(x, c)  # [B, N, p^2 out_channels] float32
-        return transformer.from_patches(x, arch.patch_size, arch.side)  # [B, h, w, out_channels]
+        x = self.x_embedder(x).reshape(b, arch.patches, arch.width)              # [B, N, C] float32
+        x = (x + positions(arch.side, arch.width)).astype(self.dtype)            # [B, N, C]
+        c = self.t_embedder(t) + self.y_embedder(labels)                         # [B, C] float32
+        x, _ = self.blocks.scan(lambda block, x, _: (block(x, c), None), x)      # [B, N, C]
+        x = self.final_layer(x, c)                                               # [B, N, p^2 c']
+        return transformer.from_patches(x, arch.patch_size, arch.side)           # [B, h, w, c']
+# fmt: on
 
 
 create = DiT  # the name by which every file of models/ offers its model
@@ -213,5 +187,4 @@ create = DiT  # the name by which every file of models/ offers its model
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the parameters; the fixed positions are none."""
-    model = weights_lib.abstract(lambda rngs: create(arch, dtype="float32", rngs=rngs))
-    return {path: tuple(leaf.shape) for path, leaf in weights_lib.split(model)[1].items()}
+    return weights_lib.shapes(lambda rngs: create(arch, dtype="float32", rngs=rngs))

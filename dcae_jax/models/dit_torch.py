@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiT and SiT under the names of DiT's and of DC-AE's repositories."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ FIRST = "x_embedder.proj.weight"  # a tensor that no other model has
 # Objective -> what the authors call the model trained on it.
 KINDS = {"learned_sigma": "dit", "flow": "sit"}
 
+_LABELS, _LAST = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
 _POSITIONS = "pos_embed"  # stored there, computed here
 
 _TABLE = torch_layout.linear_table(
@@ -57,7 +57,7 @@ def from_torch(
     one line with the first names, when a tensor is missing, unknown or misshapen, and where the
     positions are not those of `dit.positions`.
     """
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    own = torch_layout.below(tensors, prefix)
     found = own.pop(_POSITIONS, None)
     weights = torch_layout.from_torch(
         own, _TABLE, dit.shapes(arch), lambda found: f"these are not weights of the DiT {arch}"
@@ -76,31 +76,20 @@ def from_torch(
 def recognise(tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Architecture | None:
     """The architecture whose weights these are, read off the shapes; None if they are no DiT's.
 
-    heads: 0 takes those of the variant that has the width; no tensor tells them. latent_size is
-    0 where the positions are left out. Raises UserError where the shapes are no DiT's that this
-    file can build.
+    heads: see `transformer.architecture_of`. Raises UserError where the shapes are no DiT's that
+    this file can build.
     """
-    own = {
-        k.removeprefix(prefix): tuple(v.shape) for k, v in tensors.items() if k.startswith(prefix)
-    }
-    labels = "y_embedder.embedding_table.weight"
-    ranks = {FIRST: 4, "final_layer.linear.weight": 2, labels: 2}
-    if _POSITIONS in own:
-        ranks[_POSITIONS] = 3
+    own = {k: tuple(v.shape) for k, v in torch_layout.below(tensors, prefix).items()}
+    ranks = {FIRST: 4, _LAST: 2, _LABELS: 2} | ({_POSITIONS: 3} if _POSITIONS in own else {})
     if not torch_layout.has(own, ranks):
         return None
-    width, channels, patch, _ = own[FIRST]
-    count = own[_POSITIONS][1] if _POSITIONS in own else 0
-    side = math.isqrt(count)
-    if side**2 != count:
-        raise UserError(f"{_POSITIONS} is {own[_POSITIONS]}: only square latents are supported")
-    return Architecture(
+    return transformer.architecture_of(
+        own,
+        embed=FIRST,
+        labels=_LABELS,
+        predict=_LAST,
         depth=sum(bool(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name)) for name in own),
-        width=width,
-        heads=heads or transformer.heads_of(width, dit.VARIANTS),
-        latent_size=side * patch,
-        latent_channels=channels,
-        out_channels=own["final_layer.linear.weight"][0] // patch**2,
-        patch_size=patch,
-        num_classes=own[labels][0] - 1,
+        extras=0,
+        heads=heads,
+        variants=dit.VARIANTS,
     )

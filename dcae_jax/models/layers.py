@@ -2,11 +2,12 @@
 """Layers and initialisers: nnx's, with PyTorch's padding and initial values.
 
 Images are NHWC. Parameters are float32; a layer computes in its `dtype`, norms in float32
-whatever the dtype is. Standard layers are nnx's, made by the functions below with PyTorch's
-padding and initial values. Classes stand only where the numbers differ from nnx's: the unbiased
+whatever the dtype is. Standard layers are nnx's, which `Layers` makes with PyTorch's padding
+and initial values. Classes of our own stand only where the numbers differ from nnx's: the unbiased
 running variance of BatchNorm, RMSNorm's bias, 1x1 convolutions in groups.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -94,49 +95,84 @@ def on_host(
 ZEROS, ONES = constant(0), constant(1)
 
 
-def linear(
-    inputs: int, outputs: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A 1x1 convolution, which in NHWC is a matrix product. kernel [in, out], bias [out]."""
-    init = torch_uniform(inputs)
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        kernel_init=init,
-        bias_init=init,
-        dtype=dtype,
-        rngs=rngs,
-    )
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of one model, made in the order of the calls, which all compute in `dtype`.
 
-
-def conv(
-    inputs: int,
-    outputs: int,
-    *,
-    strides: int = 1,
-    use_bias: bool = True,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """A 3x3 convolution, padded by one on every side. kernel [3, 3, in, out], bias [out].
-
-    'SAME' would pad a stride of 2 by (0, 1) and shift the image by a pixel.
+    depthwise: how XLA computes depthwise convolutions. 'grouped' is its grouped convolution;
+    'shifted' is size^2 shifted multiply-adds, the same numbers. On a CPU the gradient of the
+    grouped one is up to hundreds of times slower; on a TPU both compile to the same work.
     """
-    init = torch_uniform(9 * inputs)
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (3, 3),
-        strides,
-        padding=((1, 1), (1, 1)),
-        use_bias=use_bias,
-        kernel_init=init,
-        bias_init=init,
-        conv_general_dilated=conv_on_small_maps,
-        dtype=dtype,
-        rngs=rngs,
-    )
+
+    dtype: DTypeLike
+    rngs: nnx.Rngs
+    depthwise: DepthwiseForm = "grouped"
+
+    def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> nnx.Linear:
+        """A 1x1 convolution, which in NHWC is a matrix product. kernel [in, out], bias [out]."""
+        init = torch_uniform(inputs)
+        return nnx.Linear(
+            inputs,
+            outputs,
+            use_bias=use_bias,
+            kernel_init=init,
+            bias_init=init,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
+
+    def conv(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        size: int = 3,
+        strides: int = 1,
+        padding: tuple[int, int] | None = None,
+        use_bias: bool = True,
+        depthwise: bool = False,
+    ) -> nnx.Conv:
+        """A convolution. kernel [size, size, in, out], [size, size, 1, out] if depthwise.
+
+        padding: before and after, along both axes; None: half the size on every side. 'SAME'
+        would pad a stride of 2 by (0, 1) and shift the image by a pixel.
+        """
+        init = torch_uniform(size**2 * (1 if depthwise else inputs))
+        run = conv_on_small_maps
+        if depthwise:
+            run = _shifted if self.depthwise == "shifted" else jax.lax.conv_general_dilated
+        return nnx.Conv(
+            inputs,
+            outputs,
+            (size, size),
+            strides,
+            padding=(padding or (size // 2, size // 2),) * 2,
+            feature_group_count=inputs if depthwise else 1,
+            use_bias=use_bias,
+            kernel_init=init,
+            bias_init=init,
+            conv_general_dilated=run,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self, kind: NormKind, channels: int) -> "RMSNorm | BatchNorm":
+        """The norm called `kind` in the original."""
+        return (BatchNorm if kind == "bn2d" else RMSNorm)(channels, dtype=self.dtype)
+
+    def group_norm(self, channels: int, *, groups: int, eps: float) -> nnx.GroupNorm:
+        """Normalises runs of channels over (height, width, run) of each image, float32 inside."""
+        return nnx.GroupNorm(
+            channels,
+            groups,
+            epsilon=eps,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
+            promote_dtype=float32_inside,
+            scale_init=ONES,
+            bias_init=ZEROS,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
 
 
 def depthwise_form(form: Literal["auto", "grouped", "shifted"], platform: str) -> DepthwiseForm:
@@ -144,38 +180,6 @@ def depthwise_form(form: Literal["auto", "grouped", "shifted"], platform: str) -
     if form != "auto":
         return form
     return "shifted" if platform == "cpu" else "grouped"
-
-
-def depthwise_conv(
-    channels: int,
-    *,
-    size: int = 3,
-    use_bias: bool = True,
-    form: DepthwiseForm,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """A depthwise convolution. kernel [size, size, 1, channels], bias [channels].
-
-    form 'grouped' is XLA's grouped convolution; form 'shifted' is size^2 shifted
-    multiply-adds, the same numbers. On a CPU the gradient of the grouped one is up to hundreds
-    of times slower; on a TPU both compile to the same work.
-    """
-    init = torch_uniform(size * size)
-    pad = size // 2
-    return nnx.Conv(
-        channels,
-        channels,
-        (size, size),
-        padding=((pad, pad), (pad, pad)),
-        feature_group_count=channels,
-        use_bias=use_bias,
-        kernel_init=init,
-        bias_init=init,
-        conv_general_dilated=jax.lax.conv_general_dilated if form == "grouped" else _shifted,
-        dtype=dtype,
-        rngs=rngs,
-    )
 
 
 def _shifted(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
@@ -224,12 +228,10 @@ def _as_product(x: Array, kernel: Array) -> Array:
 class GroupedLinear(nnx.Module):
     """A 1x1 convolution in groups, no bias. kernel [groups, in / groups, out / groups]."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, groups: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, layers: Layers, *, groups: int) -> None:
         shape = (groups, inputs // groups, outputs // groups)
-        self.kernel = nnx.Param(torch_uniform(inputs // groups)(rngs.params(), shape))
-        self.groups, self.dtype = groups, dtype
+        self.kernel = nnx.Param(torch_uniform(inputs // groups)(layers.rngs.params(), shape))
+        self.groups, self.dtype = groups, layers.dtype
 
     def __call__(self, x: Array) -> Array:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
@@ -249,23 +251,6 @@ def float32_inside(arrays: Any, *, dtype: Any = None, **_: Any) -> Any:
     """
     del dtype
     return jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-
-
-def group_norm(
-    channels: int, *, groups: int, eps: float, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
-    """Normalises runs of channels over (height, width, run) of each image, float32 inside."""
-    return nnx.GroupNorm(
-        channels,
-        groups,
-        epsilon=eps,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
-        promote_dtype=float32_inside,
-        scale_init=ONES,
-        bias_init=ZEROS,
-        dtype=dtype,
-        rngs=rngs,
-    )
 
 
 class RMSNorm(nnx.Module):
@@ -319,11 +304,6 @@ class BatchNorm(nnx.Module):
             self.var.set_value(keep * self.var[...] + take * jax.lax.stop_gradient(unbiased))
         scale = self.scale[...] * jax.lax.rsqrt(var + self.eps)
         return ((x - mean) * scale + self.bias[...]).astype(self.dtype)
-
-
-def norm(kind: NormKind, channels: int, *, dtype: DTypeLike) -> RMSNorm | BatchNorm:
-    """The norm called `kind` in the original."""
-    return (BatchNorm if kind == "bn2d" else RMSNorm)(channels, dtype=dtype)
 
 
 def training_norms(model: nnx.Module, trained: Callable[[str], bool]) -> Any:

@@ -5,13 +5,15 @@ It classifies each patch of an image as real or fake. Convolutions of 4x4; each 
 size and doubles the channels; normal(0, 0.02) weights, as published discriminators start from.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
 
 from dcae_jax.config.schema import Loss
-from dcae_jax.models import layers
+from dcae_jax.models.layers import ZEROS, Layers, normal
 from dcae_jax.models.weights import Array
 
 MAX_WIDENING = 8  # channels stop growing at this multiple of the first layer's
@@ -20,49 +22,28 @@ EPS = 1e-5
 SLOPE = 0.2  # of the leaky ReLU
 
 
-def _conv(
-    inputs: int, outputs: int, *, strides: int, use_bias: bool, dtype: DTypeLike, rngs: Rngs
-) -> nnx.Conv:
-    """A 4x4 convolution whose weights start at normal(0, 0.02) and bias at 0."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (4, 4),
-        strides,
-        padding=((1, 1), (1, 1)),
-        use_bias=use_bias,
-        kernel_init=layers.normal(0.02),
-        bias_init=layers.ZEROS,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
 class PatchGAN(nnx.Module):
     """Images in [-1, 1] -> logits of their patches, float32, above 0 for real."""
 
     def __init__(self, *, channels: int, depth: int, dtype: DTypeLike, rngs: Rngs) -> None:
         widths = [channels * min(2**i, MAX_WIDENING) for i in range(depth + 1)]
-        self.convs = nnx.List(
-            [_conv(3, widths[0], strides=2, use_bias=True, dtype=dtype, rngs=rngs)]
+        layers = Layers(dtype, rngs)
+        conv = functools.partial(
+            nnx.Conv,
+            kernel_size=(4, 4),
+            padding=((1, 1), (1, 1)),
+            kernel_init=normal(0.02),
+            bias_init=ZEROS,
+            dtype=dtype,
+            rngs=rngs,
         )
+        self.convs = nnx.List([conv(3, widths[0], strides=2)])
         self.norms = nnx.List()
         for i in range(1, depth + 1):
             strides = 2 if i < depth else 1
-            self.convs.append(
-                _conv(
-                    widths[i - 1],
-                    widths[i],
-                    strides=strides,
-                    use_bias=False,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
-            self.norms.append(
-                layers.group_norm(widths[i], groups=GROUPS, eps=EPS, dtype=dtype, rngs=rngs)
-            )
-        self.project_out = _conv(widths[-1], 1, strides=1, use_bias=True, dtype=dtype, rngs=rngs)
+            self.convs.append(conv(widths[i - 1], widths[i], strides=strides, use_bias=False))
+            self.norms.append(layers.group_norm(widths[i], groups=GROUPS, eps=EPS))
+        self.project_out = conv(widths[-1], 1)
 
     def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
         x = nnx.leaky_relu(self.convs[0](x), SLOPE)  # [B, H/2, W/2, C]

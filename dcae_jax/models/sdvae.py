@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
-from dcae_jax.models import blocks, layers
+from dcae_jax.models.blocks import Upsample
+from dcae_jax.models.layers import Layers, run
 from dcae_jax.models.weights import Array
 
 EPS = 1e-6  # of every GroupNorm
@@ -92,23 +93,15 @@ def architecture(model_config: Model) -> Variant:
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def group_norm(channels: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> nnx.GroupNorm:
-    """Normalises each of `groups` runs of channels over (height, width, run), float32 inside."""
-    return layers.group_norm(channels, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
-
-
 class ResBlock(nnx.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, groups: int, dtype: DTypeLike, rngs: Rngs
-    ) -> None:
-        self.norm1 = group_norm(inputs, groups=groups, dtype=dtype, rngs=rngs)
-        self.conv1 = layers.conv(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.norm2 = group_norm(outputs, groups=groups, dtype=dtype, rngs=rngs)
-        self.conv2 = layers.conv(outputs, outputs, dtype=dtype, rngs=rngs)
-        changes = inputs != outputs
-        self.shortcut = layers.linear(inputs, outputs, dtype=dtype, rngs=rngs) if changes else None
+    def __init__(self, inputs: int, outputs: int, layers: Layers, *, groups: int) -> None:
+        self.norm1 = layers.group_norm(inputs, groups=groups, eps=EPS)
+        self.conv1 = layers.conv(inputs, outputs)
+        self.norm2 = layers.group_norm(outputs, groups=groups, eps=EPS)
+        self.conv2 = layers.conv(outputs, outputs)
+        self.shortcut = layers.linear(inputs, outputs) if inputs != outputs else None
 
     def __call__(self, x: Array) -> Array:  # [B, H, W, C]
         y = self.conv1(nnx.silu(self.norm1(x)))  # [B, H, W, C']
@@ -119,12 +112,12 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """x + softmax attention over all positions, one head of all channels, softmax in float32."""
 
-    def __init__(self, channels: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> None:
-        self.norm = group_norm(channels, groups=groups, dtype=dtype, rngs=rngs)
-        self.q = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.k = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.v = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.out = layers.linear(channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, layers: Layers, *, groups: int) -> None:
+        self.norm = layers.group_norm(channels, groups=groups, eps=EPS)
+        self.q = layers.linear(channels, channels)
+        self.k = layers.linear(channels, channels)
+        self.v = layers.linear(channels, channels)
+        self.out = layers.linear(channels, channels)
 
     def __call__(self, x: Array) -> Array:  # [B, H, W, C]
         b, h, w, c = x.shape
@@ -136,32 +129,13 @@ class Attention(nnx.Module):
         return x + self.out(y)  # [B, H, W, C]
 
 
-def downsample(channels: int, *, dtype: DTypeLike, rngs: Rngs) -> nnx.Conv:
-    """A convolution of stride 2 that is padded at the bottom and the right only.
-
-    [B, H, W, C] -> [B, H/2, W/2, C]
-    """
-    init = layers.torch_uniform(9 * channels)
-    return nnx.Conv(
-        channels,
-        channels,
-        (3, 3),
-        strides=2,
-        padding=((0, 1), (0, 1)),
-        kernel_init=init,
-        bias_init=init,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-def middle(width: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> nnx.List:
+def middle(width: int, layers: Layers, *, groups: int) -> nnx.List:
     """The blocks at the latents' size. [B, H/f, W/f, width] -> the same"""
     return nnx.List(
         [
-            ResBlock(width, width, groups=groups, dtype=dtype, rngs=rngs),
-            Attention(width, groups=groups, dtype=dtype, rngs=rngs),
-            ResBlock(width, width, groups=groups, dtype=dtype, rngs=rngs),
+            ResBlock(width, width, layers, groups=groups),
+            Attention(width, layers, groups=groups),
+            ResBlock(width, width, layers, groups=groups),
         ]
     )
 
@@ -172,28 +146,29 @@ def middle(width: int, *, groups: int, dtype: DTypeLike, rngs: Rngs) -> nnx.List
 class Encoder(nnx.Module):
     """Images -> moments of the latents' Gaussians."""
 
-    def __init__(self, arch: Variant, *, remat: bool, dtype: DTypeLike, rngs: Rngs) -> None:
-        self.conv_in = layers.conv(3, arch.widths[0], dtype=dtype, rngs=rngs)
+    def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
+        self.conv_in = layers.conv(3, arch.widths[0])
         self.stages = nnx.List()
         inputs = arch.widths[0]
         for i, width in enumerate(arch.widths):
             stage: list[nnx.Module] = []
             for _ in range(arch.depth):
-                stage.append(ResBlock(inputs, width, groups=arch.groups, dtype=dtype, rngs=rngs))
+                stage.append(ResBlock(inputs, width, layers, groups=arch.groups))
                 inputs = width
             if i + 1 < len(arch.widths):
-                stage.append(downsample(width, dtype=dtype, rngs=rngs))
+                # Padded at the bottom and the right only.
+                stage.append(layers.conv(width, width, strides=2, padding=(0, 1)))
             self.stages.append(nnx.List(stage))
-        self.middle = middle(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
-        self.norm_out = group_norm(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
-        self.conv_out = layers.conv(inputs, 2 * arch.latent_channels, dtype=dtype, rngs=rngs)
+        self.middle = middle(inputs, layers, groups=arch.groups)
+        self.norm_out = layers.group_norm(inputs, groups=arch.groups, eps=EPS)
+        self.conv_out = layers.conv(inputs, 2 * arch.latent_channels)
         self.remat = remat
 
     def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
         x = self.conv_in(x)  # [B, H, W, C0]
         for stage in self.stages:
-            x = layers.run(stage, x, remat=self.remat)  # [B, H/2, W/2, C0] .. [B, H/f, W/f, Cn]
-        x = layers.run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
+            x = run(stage, x, remat=self.remat)  # [B, H/2, W/2, C0] .. [B, H/f, W/f, Cn]
+        x = run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
         return self.conv_out(nnx.silu(self.norm_out(x)))  # [B, H/f, W/f, 2c]
 
 
@@ -201,33 +176,29 @@ class Decoder(nnx.Module):
     """Latents -> images. As in DC-AE, `stages` goes from full size to the deepest, which runs
     first."""
 
-    def __init__(self, arch: Variant, *, remat: bool, dtype: DTypeLike, rngs: Rngs) -> None:
+    def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
         inputs = arch.widths[-1]
-        self.conv_in = layers.conv(arch.latent_channels, inputs, dtype=dtype, rngs=rngs)
-        self.middle = middle(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
+        self.conv_in = layers.conv(arch.latent_channels, inputs)
+        self.middle = middle(inputs, layers, groups=arch.groups)
         stages: list[nnx.List] = []
         for i, width in reversed(list(enumerate(arch.widths))):  # the order in which they run
             stage: list[nnx.Module] = []
             for _ in range(arch.depth + 1):
-                stage.append(ResBlock(inputs, width, groups=arch.groups, dtype=dtype, rngs=rngs))
+                stage.append(ResBlock(inputs, width, layers, groups=arch.groups))
                 inputs = width
             if i > 0:
-                stage.append(
-                    blocks.Upsample(
-                        width, width, form="nearest", shortcut=False, dtype=dtype, rngs=rngs
-                    )
-                )
+                stage.append(Upsample(width, width, layers, form="nearest"))
             stages.append(nnx.List(stage))
         self.stages = nnx.List(reversed(stages))
-        self.norm_out = group_norm(inputs, groups=arch.groups, dtype=dtype, rngs=rngs)
-        self.conv_out = layers.conv(inputs, 3, dtype=dtype, rngs=rngs)
+        self.norm_out = layers.group_norm(inputs, groups=arch.groups, eps=EPS)
+        self.conv_out = layers.conv(inputs, 3)
         self.remat = remat
 
     def __call__(self, z: Array) -> Array:  # [B, H/f, W/f, c]
         x = self.conv_in(z)  # [B, H/f, W/f, Cn]
-        x = layers.run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
+        x = run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
         for stage in reversed(self.stages):
-            x = layers.run(stage, x, remat=self.remat)  # [B, 2H/f, 2W/f, Cn] .. [B, H, W, C0]
+            x = run(stage, x, remat=self.remat)  # [B, 2H/f, 2W/f, Cn] .. [B, H, W, C0]
         return self.conv_out(nnx.silu(self.norm_out(x)))  # [B, H, W, 3]
 
 
@@ -236,10 +207,11 @@ class SDVAE(nnx.Module):
 
     def __init__(self, arch: Variant, *, remat: bool = False, dtype: DTypeLike, rngs: Rngs) -> None:
         c = arch.latent_channels
-        self.encoder = Encoder(arch, remat=remat, dtype=dtype, rngs=rngs)
-        self.quant_conv = layers.linear(2 * c, 2 * c, dtype=dtype, rngs=rngs)
-        self.post_quant_conv = layers.linear(c, c, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(arch, remat=remat, dtype=dtype, rngs=rngs)
+        layers = Layers(dtype, rngs)
+        self.encoder = Encoder(arch, layers, remat=remat)
+        self.quant_conv = layers.linear(2 * c, 2 * c)
+        self.post_quant_conv = layers.linear(c, c)
+        self.decoder = Decoder(arch, layers, remat=remat)
 
     def posterior(self, x: Array) -> tuple[Array, Array]:
         """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, each [B, H/f, W/f, c] float32."""

@@ -12,7 +12,9 @@ import numpy as np
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import sdvae, torch_layout
+from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.sdvae import Variant
+from dcae_jax.models.torch_layout import bad_field, checked_scaling
 
 FORMATS = ("diffusers",)
 CLASS_NAME = "AutoencoderKL"
@@ -113,7 +115,7 @@ def _only_diffusers(form: str) -> None:
 
 
 def _shapes(arch: Variant) -> torch_layout.Shapes:
-    return torch_layout.shapes_of(lambda rngs: sdvae.SDVAE(arch, dtype=jnp.float32, rngs=rngs))
+    return weights_lib.shapes(lambda rngs: sdvae.SDVAE(arch, dtype=jnp.float32, rngs=rngs))
 
 
 def _table(arch: Variant) -> dict[str, torch_layout.Layer]:
@@ -187,37 +189,31 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
     c = {"_class_name": CLASS_NAME, **DIFFUSERS_DEFAULTS, **config}
     for key, value in c.items():
         if key not in DIFFUSERS_DEFAULTS and not key.startswith("_"):
-            raise _bad(key, value, "AutoencoderKL has no such field")
+            raise bad_field(key, value, "AutoencoderKL has no such field")
         if key in _ONLY and value not in _ONLY[key]:
-            raise _bad(key, value, f"only {_ONLY[key][0]} is supported")
+            raise bad_field(key, value, f"only {_ONLY[key][0]} is supported")
     for key in ("latent_channels", "layers_per_block", "norm_num_groups"):
         if not isinstance(c[key], int) or c[key] < 1:
-            raise _bad(key, c[key], "give a whole number of at least 1")
+            raise bad_field(key, c[key], "give a whole number of at least 1")
     widths = c["block_out_channels"]
     if not isinstance(widths, list | tuple) or not all(
         isinstance(width, int) and width > 0 and width % c["norm_num_groups"] == 0
         for width in widths
     ):
         why = f"give multiples of norm_num_groups, {c['norm_num_groups']}"
-        raise _bad("block_out_channels", widths, why)
+        raise bad_field("block_out_channels", widths, why)
     for key in ("down_block_types", "up_block_types"):
         kind = DIFFUSERS_DEFAULTS[key][0]
         if list(c[key]) != [kind] * len(widths):
-            raise _bad(key, c[key], f"only {kind} is supported, one a stage")
-    scaling = c["scaling_factor"]
-    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
-        raise _bad("scaling_factor", scaling, "must be a number above 0")
+            raise bad_field(key, c[key], f"only {kind} is supported, one a stage")
+    scaling = checked_scaling(c)
     return Variant(
         latent_channels=c["latent_channels"],
         widths=tuple(widths),
         depth=c["layers_per_block"],
         groups=c["norm_num_groups"],
-        scaling_factor=float(scaling),
+        scaling_factor=scaling,
     )
-
-
-def _bad(key: str, value: Any, why: str) -> UserError:
-    return UserError(f"config.json: {key}={value!r}: {why}")
 
 
 def settings_of(arch: Variant) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dcae_jax.errors import UserError
-from dcae_jax.models import weights as weights_lib
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, Any]  # {PyTorch's name: something with a shape that np.asarray reads}
@@ -57,10 +55,9 @@ def linear_table(table: Mapping[str, str]) -> dict[str, Layer]:
     return {ours: Layer((theirs,), linear=True) for ours, theirs in table.items()}
 
 
-def shapes_of(create: Callable[[nnx.Rngs], nnx.Module]) -> Shapes:
-    """{our path: shape} of the parameters and statistics of the model that `create` makes."""
-    _, params, stats = weights_lib.split(weights_lib.abstract(create))
-    return {path: tuple(leaf.shape) for path, leaf in {**params, **stats}.items()}
+def below(tensors: Tensors, prefix: str) -> dict[str, Any]:
+    """The tensors whose names start with `prefix`, named without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def shapes_there(shapes: Shapes, table: Table) -> Shapes:
@@ -194,6 +191,21 @@ def _floats(name: str, tensor: Any) -> np.ndarray:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise UserError(f"{name} has dtype {value.dtype}; convert quantised weights to floats")
     return value
+
+
+# --- diffusers' config.json -----------------------------------------------------------------------
+
+
+def bad_field(key: str, value: Any, why: str) -> UserError:
+    return UserError(f"config.json: {key}={value!r}: {why}")
+
+
+def checked_scaling(config: Mapping[str, Any]) -> float:
+    """The scaling factor of a config.json. Raises UserError."""
+    scaling = config["scaling_factor"]
+    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
+        raise bad_field("scaling_factor", scaling, "must be a number above 0")
+    return float(scaling)
 
 
 # --- the metric networks' own files ---------------------------------------------------------------

@@ -6,7 +6,6 @@ whatever the dtype is.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from jax.nn.initializers import Initializer
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
-from dcae_jax.models.layers import ZEROS
+from dcae_jax.models.layers import ONES, ZEROS
 from dcae_jax.models.weights import Array, only_shapes, zeros_view
 from dcae_jax.runtime import sharding
 from dcae_jax.runtime.sharding import constrain_activations
@@ -65,32 +64,42 @@ class Architecture:
 # --- layers ---------------------------------------------------------------------------------------
 
 
+def layer_norm(width: int, *, eps: float, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm in float32; with a scale and a bias if `affine`."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=eps,
+        use_scale=affine,
+        use_bias=affine,
+        use_fast_variance=False,
+        scale_init=ONES,
+        bias_init=ZEROS,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
     """Multi-head softmax attention. The 3 C channels of qkv are (q, k, v), each (head, channel).
 
-    attention: 'plain' is the softmax written out, which any transformation can pass; 'cudnn' is
-    cuDNN's fused one, for half precision on NVIDIA GPUs. Under a mesh with an axis tensor, each
-    of its devices has some of the heads.
+    linear(inputs, outputs): makes a layer. attention: 'plain' is the softmax written out, which
+    any transformation can pass; 'cudnn' is cuDNN's fused one, for half precision on NVIDIA GPUs.
+    Under a mesh with an axis tensor, each of its devices has some of the heads.
     """
 
     def __init__(
         self,
         width: int,
         heads: int,
+        linear: Callable[..., nnx.Linear],
         *,
         qkv_bias: bool,
-        kernel_init: Initializer,
         attention: str = "plain",
-        dtype: Any,
-        rngs: nnx.Rngs,
     ):
         if attention not in ATTENTIONS:
             raise UserError(
                 f"attention={attention!r} is not known; choose one of {', '.join(ATTENTIONS)}"
             )
-        linear = functools.partial(
-            nnx.Linear, kernel_init=kernel_init, bias_init=ZEROS, dtype=dtype, rngs=rngs
-        )
         self.qkv = linear(width, 3 * width, use_bias=qkv_bias)
         self.proj = linear(width, width)
         self.heads, self.attention = heads, attention
@@ -131,21 +140,11 @@ def project_to_heads(qkv: nnx.Linear, x: Array, heads: int) -> Array:
 class MLP(nnx.Module):
     """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C.
 
-    Under a mesh with an axis tensor, each of its devices has some of the 4 C.
+    linear: as in `Attention`. Under a mesh with an axis tensor, each of its devices has some of
+    the 4 C.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        approximate: bool,
-        kernel_init: Initializer,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        linear = functools.partial(
-            nnx.Linear, kernel_init=kernel_init, bias_init=ZEROS, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, width: int, linear: Callable[..., nnx.Linear], *, approximate: bool):
         self.fc1 = linear(width, MLP_RATIO * width)
         self.fc2 = linear(MLP_RATIO * width, width)
         self.approximate = approximate
@@ -277,10 +276,13 @@ def time_features(t: Array, width: int) -> Array:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def sizes(model_config: Model, variants: Mapping[str, Any], patch_size: int) -> dict[str, int]:
-    """Checked {field of an Architecture: value} that both backbones have, all but out_channels.
+def resolve_architecture(
+    model_config: Model, variants: Mapping[str, Variant], *, patch_size: int, learn_sigma: bool
+) -> Architecture:
+    """The architecture of config.model: its variant with the sizes set beside it.
 
-    Zero depth, width and heads keep those of the variant. Raises UserError.
+    Zero depth, width and heads keep those of the variant. learn_sigma: the output has a second
+    half for the variance. Raises UserError where a size does not fit.
     """
     if model_config.variant not in variants:
         raise UserError(
@@ -307,15 +309,50 @@ def sizes(model_config: Model, variants: Mapping[str, Any], patch_size: int) -> 
             f"model.width={out['width']} is not divisible by model.heads={out['heads']}; "
             "change one of them"
         )
-    return {**out, "patch_size": patch_size}
+    out_channels = out["latent_channels"] * (2 if learn_sigma else 1)
+    return Architecture(**out, out_channels=out_channels, patch_size=patch_size)
 
 
-def heads_of(width: int, variants: Mapping[str, Any]) -> int:
-    """The heads of the variant that has this width. Raises UserError if there is none."""
-    for row in variants.values():
-        if row.width == width:
-            return row.heads
-    raise UserError(
-        f"a width of {width} is that of no variant, and no tensor tells the heads; "
-        f"name the variant whose heads it has, one of {', '.join(variants)}"
+def architecture_of(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    embed: str,
+    labels: str,
+    predict: str,
+    depth: int,
+    extras: int,
+    heads: int,
+    variants: Mapping[str, Variant],
+) -> Architecture:
+    """The architecture whose weights have these {PyTorch's name: shape}.
+
+    embed, labels, predict: names of the patch embedding's, the label table's and the last
+    Linear's weights. extras: tokens before the patches in pos_embed, without which latent_size is
+    0. heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
+    UserError where no model has these shapes.
+    """
+    width, channels, patch, _ = shapes[embed]
+    patches = shapes["pos_embed"][1] - extras if "pos_embed" in shapes else 0
+    side = math.isqrt(max(patches, 0))
+    if side**2 != patches:
+        raise UserError(
+            f"pos_embed is {shapes['pos_embed']}: only square latents after {extras} other tokens "
+            "are supported"
+        )
+    known = (row.heads for row in variants.values() if row.width == width)
+    heads = heads or next(known, 0)
+    if not heads:
+        raise UserError(
+            f"a width of {width} is that of no variant, and no tensor tells the heads; "
+            f"name the variant whose heads it has, one of {', '.join(variants)}"
+        )
+    return Architecture(
+        depth=depth,
+        width=width,
+        heads=heads,
+        latent_size=side * patch,
+        latent_channels=channels,
+        out_channels=shapes[predict][0] // patch**2,
+        patch_size=patch,
+        num_classes=shapes[labels][0] - 1,
     )

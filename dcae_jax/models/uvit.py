@@ -23,7 +23,7 @@ from flax import nnx
 from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
-from dcae_jax.models.layers import ONES, ZEROS, normal, torch_uniform
+from dcae_jax.models.layers import ZEROS, normal, torch_uniform
 from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
 from dcae_jax.models.weights import Array
 from dcae_jax.runtime.sharding import constrain_activations
@@ -31,6 +31,7 @@ from dcae_jax.runtime.sharding import constrain_activations
 EXTRAS = 2  # tokens before the patches: the label and the time
 EPS = 1e-5  # of every LayerNorm
 NORMAL = normal(0.02)
+Linear = functools.partial(nnx.Linear, kernel_init=NORMAL, bias_init=ZEROS)
 
 VARIANTS = {
     "tiny": Variant(depth=4, width=128, heads=4),
@@ -41,16 +42,14 @@ VARIANTS = {
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
-    """The architecture of config.model: its variant with the sizes set beside it.
-
-    learn_sigma: the output has a second half for the variance. Raises UserError where a size
-    does not fit.
-    """
-    sizes = transformer.sizes(model_config, VARIANTS, patch_size)
-    for key in ("depth", "width"):
-        if sizes[key] % 2:
-            raise UserError(f"model.{key}={sizes[key]} must be even for uvit")
-    return Architecture(**sizes, out_channels=sizes["latent_channels"] * (2 if learn_sigma else 1))
+    """`transformer.resolve_architecture` of a UViT."""
+    arch = transformer.resolve_architecture(
+        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
+    )
+    for key, value in (("depth", arch.depth), ("width", arch.width)):
+        if value % 2:
+            raise UserError(f"model.{key}={value} must be even for uvit")
+    return arch
 
 
 def tokens(arch: Architecture) -> int:
@@ -61,18 +60,10 @@ def tokens(arch: Architecture) -> int:
 # --- the model ------------------------------------------------------------------------------------
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        width,
-        epsilon=EPS,
-        use_fast_variance=False,
-        scale_init=ONES,
-        bias_init=ZEROS,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
+layer_norm = functools.partial(transformer.layer_norm, eps=EPS, affine=True)
 
 
+# fmt: off
 class Block(nnx.Module):
     """Attention, then MLP, each on the normalised input and added to it.
 
@@ -80,57 +71,37 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        *,
-        skip: bool = False,
-        attention: str = "plain",
-        dtype: Any,
-        rngs: nnx.Rngs,
+        self, arch: Architecture, *,
+        skip: bool = False, attention: str = "plain", dtype: Any, rngs: nnx.Rngs,
     ):
-        c = arch.width
+        c, linear = arch.width, functools.partial(Linear, dtype=dtype, rngs=rngs)
         if skip:
-            self.skip_linear = nnx.Linear(
-                2 * c, c, kernel_init=NORMAL, bias_init=ZEROS, dtype=dtype, rngs=rngs
-            )
+            self.skip_linear = linear(2 * c, c)
         self.norm1 = layer_norm(c, rngs=rngs)
-        self.attn = Attention(
-            c,
-            arch.heads,
-            qkv_bias=False,
-            kernel_init=NORMAL,
-            attention=attention,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.attn = Attention(c, arch.heads, linear, qkv_bias=False, attention=attention)
         self.norm2 = layer_norm(c, rngs=rngs)
-        self.mlp = MLP(c, approximate=False, kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c, linear, approximate=False)
 
-    def __call__(self, x: Array, skip: Array | None = None) -> Array:
+    def __call__(self, x: Array, skip: Array | None = None) -> Array:           # [B, N, C]
         if skip is not None:
-            x = jnp.concatenate([x, skip], axis=-1)  # [B, N, 2 C]
-            x = constrain_activations(self.skip_linear(x))  # [B, N, C]
-        x = constrain_activations(x + self.attn(self.norm1(x)))  # [B, N, C]
-        return constrain_activations(x + self.mlp(self.norm2(x)))  # [B, N, C]
+            x = jnp.concatenate([x, skip], axis=-1)                             # [B, N, 2 C]
+            x = constrain_activations(self.skip_linear(x))                      # [B, N, C]
+        x = constrain_activations(x + self.attn(self.norm1(x)))                 # [B, N, C]
+        return constrain_activations(x + self.mlp(self.norm2(x)))               # [B, N, C]
 
 
 class UViT(nnx.Module):
-    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, out_channels] float32.
+    """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
-    h = w = arch.latent_size. t goes to the sinusoidal features as it is; labels are 0 ..
-    num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`; neither changes a
-    number beyond rounding. attention: see `Attention`.
+    h = w = arch.latent_size, c' = arch.out_channels. t goes to the sinusoidal features as it is;
+    labels are 0 .. num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`;
+    neither changes a number beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
-        self,
-        arch: Architecture,
-        *,
-        dtype: Any,
-        rngs: nnx.Rngs,
-        remat: bool = False,
-        unroll: bool = False,
-        attention: str = "plain",
+        self, arch: Architecture, *,
+        dtype: Any, rngs: nnx.Rngs,
+        remat: bool = False, unroll: bool = False, attention: str = "plain",
     ):
         self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
         c, patch, half = arch.width, arch.patch_size, arch.depth // 2
@@ -138,12 +109,7 @@ class UViT(nnx.Module):
         stacked = functools.partial(Stacked, half, remat=remat, unroll=unroll, rngs=rngs)
         init = torch_uniform(arch.latent_channels * patch**2)
         self.patch_embed = transformer.patch_embed(
-            arch.latent_channels,
-            c,
-            patch,
-            kernel_init=init,
-            bias_init=init,
-            rngs=rngs,
+            arch.latent_channels, c, patch, kernel_init=init, bias_init=init, rngs=rngs
         )
         self.label_emb = nnx.Embed(arch.num_classes + 1, c, embedding_init=normal(1.0), rngs=rngs)
         self.pos_embed = nnx.Param(NORMAL(rngs.params(), (tokens(arch), c)))
@@ -152,32 +118,26 @@ class UViT(nnx.Module):
         self.out_blocks = stacked(lambda rngs: block(skip=True, rngs=rngs))
         self.norm = layer_norm(c, rngs=rngs)
         # In float32: it costs nothing beside a block, and the prediction is not rounded.
-        self.decoder_pred = nnx.Linear(
-            c,
-            patch**2 * arch.out_channels,
-            kernel_init=NORMAL,
-            bias_init=ZEROS,
-            dtype=jnp.float32,
-            rngs=rngs,
-        )
+        self.decoder_pred = Linear(c, patch**2 * arch.out_channels, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+    def __call__(self, x: Array, t: Array, labels: Array) -> Array:             # [B, h, w, c]
         b, arch = len(x), self.arch
-        label = self.label_emb(labels)  # [B, C] float32
-        time = transformer.time_features(t, arch.width)  # [B, C] float32
-        x = self.patch_embed(x).reshape(b, arch.patches, arch.width)  # [B, P, C] float32
-        extras = jnp.stack([label, time], axis=1)  # [B, 2, C] float32
-        x = jnp.concatenate([extras, x], axis=1)  # [B, N = 2 + P, C]
-        x = (x + self.pos_embed[...]).astype(self.dtype)  # [B, N, C]
+        label = self.label_emb(labels)                                          # [B, C] float32
+        time = transformer.time_features(t, arch.width)                         # [B, C] float32
+        x = self.patch_embed(x).reshape(b, arch.patches, arch.width)            # [B, P, C] float32
+        extras = jnp.stack([label, time], axis=1)                               # [B, 2, C] float32
+        x = jnp.concatenate([extras, x], axis=1)                                # [B, N = 2 + P, C]
+        x = (x + self.pos_embed[...]).astype(self.dtype)                        # [B, N, C]
 
-        x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)  # kept [L/2, B, N, C]
+        x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)   # [B, N, C]
         call = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = call(self.mid_block, x)  # [B, N, C]
-        # The last output that was kept is the first one taken.
+        x = call(self.mid_block, x)                                             # [B, N, C]
+        # Of those that were kept, [L/2, B, N, C], the last output is the first one taken.
         x, _ = self.out_blocks.scan(lambda block, x, skip: (block(x, skip), None), x, kept[::-1])
 
-        x = self.decoder_pred(self.norm(x)[:, EXTRAS:])  # [B, P, p^2 out_channels]
-        return transformer.from_patches(x, arch.patch_size, arch.side)  # [B, h, w, out_channels]
+        x = self.decoder_pred(self.norm(x)[:, EXTRAS:])                         # [B, P, p^2 c']
+        return transformer.from_patches(x, arch.patch_size, arch.side)          # [B, h, w, c']
+# fmt: on
 
 
 create = UViT  # the name by which every file of models/ offers its model
@@ -185,5 +145,4 @@ create = UViT  # the name by which every file of models/ offers its model
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the parameters."""
-    model = weights_lib.abstract(lambda rngs: create(arch, dtype="float32", rngs=rngs))
-    return {path: tuple(leaf.shape) for path, leaf in weights_lib.split(model)[1].items()}
+    return weights_lib.shapes(lambda rngs: create(arch, dtype="float32", rngs=rngs))

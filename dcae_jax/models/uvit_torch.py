@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """UViT and USiT under the names of DC-AE's and of U-ViT's repositories."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dcae_jax.errors import UserError
 from dcae_jax.models import torch_layout, transformer, uvit
 from dcae_jax.models.uvit import Architecture
 
@@ -38,18 +36,15 @@ def from_torch(
     Names without the prefix are passed over. Raises UserError, in one line with the first names,
     when a tensor is missing, unknown or misshapen.
     """
-    tensors = _own(tensors, prefix)
+    cause = f"these are not weights of the UViT {arch}"
     return torch_layout.from_torch(
-        tensors,
-        _table(),
-        uvit.shapes(arch),
-        lambda found: f"these are not weights of the UViT {arch}",
+        _own(tensors, prefix), _table(), uvit.shapes(arch), lambda found: cause
     )
 
 
 def _own(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors below `prefix`, without it and with the names of today."""
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    own = torch_layout.below(tensors, prefix)
     return {_LABELS if name == _LABELS_BEFORE else name: value for name, value in own.items()}
 
 
@@ -68,27 +63,20 @@ def _table() -> dict[str, torch_layout.Layer]:
 def recognise(tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Architecture | None:
     """The architecture whose weights these are, read off the shapes; None if they are no UViT's.
 
-    heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
-    UserError where the shapes are no UViT's that this file can build.
+    heads: see `transformer.architecture_of`. Raises UserError where the shapes are no UViT's that
+    this file can build.
     """
     own = {name: tuple(tensor.shape) for name, tensor in _own(tensors, prefix).items()}
     ranks = {FIRST: 4, "decoder_pred.weight": 2, "pos_embed": 3, _LABELS: 2}
     if not torch_layout.has(own, ranks):
         return None
-    width, channels, patch, _ = own[FIRST]
-    side = math.isqrt(max(own["pos_embed"][1] - uvit.EXTRAS, 0))
-    if side**2 != own["pos_embed"][1] - uvit.EXTRAS:
-        raise UserError(
-            f"pos_embed is {own['pos_embed']}: only square latents with a label and a time token "
-            "are supported"
-        )
-    return Architecture(
+    return transformer.architecture_of(
+        own,
+        embed=FIRST,
+        labels=_LABELS,
+        predict="decoder_pred.weight",
         depth=2 * sum(bool(re.fullmatch(r"in_blocks\.\d+\.norm1\.weight", n)) for n in own),
-        width=width,
-        heads=heads or transformer.heads_of(width, uvit.VARIANTS),
-        latent_size=side * patch,
-        latent_channels=channels,
-        out_channels=own["decoder_pred.weight"][0] // patch**2,
-        patch_size=patch,
-        num_classes=own[_LABELS][0] - 1,
+        extras=uvit.EXTRAS,
+        heads=heads,
+        variants=uvit.VARIANTS,
     )

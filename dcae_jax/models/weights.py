@@ -80,6 +80,12 @@ def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> Any:
         _only_shapes.reset(token)
 
 
+def shapes(create: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters and statistics of the model that `create` makes."""
+    _, params, stats = split(abstract(create))
+    return {path: tuple(leaf.shape) for path, leaf in {**params, **stats}.items()}
+
+
 def num_parameters(weights: Mapping[str, Any], prefix: str | tuple[str, ...] = "") -> int:
     """The number of values in `weights` (arrays or their shapes) whose path starts so."""
     return sum(leaf.size for path, leaf in weights.items() if path.startswith(prefix))

@@ -20,7 +20,7 @@ class PartialInit:
     unused: frozenset[str]  # of the other model
 
 
-def fill(fresh: AnyWeights, source: AnyWeights, init_parts: Iterable[str] = (".*",)) -> PartialInit:
+def fill(fresh: AnyWeights, source: AnyWeights, init_parts: Iterable[str]) -> PartialInit:
     """Replaces each weight of `fresh` whose path `source` has too, with the same shape.
 
     init_parts: patterns, matched whole, of paths that must be replaced. Raises UserError where one

@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.setup import partial_init, tables
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 from dcae_jax.training.state import TrainSpec, TrainState
@@ -191,6 +193,13 @@ def initialise(run: Run) -> tuple[TrainState, str]:
         return state, f"random, seed {config.seed}"
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
+    origin = f"{config.weights} weights of {files.whole_path(config.init_from)}"
+    if config.init_parts:
+        fresh = state_lib.random_weights(config.model, run.mesh, config.seed, config)
+        found = partial_init.fill(fresh, weights, config.init_parts)
+        logging.info("init_from=%s\n%s", config.init_from, tables.initial(found))
+        weights = found.weights
+        origin += f" in {len(found.filled)} paths of {len(weights)}, random, seed {config.seed}"
     theirs, ours = saved.model.variant, config.model.variant
     try:
         state = state_lib.init_state(config, run.mesh, run.spec, weights)
@@ -207,7 +216,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
             f"{ours}; encode with the autoencoder that it was trained on"
         )
-    return state, f"{config.weights} weights of {files.whole_path(config.init_from)}"
+    return state, origin
 
 
 # --- config.json ----------------------------------------------------------------------------------

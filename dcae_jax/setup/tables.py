@@ -10,20 +10,36 @@ from jax.sharding import Mesh
 from dcae_jax import files
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import sharding
+from dcae_jax.setup.partial_init import PartialInit
 from dcae_jax.training import losses
 from dcae_jax.training.state import TrainSpec, TrainState
 
 
 def parameters(spec: TrainSpec) -> str:
     """Parameters trained and frozen, by top-level part."""
-    parts: dict[str, list[int]] = {}
-    for name, leaf in spec.params.items():
-        part = ".".join(name.split(".")[:2])
-        trained_frozen = parts.setdefault(part, [0, 0])
-        trained_frozen[name not in spec.trained] += leaf.size
-    rows = [[part, *sizes] for part, sizes in sorted(parts.items())]
-    total = [sum(row[i] for row in rows) for i in (1, 2)]
-    return files.table([["parameters", "trained", "frozen"], *rows, ["total", *total]])
+    trained, frozen = (
+        {name: leaf.size for name, leaf in spec.params.items() if (name in spec.trained) == wanted}
+        for wanted in (True, False)
+    )
+    return _by_part(["parameters", "trained", "frozen"], trained, frozen)
+
+
+def initial(found: PartialInit) -> str:
+    """Paths filled from another model, kept as initialised, and unused of the other, by part."""
+    columns = (dict.fromkeys(paths, 1) for paths in (found.filled, found.fresh, found.unused))
+    return _by_part(["paths", "filled", "fresh", "unused"], *columns)
+
+
+def _by_part(head: list[str], *columns: Mapping[str, int]) -> str:
+    """A table of what the columns {path: number} add up to in each top-level part."""
+    sums: dict[str, list[int]] = {}
+    for i, column in enumerate(columns):
+        for path, number in column.items():
+            part = ".".join(path.split(".")[:2])
+            sums.setdefault(part, [0] * len(columns))[i] += number
+    total = [sum(column.values()) for column in columns]
+    rows = [[part, *row] for part, row in sorted(sums.items())]
+    return files.table([head, *rows, ["total", *total]])
 
 
 def memory(abstract: TrainState, mesh: Mesh) -> str:

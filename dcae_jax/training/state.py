@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dcae_jax import models
 from dcae_jax.config import Config
-from dcae_jax.config.schema import SHARDING, Loss, Model, Optimizer
+from dcae_jax.config.schema import SHARDING, Diffusion, Loss, Model, Optimizer
 from dcae_jax.errors import UserError
 from dcae_jax.models import patchgan
 from dcae_jax.models import weights as weights_lib
@@ -71,27 +71,26 @@ class TrainSpec:
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
 
 
+NO_DIFFUSION = Diffusion()  # an autoencoder's
+
+
 def create_model(
     model: Model,
     mesh: Mesh,
     rngs: nnx.Rngs,
+    diffusion: Diffusion = NO_DIFFUSION,
     *,
     dtype: str = "auto",
-    objective: str = "",
-    patch_size: int = 1,
     remat: bool = False,
     unroll: bool = False,
 ) -> nnx.Module:
-    """The model of config.model for the devices of `mesh`.
-
-    objective, patch_size: of a diffusion model; '' makes an autoencoder. dtype: as config.dtype.
-    """
+    """The model of config.model for the devices of `mesh`. dtype: as config.dtype."""
     module, compute = models.find(model), mesh_lib.compute_dtype(dtype, mesh)
-    if not objective:
+    if not diffusion.objective:
         return module.create(
             model, platform=mesh_lib.platform(mesh), remat=remat, dtype=compute, rngs=rngs
         )
-    arch = architecture(model, objective, patch_size)
+    arch = architecture(model, diffusion)
     mesh_lib.check_heads(arch.heads, mesh)
     return module.create(arch, dtype=compute, remat=remat, unroll=unroll, rngs=rngs)
 
@@ -99,10 +98,9 @@ def create_model(
 def abstract_model(
     model: Model,
     mesh: Mesh,
+    diffusion: Diffusion = NO_DIFFUSION,
     *,
     dtype: str = "auto",
-    objective: str = "",
-    patch_size: int = 1,
     remat: bool = False,
     unroll: bool = False,
     rules: sharding.Rules = SHARDING,
@@ -112,9 +110,8 @@ def abstract_model(
         create_model,
         model,
         mesh,
+        diffusion=diffusion,
         dtype=dtype,
-        objective=objective,
-        patch_size=patch_size,
         remat=remat,
         unroll=unroll,
     )
@@ -122,19 +119,18 @@ def abstract_model(
 
 
 def random_weights(
-    model: Model, mesh: Mesh, seed: int, *, objective: str = "", patch_size: int = 1
+    model: Model, mesh: Mesh, seed: int, diffusion: Diffusion = NO_DIFFUSION
 ) -> Weights:
     """Initial parameters and statistics of the model of config.model, drawn on the host.
 
     Why not in a compiled program: see `layers.on_host`.
     """
-    rngs = weights_lib.host_rngs(seed)
-    return _joined(create_model(model, mesh, rngs, objective=objective, patch_size=patch_size))
+    return _joined(create_model(model, mesh, weights_lib.host_rngs(seed), diffusion))
 
 
-def architecture(model: Model, objective: str = "", patch_size: int = 1) -> Any:
+def architecture(model: Model, diffusion: Diffusion = NO_DIFFUSION) -> Any:
     """The architecture of config.model, which fixes its parameters. Raises UserError."""
-    module = models.find(model)
+    module, objective = models.find(model), diffusion.objective
     if not objective:
         return module.architecture(model)
     if models.is_autoencoder(module):
@@ -142,9 +138,8 @@ def architecture(model: Model, objective: str = "", patch_size: int = 1) -> Any:
             f"objective={objective!r} is a diffusion model's, and model.name={model.name!r} "
             "names none; choose uvit or dit"
         )
-    return module.architecture(
-        model, patch_size=patch_size, learn_sigma=objective == "learned_sigma"
-    )
+    learn_sigma = objective == "learned_sigma"
+    return module.architecture(model, patch_size=diffusion.patch_size, learn_sigma=learn_sigma)
 
 
 def train_spec(config: Config, mesh: Mesh) -> TrainSpec:
@@ -152,15 +147,14 @@ def train_spec(config: Config, mesh: Mesh) -> TrainSpec:
     model = abstract_model(
         config.model,
         mesh,
+        config,
         dtype=config.dtype,
-        objective=config.objective,
-        patch_size=config.patch_size,
         remat=config.remat == "blocks",
         unroll=config.unroll,
         rules=config.sharding,
     )
     graphdef, params, stats = weights_lib.split(model)
-    arch = architecture(config.model, config.objective, config.patch_size)
+    arch = architecture(config.model, config)
     patterns = config.trainable
     if not config.objective:
         patterns = [fill_pattern(pattern, arch) for pattern in patterns]
@@ -265,13 +259,7 @@ def init_state(
     """
     abstract = abstract_state(config.sharding, mesh, spec)
     if weights is None:
-        weights = random_weights(
-            config.model,
-            mesh,
-            config.seed,
-            objective=config.objective,
-            patch_size=config.patch_size,
-        )
+        weights = random_weights(config.model, mesh, config.seed, config)
     check_weights(weights, {**spec.params, **spec.stats})
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}

@@ -32,8 +32,9 @@ def export_generator(folder, name, objective, inner, **changes):
     config = config_lib.default()
     sizes = dict(depth=2, latent_size=2, latent_channels=8, num_classes=3, scaling_factor=0.3189)
     config.model.update({"name": name, "variant": "tiny", **sizes, **changes})
+    config.objective = objective
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:1])
-    weights = state_lib.random_weights(config.model, mesh, 5, objective=objective)
+    weights = state_lib.random_weights(config.model, mesh, 5, config)
     weights = {k: np.asarray(v) for k, v in weights.items()}
     meta = {"kind": "generator", "model": to_json(config.model)}
     meta |= {"objective": objective, "patch_size": 1}

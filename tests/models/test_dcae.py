@@ -71,6 +71,39 @@ def test_latents_are_f_times_smaller_and_decode_to_the_size_of_the_image(name):
     assert z.shape == (1, 1, 2, 16) and y.shape == (1, f, 2 * f, 3)
 
 
+def test_the_first_channels_are_those_of_a_latent_zeroed_by_hand():
+    """Catches a mask that is off by one or left out on one side, and a program for each count."""
+    graph, weights = _build(_small("1.5-f32c128"))
+    traced = []
+
+    @jax.jit
+    def first(weights, x, z, channels):
+        traced.append(channels)
+        model = merge(graph, weights)
+        return model.encode(x, channels), model.decode(z, channels)
+
+    rng = np.random.default_rng(0)
+    x, z = rng.uniform(-1, 1, (1, 32, 32, 3)), rng.normal(size=(1, 1, 1, 16))
+    whole = np.asarray(jax.jit(lambda w: merge(graph, w).encode(x))(weights))
+    decode = jax.jit(lambda w, z: merge(graph, w).decode(z))
+    for channels in (1, 5, 16):
+        latent, image = first(weights, x, z, channels)
+        np.testing.assert_allclose(latent[..., :channels], whole[..., :channels], atol=1e-6)
+        assert not np.any(latent[..., channels:])
+        kept = np.concatenate([z[..., :channels], np.zeros((1, 1, 1, 16 - channels))], -1)
+        np.testing.assert_allclose(image, decode(weights, kept), atol=1e-6)
+    assert len(traced) == 1
+
+
+def test_channels_are_refused_where_a_shortcut_averages_them():
+    """Catches a mask on latents whose channels are averages: a result, and a wrong one."""
+    graph, weights = _build(_small("f64c128"))
+    model = merge(graph, weights)
+    for call, shape in ((model.encode, (1, 64, 64, 3)), (model.decode, (1, 1, 1, 16))):
+        with pytest.raises(ValueError, match="latent shortcut"):
+            jax.eval_shape(lambda x, call=call: call(x, 3), jnp.zeros(shape))
+
+
 def test_without_residual_no_shortcut_is_left():
     """Catches a shortcut that stays in the ablation, which would then measure nothing.
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from dcae_jax.models import blocks, layers
+from dcae_jax.models.layers import Layers
 from dcae_jax.models.weights import merge, split
 
 KW = dict(dtype=jnp.float32)
@@ -59,7 +60,7 @@ def test_up_shortcut_repeats_each_channel_in_a_row():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_pads_both_sides_by_one(stride):
     """Catches 'SAME' padding, which for stride 2 pads (0, 1) and shifts the picture."""
-    conv = layers.conv(3, 5, strides=stride, rngs=nnx.Rngs(1), **KW)
+    conv = Layers(jnp.float32, nnx.Rngs(1)).conv(3, 5, strides=stride)
     x = _random(2, 6, 8, 3)
     got, weights = _run(conv, x)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -77,7 +78,8 @@ def test_both_depthwise_forms_are_the_same_function(size):
     x = _random(2, 5, 7, 6)
     outputs, gradients = [], []
     for form in ("grouped", "shifted"):
-        module = layers.depthwise_conv(6, size=size, form=form, rngs=nnx.Rngs(2), **KW)
+        made = Layers(jnp.float32, nnx.Rngs(2), depthwise=form)
+        module = made.conv(6, 6, size=size, depthwise=True)
         graph, params, _ = split(module)
 
         def loss(params, x, graph=graph):
@@ -98,7 +100,7 @@ def test_both_depthwise_forms_are_the_same_function(size):
 
 def test_grouped_pointwise_keeps_groups_apart():
     """Catches mixing of heads in the 1x1 convolution of the 5x5 branch."""
-    module = layers.GroupedLinear(6, 9, groups=3, rngs=nnx.Rngs(3), **KW)
+    module = layers.GroupedLinear(6, 9, Layers(jnp.float32, nnx.Rngs(3)), groups=3)
     x = _random(1, 2, 2, 6)
     got, weights = _run(module, x)
     for g in range(3):
@@ -172,7 +174,7 @@ def test_attention_takes_the_quadratic_form_up_to_32_tokens(monkeypatch):
 
 def test_multi_scale_attention_groups_96_channels_a_head():
     """Catches q, k, v split over all channels (diffusers' layout) instead of head by head."""
-    module = blocks.LiteMLA(64, scale5=True, depthwise="grouped", rngs=nnx.Rngs(4), **KW)
+    module = blocks.LiteMLA(64, Layers(jnp.float32, nnx.Rngs(4)), scale5=True)
     x = _random(1, 7, 6, 64)
     got, w = _run(module, x)
     w = {k: np.asarray(v) for k, v in w.items()}
@@ -194,7 +196,7 @@ def test_multi_scale_attention_groups_96_channels_a_head():
 
 def test_glumbconv_gates_the_first_half_with_the_second():
     """Catches swapped halves of the gate."""
-    module = blocks.GLUMBConv(4, depthwise="shifted", rngs=nnx.Rngs(5), **KW)
+    module = blocks.GLUMBConv(4, Layers(jnp.float32, nnx.Rngs(5), "shifted"))
     x = _random(1, 1, 1, 4)
     got, w = _run(module, x)
     w = {k: np.asarray(v) for k, v in w.items()}
@@ -215,7 +217,7 @@ def test_initial_weights_are_pytorchs_and_depend_on_the_seed_alone(traced):
     layers; for draws on the host and for those of a compiled initialisation."""
 
     def create(rngs):
-        return split(layers.conv(16, 32, rngs=rngs, **KW))[1]
+        return split(Layers(jnp.float32, rngs).conv(16, 32))[1]
 
     make = (
         jax.jit(lambda key: create(nnx.Rngs(key))) if traced else lambda key: create(nnx.Rngs(key))
@@ -249,7 +251,7 @@ def test_normal_initial_weights_have_the_deviation(traced):
 def test_group_norm_is_pytorchs_in_float32_inside():
     """Catches nnx's fast variance and its rounding of the input to `dtype`, at a large mean."""
     x = 40 + _random(2, 4, 4, 8)
-    module = layers.group_norm(8, groups=2, eps=1e-3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    module = Layers(jnp.bfloat16, nnx.Rngs(0)).group_norm(8, groups=2, eps=1e-3)
     graph, _, _ = split(module)
     scale, bias = 1 + 0.1 * _random(8, seed=1), _random(8, seed=2)
     got = merge(graph, {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)})(x)

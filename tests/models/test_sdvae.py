@@ -17,6 +17,7 @@ from support.parity import close
 from dcae_jax.config import default
 from dcae_jax.errors import UserError
 from dcae_jax.models import dcae, dcae_torch, sdvae, sdvae_torch
+from dcae_jax.models.layers import Layers
 from dcae_jax.models.weights import abstract, merge, num_parameters, split
 
 
@@ -96,14 +97,14 @@ def test_samples_have_the_mean_and_deviation_of_the_posterior():
 def test_norms_and_softmax_compute_in_float32_where_the_rest_is_bfloat16():
     """Catches statistics or a softmax in bfloat16: blotches in smooth areas, at large sizes NaN."""
     x = np.random.default_rng(0).normal(40, 1, (1, 16, 16, 8)).astype(np.float32)
-    norm = sdvae.group_norm(8, groups=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm = Layers(jnp.bfloat16, nnx.Rngs(0)).group_norm(8, groups=2, eps=sdvae.EPS)
     y = norm(x)
     grouped = x.reshape(256, 2, 4)
     want = (grouped - grouped.mean((0, 2), keepdims=True)) / grouped.std((0, 2), keepdims=True)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(y), want.reshape(x.shape), atol=0.02)
 
-    layer = sdvae.Attention(8, groups=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = sdvae.Attention(8, Layers(jnp.bfloat16, nnx.Rngs(0)), groups=2)
     steps = jax.make_jaxpr(lambda x: layer(x))(x.astype(jnp.bfloat16)).jaxpr.eqns
     softmax = [step for step in steps if step.primitive.name in ("exp", "custom_jvp_call")]
     assert softmax and all(step.outvars[0].aval.dtype == np.float32 for step in softmax)

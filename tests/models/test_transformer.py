@@ -99,15 +99,13 @@ def test_bfloat16_stays_close_to_float32(model):
 
 def attention_of(kind):
     """One head of four channels in bfloat16."""
-    return transformer.Attention(
-        4,
-        1,
-        qkv_bias=False,
+    linear = functools.partial(
+        nnx.Linear,
         kernel_init=nnx.initializers.normal(1.0),
-        attention=kind,
         dtype=jnp.bfloat16,
         rngs=nnx.Rngs(0),
     )
+    return transformer.Attention(4, 1, linear, qkv_bias=False, attention=kind)
 
 
 def test_cudnn_is_given_what_plain_attention_computes(monkeypatch):

@@ -71,14 +71,7 @@ def test_flops_count_every_evaluation_of_the_network(one_device):
         return (more - few) / 4
 
     job = compile.job_config(planning.SAMPLE, planning.SAMPLING, planning.UVIT)
-    model = state_lib.abstract_model(
-        job.model,
-        one_device,
-        dtype=job.dtype,
-        objective=job.objective,
-        patch_size=job.patch_size,
-        unroll=True,
-    )
+    model = state_lib.abstract_model(job.model, one_device, job, dtype=job.dtype, unroll=True)
     graph, weights, _ = weights_lib.split(model)
     x, label = jnp.zeros((8, 4, 4, 32)), jnp.zeros(8, jnp.int32)
     network = jax.jit(lambda w: weights_lib.merge(graph, w)(x, jnp.zeros(8), label))

@@ -26,10 +26,10 @@ def test_what_fits_is_filled_and_the_rest_stays_fresh():
     assert found.unused == {"head.kernel", "tail.kernel"}
 
 
-def test_all_parts_are_required_by_default():
+def test_a_required_part_that_does_not_fit_is_refused():
     """Catches a part that silently keeps its random weights."""
     with pytest.raises(UserError, match=r"1 misshapen \(head.kernel is \(5,\) instead of \(4,\)\)"):
-        partial_init.fill(FRESH, SOURCE)
+        partial_init.fill(FRESH, SOURCE, (".*",))
     with pytest.raises(UserError, match=r"1 missing \(encoder.bias\).*fewer parts in init_parts"):
         partial_init.fill(FRESH, {"encoder.kernel": SOURCE["encoder.kernel"]}, ("encoder.*",))
 

@@ -34,9 +34,7 @@ def test_shipped_patterns_match_what_they_did(name, one_device):
         sizes = {"latent_size": 8, "latent_channels": 32, "num_classes": 10}
         config.model.update(sizes)
     config = config_lib.validate(config)
-    model = state_lib.abstract_model(
-        config.model, one_device, objective=config.objective, patch_size=config.patch_size
-    )
+    model = state_lib.abstract_model(config.model, one_device, config)
     _, params, stats = weights_lib.split(model)
     paths = sorted(RENAMED.get(path, path) for path in (*params, *stats))
     patterns = config.trainable
