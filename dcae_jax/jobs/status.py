@@ -84,6 +84,7 @@ def describe(workdir: str) -> Lines | None:
     found = [of_job(workdir) for of_job in (_training, _encoding, _sampling, _finished)]
     lines = [line for of_job in found if of_job for line in of_job[0]]
     if owner:
+        lines = lines or [("job", "nothing is written yet")]
         return [*lines, ("state", f"running: {owner}")]
     if not lines:
         return None

@@ -70,7 +70,8 @@ def test_a_run_that_is_running_names_its_owner(longer, tmp_path):
         assert found["state"].startswith(f"running: process {os.getpid()} on ")
         assert status.RESUME not in found
     with lease.hold(str(tmp_path / "new")):
-        assert _lines(tmp_path / "new")["state"].endswith("nothing is written yet")
+        found = _lines(tmp_path / "new")
+        assert found["job"] == "nothing is written yet" and found["state"].startswith("running: ")
 
 
 def test_a_chain_is_resumed_as_a_whole(generator_run, longer):
