@@ -8,6 +8,7 @@ Parameters of a diffusion model are of one for the latents of f32c32 at 512 pixe
 token each) and the 1000 classes of ImageNet.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -19,7 +20,7 @@ from dcae_jax.models.protocol import AutoencoderModule, BackboneModule
 from dcae_jax.runtime import process
 
 # What the parameters of a backbone are counted for.
-LATENTS = {"latent_size": 16, "latent_channels": 32, "num_classes": 1000}
+LATENTS = Model(latent_size=16, latent_channels=32, num_classes=1000)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def backbone_rows(module: BackboneModule) -> list[list[object]]:
     """A row for each variant of a backbone's file."""
     rows: list[list[object]] = []
     for name, row in module.VARIANTS.items():
-        config = Model(variant=name, **LATENTS)
+        config = dataclasses.replace(LATENTS, variant=name)
         arch = module.architecture(config, patch_size=1, learn_sigma=False)
         count = sum(math.prod(shape) for shape in module.shapes(arch).values())
         rows.append([models.name_of(module), name, row.depth, row.width, row.heads, count])
