@@ -6,15 +6,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-torch lint soak bench oldest licenses clean
+.PHONY: demo test test-slow test-torch lint soak bench wheel lock oldest newest licenses clean
 
-$(VENV)/installed: pyproject.toml
+# Versions from requirements.lock, which has those of all platforms with their checksums.
+$(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
 demo: $(VENV)/installed  ## trains a tiny autoencoder on photographs and writes demo-run/index.html
-	$(PY) -m dcae_jax.demo --workdir=demo-run
+	$(VENV)/bin/dcae-jax demo --workdir=demo-run
 
 test: $(VENV)/installed  ## everything fast
 	$(PY) -m pytest -n 2 --dist loadgroup -m 'not slow and not torch'
@@ -37,15 +39,25 @@ soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one th
 bench: $(VENV)/installed  ## beside PyTorch, which must be installed in .venv; into docs/benchmarks.md
 	$(PY) benchmarks/run.py
 
+wheel: $(VENV)/installed  ## dist/*.whl, with configs/ inside
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+lock:  ## resolves requirements.lock again; needs uv
+	uv pip compile -q --universal --extra dev --generate-hashes --upgrade \
+	    --no-annotate --no-header --no-emit-index-url -o requirements.lock pyproject.toml
+
 oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; needs uv
 	rm -rf $(VENV)-oldest
 	uv venv -q $(VENV)-oldest
 	uv pip install -q --python $(VENV)-oldest --resolution lowest-direct -e '.[dev]'
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadgroup -m 'not slow and not torch'
 
+newest:  ## a smoke test with the newest Python and packages there are; see .ci/newest
+	.ci/newest
+
 licenses: $(VENV)/installed  ## of all that an installation brings along
 	$(PY) -m pip install -q --disable-pip-version-check pip-licenses
 	$(VENV)/bin/pip-licenses --format=markdown --with-urls
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest demo-run
+	rm -rf $(VENV) $(VENV)-oldest dist demo-run

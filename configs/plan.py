@@ -6,8 +6,8 @@
         --config.plan.overrides="('batch_size=64','mesh.fsdp=4')" \
         --config.plan.topologies="('v5e:2x2','v6e:2x2')"
 
-Prints a table and writes plans/phase1/plan.json. Needs `pip install 'dcae_jax[tpu]'`, except for
-the topology cpu. For configs/sample.py, plan.generator names the file that trains its model:
+Prints a table and writes plans/phase1/plan.json. Needs `pip install 'jax[tpu]'`, except for the
+topology cpu. For configs/sample.py, plan.generator names the file that trains its model:
 docs/scaling.md.
 """
 

@@ -6,6 +6,7 @@ own, with the system's words inside; those words are looked for.
 """
 
 import errno
+import importlib.util
 import re
 
 
@@ -25,6 +26,33 @@ def nearest_multiples(value: int, step: int, least: int = 0) -> str:
     down = value // step * step
     near = {max(multiple, least or step) for multiple in (down, down + step)}
     return " or ".join(map(str, sorted(near)))
+
+
+# Import name -> name on the index, of the packages that only some commands need.
+OPTIONAL = {
+    "huggingface_hub": "huggingface_hub",
+    "kubernetes": "kubernetes",
+    "libtpu": "'jax[tpu]'",
+    "matplotlib": "matplotlib",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "torch": "torch",
+}
+
+
+def install(*modules: str) -> str:
+    """The command that installs these keys of OPTIONAL, in a clone and beside a wheel alike."""
+    return f"pip install {' '.join(OPTIONAL[module] for module in modules)}"
+
+
+def require(what: str, *modules: str, otherwise: str = "") -> None:
+    """Raises UserError where one of `modules`, keys of OPTIONAL, is not installed.
+
+    what: what needs them, with its verb. otherwise: another way out, as in ', or plan for cpu'.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"{what}; {install(*missing)}{otherwise}")
 
 
 REMEDIES = {

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m dcae_jax.main --config=configs/phase1.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
+"""dcae-jax --config=phase1.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
+
+dcae-jax COMMAND ...: checkpoint, convert, demo, models or status; see dcae-jax COMMAND --help.
+`python -m dcae_jax.main` is the same. A config that is no path is one that ships, of configs/.
 
 Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere start each with
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
@@ -16,8 +19,8 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dcae_jax import commands, errors
 from dcae_jax import config as config_lib
-from dcae_jax import errors
 from dcae_jax.config import schema, validate, validate_phases
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import host_memory, preemption, process
@@ -35,14 +38,17 @@ JOBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job that config.job names; returns the exit status."""
+    """Runs a sub-command, or the job that config.job names; returns the exit status."""
     process.set_up_logging()
-    host_memory.keep()  # before JAX starts threads, each of which would have its own arena
     argv = sys.argv if argv is None else argv
-    if {"--help", "-h"} & set(argv):
+    is_command = len(argv) > 1 and not argv[1].startswith("-")
+    if {"--help", "-h"} & set(argv) and not is_command:
         sys.stdout.write(f"{__doc__}\nEvery KEY, with its meaning: {schema.__file__}\n")
         return 0
     try:
+        if is_command:
+            return commands.run(argv[1], argv[2:])
+        host_memory.keep()  # before JAX starts threads, each of which would have its own arena
         from dcae_jax.runtime import distributed as hosts
 
         given, argv = hosts.take_flags(argv)
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     """(config, workdir) of a command line. Raises UserError for any mistake in it."""
-    values = flags.FlagValues()
+    values, argv = flags.FlagValues(), config_lib.locate_in(argv)
     flag = config_flags.DEFINE_config_file(
         "config", None, "a file of configs/, with :VARIANT", values, sys_argv=argv
     )
@@ -90,9 +96,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
 
 
-if __name__ == "__main__":
+def console() -> int:
+    """The script `dcae-jax`."""
     status = main()
     if status == preemption.STATUS:
         # Everything is saved. Ignore SIGTERM during shutdown so that the exit status stays 75.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -43,7 +43,7 @@ def run(tmp_path, capsys):
         (["--config.data.source=folder"], ["data.path=''"]),
         (["--config.data.source=folder", "--config.data.path=/none"], ["'/none'"]),
         (["--config.data.source=web"], ["data.source='web'"]),
-        (["--config.loss.lpips_weight=1.0"], ["vgg16-397923af.pth", "torch_io"]),
+        (["--config.loss.lpips_weight=1.0"], ["vgg16-397923af.pth", "dcae-jax convert"]),
         (["--config.loss.lpips_weight=1.0", "--config.loss.lpips_weights=/no"], ["'/no'"]),
         (["--config.trainable=('decoder.step.*',)"], ["decoder.step.*", "no parameter"]),
         (["--config.init_from=/none"], ["'/none'", "config.json"]),

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and copies checkpoints of training runs.
 
-    python -m dcae_jax.checkpoints check WORKDIR       whether each checkpoint is undamaged
-    python -m dcae_jax.checkpoints copy SOURCE WORKDIR
+    dcae-jax checkpoint check runs/phase1              whether each checkpoint is undamaged
+    dcae-jax checkpoint copy runs/phase1 runs/again
 
-SOURCE is a workdir, all of whose undamaged checkpoints are copied, or one WORKDIR/checkpoints/STEP.
+The source of a copy is a workdir, all of whose undamaged checkpoints are copied, or one
+WORKDIR/checkpoints/STEP.
 """
 
-import argparse
 import logging
 import os
 import shutil
@@ -17,6 +17,7 @@ from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.errors import UserError
+from dcae_jax.runtime import process
 
 
 def copy(source: str, workdir: str) -> list[int]:
@@ -50,42 +51,42 @@ def copy(source: str, workdir: str) -> list[int]:
     return copied
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error."""
-    parser = argparse.ArgumentParser(
-        "python -m dcae_jax.checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check").add_argument("workdir")
-    copying = commands.add_parser("copy")
-    copying.add_argument("source")
-    copying.add_argument("workdir")
-    flags = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if flags.command == "copy":
-        try:
-            steps = copy(flags.source, flags.workdir)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
-            return 1
-        sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
-        return 0
-    worst, workdir = 0, os.path.expanduser(flags.workdir)
+def check(workdir: str) -> bool:
+    """Whether all checkpoints of a workdir are whole; prints a line for each. Raises UserError."""
+    workdir, worst = os.path.expanduser(workdir), ""
     steps = checkpoints.saved_steps(workdir)
     if not steps:
-        sys.stderr.write(f"error: {workdir!r} holds no finished checkpoint; name a workdir\n")
-        return 2
+        raise UserError(f"{workdir!r} holds no finished checkpoint; name a workdir")
     for step in steps:
         wrong = integrity.damage(checkpoints.step_folder(workdir, step))
-        worst = max(worst, bool(wrong))
+        worst = worst or wrong
         sys.stdout.write(f"{step}: {wrong or 'whole'}\n")
-    return worst
+    return not worst
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error."""
+    parser = process.parser("dcae-jax checkpoint", __doc__)
+    parser.add_argument("action", choices=("check", "copy"))
+    parser.add_argument("source", help="a workdir, or to copy also WORKDIR/checkpoints/STEP")
+    parser.add_argument("workdir", nargs="?", help="of `copy`: where to")
+    process.set_up_logging()
+    try:
+        given = parser.parse_args(arguments)
+        if (given.action == "copy") != (given.workdir is not None):
+            parser.error("check takes one folder, copy takes two")
+        if given.action == "check":
+            return process.DONE if check(given.source) else process.FAILED
+        steps = copy(given.source, given.workdir)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return process.MISTAKE
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
+        return process.FAILED
+    sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
+    return process.DONE
 
 
 if __name__ == "__main__":

@@ -3,7 +3,15 @@
 
 from dcae_jax.config.checks import check, check_resolution
 from dcae_jax.config.identity import flatten, identity_changes, to_json
-from dcae_jax.config.loading import MISTAKES, explain, load_file, parse_file, suggest
+from dcae_jax.config.loading import (
+    MISTAKES,
+    SHIPPED,
+    explain,
+    load_file,
+    locate_in,
+    parse_file,
+    suggest,
+)
 from dcae_jax.config.schema import Config, default, replace, training_resolutions
 from dcae_jax.config.validation import (
     diffusion_section,
@@ -14,6 +22,7 @@ from dcae_jax.config.validation import (
 
 __all__ = [
     "MISTAKES",
+    "SHIPPED",
     "Config",
     "check",
     "check_resolution",
@@ -23,6 +32,7 @@ __all__ = [
     "flatten",
     "identity_changes",
     "load_file",
+    "locate_in",
     "model_section",
     "parse_file",
     "replace",

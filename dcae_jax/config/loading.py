@@ -14,8 +14,48 @@ from dcae_jax.errors import UserError
 
 PHASES = ("phase1", "phase2", "phase3")  # of the job `phases`, in order; folders, too
 
+# The folder of the configuration files: within a wheel, or beside the package in a clone.
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHIPPED = next(
+    (
+        folder
+        for place in (_PACKAGE, os.path.dirname(_PACKAGE))
+        if os.path.isfile(os.path.join(folder := os.path.join(place, "configs"), "phase1.py"))
+    ),
+    "configs",
+)
+
 # What parsing raises for a user's mistakes.
 MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+def locate(file: str) -> str:
+    """`file`, a path with :VARIANT, or the file of this name in SHIPPED if there is no such path.
+
+    A wheel's user has no folder configs/, which pages and messages name: both 'phase1.py' and
+    'configs/phase1.py' are found.
+    """
+    path, colon, variant = file.partition(":")
+    name = path.removeprefix("configs/")
+    shipped = os.path.join(SHIPPED, name)
+    if os.path.exists(path) or os.path.dirname(name) or not os.path.isfile(shipped):
+        return file
+    return shipped + colon + variant
+
+
+def locate_in(argv: Sequence[str]) -> list[str]:
+    """`argv` with the file of its --config located."""
+    located, is_file = [], False
+    for argument in argv:
+        flag, equals, file = argument.partition("=")
+        names = flag in ("--config", "-config")
+        if is_file:
+            argument = locate(argument)
+        elif names and equals:
+            argument = f"{flag}={locate(file)}"
+        is_file = names and not equals
+        located.append(argument)
+    return located
 
 
 def load_file(path: str, variant: str | None = None) -> ConfigDict:
@@ -33,7 +73,7 @@ def parse_file(file: str, overrides: Sequence[str]) -> ConfigDict:
     values = flags.FlagValues()
     argv = [
         "config",
-        f"--config={file}",
+        f"--config={locate(file)}",
         *(f"--config.{override}" for override in overrides),
     ]
     flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from dcae_jax import errors
 from dcae_jax import files as files_lib
 from dcae_jax.config.schema import Data
 from dcae_jax.data.transforms import to_rgb
@@ -107,12 +108,12 @@ class Photos:
 
 def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
     """The photographs that ship inside scikit-image and scikit-learn."""
+    errors.require("data.source='photos' needs the packages that have them", "skimage", "sklearn")
     images = []
     for package, name in files:
         # The folder is found without importing the package, which takes seconds.
         spec = importlib.util.find_spec(package.split(".")[0])
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"{package} is not installed")
+        assert spec is not None and spec.origin is not None
         folder = os.path.join(os.path.dirname(spec.origin), *package.split(".")[1:])
         with Image.open(os.path.join(folder, name)) as image:
             images.append(to_rgb(image))

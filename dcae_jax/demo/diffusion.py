@@ -37,29 +37,30 @@ class Samples:
     sampled: float  # likewise of samples
 
 
-def make(workdir: str, configs: str) -> int:
+def make(workdir: str) -> int:
     """Encodes crops into WORKDIR/latents and trains on them in WORKDIR/usit. -> exit status.
 
-    configs: the folder of the configuration files. What an earlier call finished is left alone.
+    What an earlier call finished is left alone.
     """
-    config = _config(configs, "encode.py", init_from=os.path.join(workdir, PHASES[-1]))
+    config = _config("encode.py", init_from=os.path.join(workdir, PHASES[-1]))
     status = encode.run(config, os.path.join(workdir, "latents"))
     if status != encode.DONE:
         return status
-    config = _config(configs, "usit.py", data={"path": os.path.join(workdir, "latents")})
+    config = _config("usit.py", data={"path": os.path.join(workdir, "latents")})
     return train.run(config, os.path.join(workdir, RUN))
 
 
-def _config(configs: str, file: str, **changes: Any) -> Config:
-    """The configuration of `file:tiny` in the folder `configs`, with `changes`."""
-    given = config_lib.validate(config_lib.load_file(os.path.join(configs, file), "tiny"))
+def _config(file: str, **changes: Any) -> Config:
+    """The shipped configuration `file:tiny` with `changes`."""
+    path = os.path.join(config_lib.SHIPPED, file)
+    given = config_lib.validate(config_lib.load_file(path, "tiny"))
     return config_lib.replace(given, **changes)
 
 
-def evaluate(workdir: str, configs: str) -> Samples:
+def evaluate(workdir: str) -> Samples:
     """Samples from WORKDIR/usit, beside crops."""
     model = generator.load_generator(os.path.join(workdir, RUN))
-    config = _config(configs, "usit.py")
+    config = _config("usit.py")
     known = latents.latents(os.path.join(workdir, "latents"))
     classes = tuple(known.manifest["class_names"])
     count = len(classes)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo`: autoencoder and diffusion on the embedded photographs, and one page to show them.
 
-    python -m dcae_jax.demo --workdir=demo-run
+    dcae-jax demo --workdir=demo-run
 
 The page, WORKDIR/index.html, needs nothing beside it: curves, a table and images.
 """
 
 import base64
 import html
-import importlib.util
 import io
 import logging
 import os
@@ -18,12 +17,10 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
-import dcae_jax
 from dcae_jax import config as config_lib
-from dcae_jax import files
+from dcae_jax import errors, files
 from dcae_jax.api import autoencoder
 from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
@@ -42,16 +39,15 @@ PCA_PATCHES = 20_000
 def run(workdir: str) -> int:
     """Trains, evaluates and writes the page; what an earlier call finished is not repeated."""
     began = time.perf_counter()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the page's curves need matplotlib; pip install 'dcae_jax[plots]'")
-    configs = os.path.join(os.path.dirname(dcae_jax.__file__), os.pardir, "configs")
-    given = config_lib.load_file(os.path.join(configs, "phases.py"), "tiny")
+    what = "the demo needs photographs, a linear baseline and curves"
+    errors.require(what, "skimage", "sklearn", "matplotlib")
+    given = config_lib.load_file(os.path.join(config_lib.SHIPPED, "phases.py"), "tiny")
     phases = config_lib.validate_phases(given)
-    status = train.run_phases(phases, workdir) or diffusion.make(workdir, configs)
+    status = train.run_phases(phases, workdir) or diffusion.make(workdir)
     if status != train.DONE:
         return status
     rows, grids = evaluate(phases["phase1"], workdir)
-    samples = diffusion.evaluate(workdir, configs)
+    samples = diffusion.evaluate(workdir)
     head = ["on held-out crops", *rows[0][1]]
     text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
     page = write_page(workdir, rows, grids, samples, time.perf_counter() - began)
@@ -273,15 +269,15 @@ def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> st
     return _image("svg+xml", file.getvalue(), title)
 
 
-def command(argv: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status as of a job."""
+    parser = process.parser("dcae-jax demo", __doc__)
+    parser.add_argument("--workdir", default="demo-run", help="folder for the runs and the page")
     process.set_up_logging()
-    values = flags.FlagValues()
-    workdir = flags.DEFINE_string("workdir", "demo-run", "folder for the run and its page", values)
     try:
-        values(argv)
+        workdir = parser.parse_args(arguments).workdir
         process.use_compile_cache()
-        return run(os.path.abspath(workdir.value))
-    except (UserError, flags.Error) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return run(os.path.abspath(os.path.expanduser(workdir)))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
         return process.MISTAKE

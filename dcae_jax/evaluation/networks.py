@@ -41,8 +41,7 @@ class WeightsFile:
     @property
     def conversion(self) -> str:
         return (
-            f"run `python -m dcae_jax.pretrained.torch_io {self.source} --out={self.converted}` "
-            f"and name {self.converted}"
+            f"run `dcae-jax convert {self.source} --out={self.converted}` and name {self.converted}"
         )
 
 

@@ -24,6 +24,7 @@ from dcae_jax.models import lpips
 from dcae_jax.runtime import lease
 from dcae_jax.runtime import mesh as mesh_lib
 
+RESULTS = "evaluate.json"  # in the workdir
 PROTOCOLS = {"imagenet-256": 256, "imagenet-512": 512}  # name -> pixels per side
 PROTOCOL_COUNT = 50_000  # images of ImageNet's validation set, and samples of a published FID
 
@@ -168,7 +169,7 @@ def _write(config: Config, workdir: str, step: int, results: Mapping[int, Summar
         for size, r in results.items()
     }
     summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
-    files.write_json(os.path.join(workdir, "evaluate.json"), summary)
+    files.write_json(os.path.join(workdir, RESULTS), summary)
     files.merge_row(workdir, step, reconstruction.row_values(results))
     logging.info("%s\nwritten to %s", reconstruction.score_table(results), workdir)
 
@@ -217,7 +218,7 @@ def _evaluate_image(
     }
     for name, image in images.items():
         files.write_png(os.path.join(workdir, "images", f"{name}.png"), image)
-    files.write_json(os.path.join(workdir, "evaluate.json"), {"results": {path: scores}})
+    files.write_json(os.path.join(workdir, RESULTS), {"results": {path: scores}})
     logging.info(
         "%s: %s; pictures in %s/images",
         path,

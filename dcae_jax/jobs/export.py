@@ -5,7 +5,6 @@ Every export is written to a temporary folder, read back and compared, and only 
 """
 
 import functools
-import importlib.util
 import logging
 import os
 from typing import Any
@@ -87,8 +86,6 @@ def _write_stablehlo(
     """The program is platform-independent: it uses the grouped depthwise form and, unless
     config.dtype says otherwise, float32.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("export.format='stablehlo' needs flatbuffers; pip install flatbuffers")
     if config.dtype == "auto":
         config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":

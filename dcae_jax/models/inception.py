@@ -4,7 +4,7 @@
 It is not torchvision's: 1008 classes, average pooling that does not count its padding, and a
 maximum pooling in the last block. Weights are a flat dict of float32 arrays, an argument of every
 function: `NAME.kernel` (HWIO) and `NAME.bias` with PyTorch's names, each BatchNorm (eps 1e-3)
-folded into its convolution. `python -m dcae_jax.pretrained.torch_io` makes the file from
+folded into its convolution. `dcae-jax convert` makes the file from
 pytorch-fid's pt_inception-2015-12-05-6726825d.pth or from torch-fidelity's weights-inception of
 the same date and hash.
 """

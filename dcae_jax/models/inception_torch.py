@@ -49,7 +49,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def load(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a file that `dcae_jax.pretrained.torch_io` wrote -> weights for `inception.features`.
+    """Reads a file that `dcae-jax convert` wrote -> weights for `inception.features`.
 
     Raises ValueError for a file of another kind, or with missing, unknown or misshaped arrays.
     """

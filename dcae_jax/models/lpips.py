@@ -4,7 +4,7 @@
 VGG16 is for the training loss, AlexNet for the number that papers report. Weights are a flat dict
 of float32 arrays, an argument of every function: `features.N.kernel` (HWIO) and `features.N.bias`
 with torchvision's N, and `lin0` .. `lin4`, the learned weight of each channel. The linear layers
-ship with this package; `python -m dcae_jax.pretrained.torch_io` makes the file from torchvision's.
+ship with this package; `dcae-jax convert` makes the file from torchvision's.
 """
 
 from pathlib import Path

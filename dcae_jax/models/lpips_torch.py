@@ -45,7 +45,7 @@ def from_torch(state: Arrays, linear: Arrays | None = None) -> tuple[str, dict[s
 
 
 def load(path: str | Path, net: str | None = None) -> dict[str, np.ndarray]:
-    """Reads a file that `dcae_jax.pretrained.torch_io` wrote -> weights for `lpips.distance`.
+    """Reads a file that `dcae-jax convert` wrote -> weights for `lpips.distance`.
 
     net: 'vgg' or 'alex' refuses a file of the other network; None takes either. Raises ValueError
     for a file of another kind, or with missing, unknown or misshaped arrays.

@@ -227,7 +227,7 @@ def check_shapes(
 def read_converted(
     path: str | Path, what: str, wanted: str, networks: tuple[str, ...]
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """(network, weights) of a file that `python -m dcae_jax.pretrained.torch_io` wrote.
+    """(network, weights) of a file that `dcae-jax convert` wrote.
 
     what, wanted: what an error calls such a file, and the network that was asked for. networks:
     the names of those that will do. Raises ValueError for any other file.
@@ -240,12 +240,11 @@ def read_converted(
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} is not a readable {what} file ({error}); "
-            "make it with dcae_jax.pretrained.torch_io"
+            f"{path} is not a readable {what} file ({error}); make it with `dcae-jax convert`"
         ) from error
     if network not in networks:
         raise ValueError(
             f"{path} holds the network {network!r}, not {wanted}; "
-            "convert the right file with dcae_jax.pretrained.torch_io"
+            "convert the right file with `dcae-jax convert`"
         )
     return network, weights

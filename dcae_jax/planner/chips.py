@@ -2,7 +2,6 @@
 """TPU slices you don't have: published specifications, and compile-only devices."""
 
 import dataclasses
-import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from dcae_jax import errors
 from dcae_jax.errors import UserError
 
 GIB = 2**30
@@ -84,11 +84,9 @@ def count(text: str) -> int:
 
 def check_compiler(text: str) -> None:
     """Raises UserError unless the compiler for a topology is installed."""
-    if topology(text).kind != "cpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"topology {text!r} needs the TPU compiler; pip install 'dcae_jax[tpu]' (it needs no "
-            "TPU), or plan for cpu"
-        )
+    if topology(text).kind != "cpu":
+        what = f"topology {text!r} needs the TPU compiler"
+        errors.require(what, "libtpu", otherwise=" (it needs no TPU), or plan for cpu")
 
 
 def devices(text: str) -> Sequence[Any]:  # jax.Device is no type to a type checker

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcae_jax import errors
 from dcae_jax import files as files_lib
 from dcae_jax.errors import UserError
 from dcae_jax.pretrained import torch_io
@@ -93,13 +94,10 @@ def fetch(name: str) -> str:
     A model that is cached completely is used without network access; otherwise the missing files
     are downloaded.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(
-            f"init_from={name!r} is no file or folder; to fetch it from the Hugging Face hub, "
-            "pip install 'dcae_jax[hub]'"
-        ) from error
+    what = f"init_from={name!r} is no file or folder, and the Hugging Face hub needs its client"
+    errors.require(what, "huggingface_hub")
+    import huggingface_hub
+
     missing = ""
     for offline in (True, False):
         try:

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts the weights of metric networks from PyTorch files to safetensors of this package.
 
-    python -m dcae_jax.pretrained.torch_io INPUT [LINEAR] --out=X.safetensors
+    dcae-jax convert INPUT [LINEAR] --out=X.safetensors
+    dcae-jax convert alexnet-owt-7be5be79.pth --out=lpips-alex.safetensors
 
 INPUT is recognised by its tensors' names: torchvision's vgg16 or alexnet (LPIPS), or the Inception
 of FID from pytorch-fid or torch-fidelity. LINEAR is PerceptualSimilarity's v0.1/vgg.pth or alex.pth
 for LPIPS; by default the same layers are taken from this package. A `.safetensors` with the same
-names is read without PyTorch; `.pth` needs it (extra `torch`).
+names is read without PyTorch; `.pth` needs it.
 """
 
-import argparse
 import hashlib
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from dcae_jax import files
+from dcae_jax import errors, files
 from dcae_jax.errors import UserError
 from dcae_jax.models import inception_torch, lpips_torch
+from dcae_jax.runtime import process
 
 # The first hex digits of each official file's SHA-256. torchvision and pytorch-fid put 8 of them
 # in the file's name; the linear layers' files are those of the PyPI package lpips 0.1.4.
@@ -55,13 +56,10 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
             raise UserError(
                 f"{path} is not readable safetensors ({error}): fetch it again"
             ) from None
-    try:
-        import torch  # pyright: ignore[reportMissingImports]  # an extra
-    except ImportError:
-        raise UserError(
-            f"{path}: reading a {path.suffix or 'pickled'} file needs PyTorch; "
-            "pip install 'dcae_jax[torch]', or pass a .safetensors"
-        ) from None
+    what = f"{path}: reading a {path.suffix or 'pickled'} file needs PyTorch"
+    errors.require(what, "torch", otherwise=", or pass a .safetensors")
+    import torch  # pyright: ignore[reportMissingImports]  # an extra
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes happen to break
@@ -167,31 +165,21 @@ def _check_sum(path: str | Path, digest: str, kind: str, allow_unknown: bool) ->
     logging.warning("%s is %s with an unknown checksum, not %s", path, kind, names)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0 done, 2 user error, reported in one line."""
-    parser = argparse.ArgumentParser(
-        "python -m dcae_jax.pretrained.torch_io",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = process.parser("dcae-jax convert", __doc__)
     parser.add_argument("input", help="a .pth, .pt or .safetensors")
     parser.add_argument("linear", nargs="?", help="LPIPS linear layers")
     parser.add_argument("--out", required=True, help="the .safetensors to write")
     parser.add_argument("--allow_unknown_checksum", action="store_true")
-
-    def fail(message: str) -> NoReturn:
-        sys.stderr.write(f"{message}\n")
-        raise SystemExit(2)
-
-    parser.error = fail
-    flags = parser.parse_args(argv)
     try:
+        flags = parser.parse_args(arguments)
         network = convert_metric_network(
             flags.input, flags.out, flags.linear, flags.allow_unknown_checksum
         )
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        sys.stderr.write(f"error: {error}\n")
+        return process.MISTAKE
     sys.stdout.write(f"wrote {flags.out}: {network}, {os.path.getsize(flags.out)} bytes\n")
     return 0
 

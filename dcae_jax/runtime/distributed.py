@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dcae_jax import errors
 from dcae_jax.errors import UserError
 
 REPORT_S = 30  # after which a start that still waits for a process says so
@@ -223,8 +224,8 @@ def _explain(error: Exception, arguments: Arguments) -> str:
     remedy = EXPLICIT
     if arguments["cluster_detection_method"] is None:
         remedy = (
-            "pip install kubernetes, or set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES in the "
-            f"manifest, or {EXPLICIT}"
+            f"{errors.install('kubernetes')}, or set JAX_COORDINATOR_ADDRESS and "
+            f"JAX_NUM_PROCESSES in the manifest, or {EXPLICIT}"
         )
     return f"{_describe(arguments)}, but {reason}; {remedy}"
 

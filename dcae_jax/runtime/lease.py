@@ -111,6 +111,27 @@ def _owner(path: str) -> str:
         return "another job"
 
 
+def holder(workdir: str) -> str:
+    """Who holds the lease of `workdir`, for people; '' if nobody does, or nobody can tell."""
+    import fcntl  # of POSIX
+
+    path = os.path.join(workdir, FILE)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # a job that ends removes it
+        return ""
+    try:
+        # Shared and for an instant: a file that a crash left behind is locked by nobody.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(path)
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+    return ""
+
+
 def _clear(workdir: str) -> None:
     """Removes what a killed owner had half written (NAME.PID.tmp).
 

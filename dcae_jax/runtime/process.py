@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command sets up for its own process, and no library call does: logs, compile cache."""
 
+import argparse
 import logging
 import os
 import sys
+from typing import NoReturn
 
-# Exit statuses, beside 0 and preemption.STATUS.
+from dcae_jax.errors import UserError
+
+# Exit statuses, beside preemption.STATUS.
+DONE = 0
 FAILED = 1  # the machine failed, or training diverged
 MISTAKE = 2  # of the user
 
@@ -24,6 +29,22 @@ def _without_closed_loops(failure: "sys.UnraisableHookArgs") -> None:
     value = failure.exc_value
     if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
         sys.__unraisablehook__(failure)
+
+
+def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a sub-command's arguments. A mistake in them raises UserError, on one line.
+
+    description: a module's docstring, whose first lines are an example of each use.
+    """
+    made = argparse.ArgumentParser(
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def fail(message: str) -> NoReturn:
+        raise UserError(f"{prog}: {message}; see {prog} --help")
+
+    made.error = fail
+    return made
 
 
 def use_compile_cache() -> None:

@@ -125,7 +125,7 @@ def lpips_weights(config: Config, mesh: Mesh) -> Weights:
     if not config.loss.lpips_weights:
         raise UserError(
             f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
-            "vgg16-397923af.pth (torchvision), run `python -m dcae_jax.pretrained.torch_io "
+            "vgg16-397923af.pth (torchvision), run `dcae-jax convert "
             "vgg16-397923af.pth --out=lpips-vgg.safetensors` and name that file; or set "
             "loss.lpips_weight=0"
         )

@@ -40,10 +40,10 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
 
 
-def test_without_the_extra_for_plots_one_line_names_it(tmp_path, monkeypatch):
+def test_without_the_extra_for_the_demo_one_line_names_its_packages(tmp_path, monkeypatch):
     """Catches minutes of training whose page then fails at the first curve."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'dcae_jax\[plots\]'"):
+    with pytest.raises(UserError, match="; pip install scikit-image scikit-learn matplotlib$"):
         page_lib.run(str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

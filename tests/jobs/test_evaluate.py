@@ -42,7 +42,7 @@ def test_the_job_leaves_its_files_and_says_what_is_locked(trained, tmp_path, cap
         files.append_row(str(workdir), step, {"loss": 1.0})
     for _ in range(2):
         assert run_job(evaluate, trained, str(workdir)) == 0
-    lines = [r.getMessage() for r in caplog.records if "torch_io" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "dcae-jax convert" in r.getMessage()]
     assert len(lines) == 2 and "\n" not in lines[0]
     for word in (
         "alexnet-owt-7be5be79.pth",
@@ -108,9 +108,12 @@ def test_one_image_gets_lpips_too(trained, alexnet, tmp_path):
         ({"protocol": "imagenet-256", "count": 100}, ["evaluate.count=100"]),
         ({"protocol": "imagenet-256"}, ["data.source='photos'", "imagenet-256"]),
         ({"reference": "/data/val"}, ["evaluate.reference", "evaluate.samples"]),
-        ({"lpips_weights": "/none"}, ["evaluate.lpips_weights='/none'", "alexnet-owt", "torch_io"]),
+        (
+            {"lpips_weights": "/none"},
+            ["evaluate.lpips_weights='/none'", "alexnet-owt", "dcae-jax convert"],
+        ),
         ({"inception_weights": "/none"}, ["evaluate.inception_weights", "pt_inception"]),
-        ({"samples": "/none"}, ["evaluate.inception_weights", "torch_io"]),
+        ({"samples": "/none"}, ["evaluate.inception_weights", "dcae-jax convert"]),
     ],
 )
 def test_a_contradiction_or_a_missing_file_is_one_line(tmp_path, capsys, values, words):

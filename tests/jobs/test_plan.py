@@ -2,6 +2,7 @@
 """The job `plan`: its rows describe the program that the planned job runs."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -115,12 +116,12 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, settings, words):
     assert said.count("\n") == 1 and all(word in said for word in words), said
 
 
-def test_a_missing_compiler_names_the_extra(tmp_path, capsys, monkeypatch):
+def test_a_missing_compiler_is_found_before_the_job_starts(tmp_path, capsys, monkeypatch):
     """Catches an ImportError from deep inside for whoever installed without the extra."""
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main.main(planning.arguments(tmp_path, topologies=("v5e:2x2",))) == process.MISTAKE
     said = capsys.readouterr().err
-    assert "dcae_jax[tpu]" in said and said.count("\n") == 1
+    assert "pip install 'jax[tpu]'" in said and said.count("\n") == 1
 
 
 def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monkeypatch):

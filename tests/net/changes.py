@@ -10,7 +10,8 @@ from typing import Any
 WORDS = (
     # Modules and files moved.
     ("dcae_jax/config.py", "dcae_jax/config/schema.py"),
-    ("dcae_jax.torch_io", "dcae_jax.pretrained.torch_io"),
+    # Sub-commands of the one command line.
+    ("python -m dcae_jax.torch_io", "dcae-jax convert"),
     # The key `phase` is gone: what starts from weights says so itself.
     ("and phase 1 starts from weights", "and this configuration starts from weights"),
     ("and phase 2 starts from weights", "and this configuration starts from weights"),

@@ -44,6 +44,23 @@ def test_the_second_is_refused_and_names_the_first(small, alone, tmp_path):
         owner.wait()
 
 
+def test_the_holder_is_named_and_is_not_disturbed(tmp_path):
+    """Catches a question that takes the lease itself, so that a job starting then is refused."""
+    workdir = tmp_path / "run"
+    assert lease.holder(str(workdir)) == "" and not workdir.exists()
+    owner = _owner(workdir)
+    try:
+        assert lease.holder(str(workdir)).startswith(f"process {owner.pid} on ")
+        with pytest.raises(UserError, match=str(owner.pid)), lease.hold(str(workdir)):
+            pass
+    finally:
+        owner.kill()
+        owner.wait()
+    assert (workdir / lease.FILE).exists() and lease.holder(str(workdir)) == ""
+    with lease.hold(str(workdir)):
+        pass
+
+
 def test_the_lock_survives_neither_its_owners_crash_nor_its_end(tmp_path):
     """Catches a stale lock that somebody has to delete by hand after each crash."""
     workdir = tmp_path / "run"

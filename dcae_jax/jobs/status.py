@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports how far a run is, from what its workdir holds; changes nothing there.
+
+    dcae-jax status runs/phase1      one run
+    dcae-jax status runs/tiny        a chain of phases, or any folder of workdirs
+
+Of training: step, newest row of metrics.jsonl, checkpoints and whether they are whole. Of `encode`
+and `sample`: what is written so far. Of all: whether a job runs there now, and how to resume it.
+"""
+
+import os
+import re
+import sys
+from typing import Any
+
+from dcae_jax import files
+from dcae_jax.checkpoints import integrity
+from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config.loading import PHASES
+from dcae_jax.data import latents
+from dcae_jax.errors import UserError
+from dcae_jax.jobs import evaluate, plan, sample
+from dcae_jax.runtime import lease, process
+
+Lines = list[tuple[str, str]]  # (what, how it stands)
+RESUME = "to resume"
+STATE_NONE = ("state", "not started")
+# Of jobs whose workdir has nothing before it is done: job -> file.
+RESULTS = {
+    "evaluate": evaluate.RESULTS,
+    "plan": plan.PLAN,
+    "export": checkpoint_weights.EXPORT,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status. Raises UserError for a folder without a run."""
+    parser = process.parser("dcae-jax status", __doc__)
+    parser.add_argument("workdir", help="of a job, or a folder with several")
+    workdir = os.path.normpath(os.path.expanduser(parser.parse_args(arguments).workdir))
+    sys.stdout.write(report(workdir))
+    return process.DONE
+
+
+def report(workdir: str) -> str:
+    """Blocks of lines, one for each run in `workdir`. Raises UserError if there is none."""
+    if not os.path.isdir(workdir):
+        raise UserError(f"{workdir!r} is no folder; name the --workdir of a job")
+    if found := describe(workdir):
+        return _block(workdir, found)
+    inside = {name: describe(os.path.join(workdir, name)) for name in files.listdir(workdir)}
+    runs = {name: found for name, found in inside.items() if found}
+    if not runs:
+        raise UserError(f"{workdir!r} holds no run; name the --workdir of a job, or its parent")
+    if not runs.keys().isdisjoint(PHASES):
+        _join(workdir, runs)
+    return "\n".join(_block(os.path.join(workdir, name), runs[name]) for name in sorted(runs))
+
+
+def _join(workdir: str, runs: dict[str, Lines]) -> None:
+    """Makes the phases in `runs` one chain, which is resumed as a whole. Changes `runs`."""
+    for phase in PHASES:
+        lines = [line for line in runs.get(phase, [STATE_NONE]) if line[0] != RESUME]
+        runs[phase] = lines
+    states = [runs[phase][-1][1] for phase in PHASES]
+    if not any(state.startswith("running") for state in states) and set(states) != {"done"}:
+        first = next(phase for phase in PHASES if runs[phase][-1][1] != "done")
+        runs[first].append(_resume(workdir))
+
+
+def _resume(workdir: str) -> tuple[str, str]:
+    return RESUME, f"run the same command again, with --workdir={workdir}"
+
+
+def _block(title: str, lines: Lines) -> str:
+    width = max(len(what) for what, _ in lines)
+    return "\n".join([title, *(f"  {what:{width}}  {how}" for what, how in lines)]) + "\n"
+
+
+def describe(workdir: str) -> Lines | None:
+    """How the run in `workdir` stands, None if none was ever there."""
+    owner = lease.holder(workdir)
+    found = [of_job(workdir) for of_job in (_training, _encoding, _sampling, _finished)]
+    lines = [line for of_job in found if of_job for line in of_job[0]]
+    if owner:
+        lines = lines or [("job", "nothing is written yet")]
+        return [*lines, ("state", f"running: {owner}")]
+    if not lines:
+        return None
+    if all(of_job[1] for of_job in found if of_job):
+        return [*lines, ("state", "done")]
+    return [*lines, ("state", "stopped"), _resume(workdir)]
+
+
+# --- (lines, whether it is done) of a job, None where `workdir` is of no such job -----------------
+
+
+def _training(workdir: str) -> tuple[Lines, bool] | None:
+    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG)) or {}
+    config = record.get("config")
+    if not isinstance(config, dict):  # of published weights
+        return None
+    rows, steps = files.read_rows(workdir), checkpoints.saved_steps(workdir)
+    row = rows[-1] if rows else {"step": 0}
+    saved, whole = _checkpoints(workdir, steps)
+    values = [f"{k} {v:.4g}" for k, v in row.items() if k != "step" and v is not None]
+    lines = [
+        ("job", f"train: {_model(config)}"),
+        ("step", f"{max(row['step'], *steps, 0)} of {config['steps']}"),
+        ("newest row", f"of step {row['step']}: {', '.join(values)}" if rows else "none"),
+        ("checkpoint", saved),
+    ]
+    return lines, whole >= config["steps"]
+
+
+def _model(config: dict[str, Any]) -> str:
+    model = config["model"]
+    if config["objective"]:
+        return f"{model['name']} {model['variant']}, objective {config['objective']}"
+    sizes = sorted(set(config["resolutions"] or [config["resolution"]]))
+    return f"autoencoder {model['variant']} at {', '.join(map(str, sizes))} pixels"
+
+
+def _checkpoints(workdir: str, steps: list[int]) -> tuple[str, int]:
+    """(the newest checkpoints down to the first whole one, its step; -1 if there is none)."""
+    said = []
+    for step in reversed(steps):
+        folder = checkpoints.step_folder(workdir, step)
+        wrong = integrity.damage(folder)
+        if not wrong:
+            return "; ".join([*said, f"of step {step}, whole"]), step
+        if os.path.isdir(folder):  # else its run has removed it meanwhile
+            said.append(f"of step {step}, damaged ({wrong})")
+    return "; ".join(said) or "none", -1
+
+
+def _encoding(workdir: str) -> tuple[Lines, bool] | None:
+    identity = files.read_object(os.path.join(workdir, latents.IDENTITY))
+    if identity is None:
+        return None
+    name = re.compile(rf"latents-\d+-of-(\d+){re.escape(latents.EXTENSION)}")
+    shards = [match[1] for file in files.listdir(workdir) if (match := name.fullmatch(file))]
+    of_all = f"of {int(shards[0])}" if shards else "so far"
+    lines = [
+        ("job", f"encode: {identity['model.variant']} at {identity['resolution']} pixels"),
+        ("shards", f"{len(shards)} {of_all}"),
+    ]
+    return lines, os.path.exists(os.path.join(workdir, latents.MANIFEST))
+
+
+def _sampling(workdir: str) -> tuple[Lines, bool] | None:
+    record = files.read_object(os.path.join(workdir, sample.SETTINGS))
+    if record is None:
+        return None
+    count, form = record["sample"]["count"], record["sample"]["format"]
+    result = os.path.join(workdir, sample.RESULTS[form])
+    if os.path.exists(result):
+        drawn = f"{count} of {count}, {result}"
+    else:
+        parts = files.listdir(os.path.join(workdir, sample.PARTS))
+        ranges = [name.partition(".")[0].split("-") for name in parts if name.endswith(".npy")]
+        images = files.listdir(os.path.join(workdir, sample.IMAGES))
+        done = sum(int(end) - int(first) for first, end in ranges)
+        drawn = f"{done + sum(name.endswith('.png') for name in images)} of {count}"
+    return [("job", f"sample: from {record['source']}"), ("images", drawn)], os.path.exists(result)
+
+
+def _finished(workdir: str) -> tuple[Lines, bool] | None:
+    paths = {job: os.path.join(workdir, file) for job, file in RESULTS.items()}
+    lines = [("job", f"{job}: {path}") for job, path in paths.items() if os.path.exists(path)]
+    return (lines, True) if lines else None
