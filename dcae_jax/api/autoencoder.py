@@ -214,9 +214,9 @@ def load_autoencoder(
     path: a workdir or one of its checkpoints/<step>, an export, a folder of diffusers or of
     DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
     dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 has matrix products
-    of full precision on every device. weights: 'ema' or 'raw', of
-    a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
-    Raises UserError, a ValueError, when there is nothing to load.
+    of full precision on every device. weights: 'ema' or 'raw', of a workdir. variant: what a file's
+    weights are of; a published name sets the scaling factor too. Raises UserError, a ValueError,
+    when there is nothing to load.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())

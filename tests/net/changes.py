@@ -60,6 +60,10 @@ NUMBERS: dict[str, dict[tuple[str | int, ...], Any]] = {
         ("rows", 20, "psnr_32"): 11.4776821,
         ("rows", 20, "ssim_32"): 0.0271320678,
     },
+    "train lpips": {
+        ("rows", 4, "psnr_32"): 9.51811218,
+        ("rows", 4, "ssim_32"): 0.0100839138,
+    },
     "train phase2": {
         ("rows", 20, "psnr_32"): 8.72810364,
         ("rows", 20, "ssim_32"): 0.00949336961,
@@ -105,6 +109,12 @@ NUMBERS: dict[str, dict[tuple[str | int, ...], Any]] = {
         ("rows", 6, "psnr"): 7.99196863,
         ("rows", 6, "psnr_32"): 8.51643562,
         ("rows", 6, "ssim_32"): 0.0117488988,
+    },
+    "scores of reconstructions": {
+        ("values", "32", "lpips"): 0.151424468,
+        ("values", "32", "psnr"): 8.39255969,
+        ("values", "32", "rfid"): 6906.89882,
+        ("values", "32", "ssim"): 0.0107124504,
     },
     "batches of tfds": {
         ("rows", 6, "psnr_32"): 8.25873375,
