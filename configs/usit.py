@@ -19,7 +19,7 @@ def get_config(variant="h"):
     config.objective = "flow"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 0.0
-    config.sample.guidance = 1.2
+    config.sample.guidance = 1.15 if variant == "2b" else 1.2
     if variant == "tiny":
         config.steps = 3000
         config.optimizer.learning_rate = 2e-3

@@ -78,7 +78,8 @@ _WORDS = {
 }
 _DEVICE = (
     "the device is out of memory; lower batch_size (accumulate=N keeps the batch in N parts), set "
-    "remat=blocks, or split the weights with mesh.fsdp"
+    "remat=blocks, or split the weights with mesh.fsdp; a run that goes on names the first two in "
+    "allow_change=('batch_size','accumulate')"
 )
 
 

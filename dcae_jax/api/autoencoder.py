@@ -21,6 +21,7 @@ from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderArchitecture
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import precision
 from dcae_jax.training import state as state_lib
 
 RANGE_TOLERANCE = 1e-3
@@ -36,6 +37,7 @@ class Autoencoder:
     architecture: AutoencoderArchitecture
     model_config: Model
     mesh: Mesh
+    dtype: str = "float32"  # of the computation, or bfloat16
 
     @property
     def compression(self) -> int:
@@ -127,14 +129,16 @@ class Autoencoder:
     @functools.cached_property
     def _encode(self) -> jax.stages.Wrapped:
         def encode(weights: Weights, x: Array, *key: Array) -> Array:
-            return weights_lib.merge(self.graphdef, weights).encode(x, *key)
+            with precision.of(self.dtype):
+                return weights_lib.merge(self.graphdef, weights).encode(x, *key)
 
         return jax.jit(encode)
 
     @functools.cached_property
     def _decode(self) -> jax.stages.Wrapped:
         def decode(weights: Weights, z: Array) -> Array:
-            images = weights_lib.merge(self.graphdef, weights).decode(z)
+            with precision.of(self.dtype):
+                images = weights_lib.merge(self.graphdef, weights).decode(z)
             if self.mesh.shape["spatial"] == 1:
                 return images
             # Even where the latents have too few rows to split: the images are what takes memory.
@@ -209,9 +213,10 @@ def load_autoencoder(
 
     path: a workdir or one of its checkpoints/<step>, an export, a folder of diffusers or of
     DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
-    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs). weights: 'ema' or 'raw', of
-    a workdir. variant: what a file's weights are of; a published name sets the scaling factor too.
-    Raises UserError, a ValueError, when there is nothing to load.
+    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 has matrix products
+    of full precision on every device. weights: 'ema' or 'raw', of a workdir. variant: what a file's
+    weights are of; a published name sets the scaling factor too. Raises UserError, a ValueError,
+    when there is nothing to load.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())
@@ -220,10 +225,11 @@ def load_autoencoder(
 
 def abstract_autoencoder(model: Model, mesh: Mesh, dtype: str | None = None) -> Autoencoder:
     """The autoencoder of config.model with shapes for weights. Raises UserError for the dtype."""
-    abstract = state_lib.abstract_model(model, mesh, dtype=checked_dtype(dtype))
-    graphdef, params, stats = weights_lib.split(abstract)
+    dtype = mesh_lib.compute_dtype(checked_dtype(dtype), mesh)
+    graphdef, params, stats = weights_lib.split(state_lib.abstract_model(model, mesh, dtype=dtype))
     arch = models.find(model).architecture(model)
-    return Autoencoder(graphdef, replicated_shapes({**params, **stats}, mesh), arch, model, mesh)
+    shapes = replicated_shapes({**params, **stats}, mesh)
+    return Autoencoder(graphdef, shapes, arch, model, mesh, dtype)
 
 
 def build_autoencoder(

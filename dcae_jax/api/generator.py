@@ -23,7 +23,7 @@ from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import BackboneArchitecture
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.runtime import sharding
+from dcae_jax.runtime import precision, sharding
 from dcae_jax.training import state as state_lib
 
 
@@ -184,6 +184,7 @@ class Generator:
             shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
             none=arch.num_classes,
             scaling_factor=self.scaling_factor,
+            dtype=self.autoencoder.dtype,
             decode=decode,
         )
         return _sample_fn(self.graphdef, self.autoencoder.graphdef, self.mesh, static)
@@ -201,6 +202,7 @@ class _Static:
     shape: tuple[int, int, int]  # of the latents
     none: int  # the unconditional label
     scaling_factor: float
+    dtype: str  # of the computation
     decode: bool  # to images; else returns latents
 
 
@@ -226,7 +228,7 @@ def _sample_fn(
             objective=static.objective,
             interval=static.interval,
         )
-        with sharding.on_mesh(mesh):
+        with sharding.on_mesh(mesh), precision.of(static.dtype):
             z = samplers.sample(
                 model,
                 noise,
@@ -271,7 +273,9 @@ def load_generator(
     where = autoencoder or saved.diffusion.autoencoder
     if not where:
         raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
-    inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh)
+    # `weights` says which of the diffusion model's; those of the autoencoder made the latents.
+    made_by = (saved.latents or {}).get("weights", "ema")
+    inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh, weights=made_by)
     if saved.latents:
         latent_spec.check_autoencoder(
             saved.latents, where, checkpoint_weights.encoder_checksum(inner.weights)

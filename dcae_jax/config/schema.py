@@ -133,7 +133,7 @@ class Evaluate:
     resolutions: tuple[int, ...] = key((256,),
         "pixels per side; (), in job evaluate: the protocol's, or `resolution`", ge=1, le=2**16)
     batch_size: int = key(32, "images per step, over all devices and processes", ge=1)
-    count: int = key(1000, "images at most; 0: all", ge=0)
+    count: int = key(1000, "images at most, spread over the source; 0: all", ge=0)
     crops: int = key(1, "per image: 1 is the ADM centre crop, more are fixed random crops", ge=1)
     grid: int = key(8, "images in the PNG grids", ge=1)
     lpips_weights: str = key("", "converted AlexNet file: unlocks LPIPS (docs/evaluation.md)")
@@ -152,7 +152,7 @@ class Encode:
 
     flip: bool = key(True, "keep the latents of the mirrored image too; the authors: False")
     crops: int = key(1, "per image: 1 is the ADM centre crop, more are fixed random crops", ge=1)
-    count: int = key(0, "crops at most; 0: all", ge=0)
+    count: int = key(0, "crops at most, spread over the source; 0: all", ge=0)
     dtype: Literal["bfloat16", "float16"] = key("bfloat16", "of the stored latents")
     shard_size: int = key(4096, "crops per file", ge=1)
     batch_size: int = key(64, "images per step, over all devices and processes", ge=1)
@@ -224,7 +224,7 @@ class Job:
     batch_size: int = key(256, "images per step, over all devices and processes", ge=1)
     resolution: int = key(256, "pixels per side; a multiple of the model's compression", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = key("auto",
-        "compute: float32, bfloat16; auto = bfloat16 except on a CPU")
+        "compute: float32 (docs/evaluation.md), bfloat16; auto = bfloat16 except on a CPU")
     init_from: str = key("",
         "weights: a workdir or checkpoint, export, or published ones: docs/weights.md")
     weights: Literal["ema", "raw"] = key("ema",

@@ -62,7 +62,7 @@ def unpack(record: bytes) -> tuple[np.ndarray, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file to write, and the crops in it: first, ..., last - 1."""
+    """A file to write, and the crops in it, of those to encode: first, ..., last - 1."""
 
     file: str
     first: int
@@ -88,7 +88,7 @@ def shard_name(number: int, shards: int) -> str:
 
 
 def plan_shards(crops: int, shard_size: int) -> list[Shard]:
-    """Crops 0, 1, ... in shards of `shard_size`; the last one may be smaller."""
+    """`crops` crops in shards of `shard_size`; the last one may be smaller."""
     count = math.ceil(crops / shard_size)
     return [
         Shard(shard_name(s, count), s * shard_size, min((s + 1) * shard_size, crops))

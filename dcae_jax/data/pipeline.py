@@ -24,6 +24,7 @@ Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]  # Examples, stacked
 
 TRIES = 8  # records tried for one example before giving up
+GOLDEN = (5**0.5 - 1) / 2
 BAD_FRACTION, BAD_AFTER = 0.01, 200  # above this fraction of at least so many records: an error
 
 
@@ -47,6 +48,7 @@ class _Load:
     data: Data
     seed: int
     batch_size: int
+    first: int  # index of the first example of a batch, modulo batch_size
     sizes: tuple[int, ...]
 
     def example(self, index: int, record: int) -> Example:
@@ -66,7 +68,7 @@ class _Load:
         return {**blank, "image": np.zeros((self._size(index),) * 2 + (3,), np.uint8)}
 
     def _size(self, index: int) -> int:
-        return resolution_at(self.seed, self.sizes, index // self.batch_size)
+        return resolution_at(self.seed, self.sizes, (index - self.first) // self.batch_size)
 
     def _read(self, index: int, record: int) -> Example:
         rng = np.random.default_rng((self.seed, 2, index))
@@ -122,9 +124,11 @@ def _record_order(source: ImageSource | Latents, seed: int) -> grain.MapDataset[
     if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     parts, first = [], 0
-    for part in source.parts:
+    for number, part in enumerate(source.parts):
         records = grain.MapDataset.range(first, first + len(part))
-        parts.append(records.seed(seed).shuffle().repeat())
+        # With one seed, parts of one length would be drawn in one order, in step.
+        own = int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
+        parts.append(records.seed(own).shuffle().repeat())
         first += len(part)
     return grain.MapDataset.mix(parts, weights=source.weights)
 
@@ -147,7 +151,8 @@ def training_batches(
     [B / processes, h, w, c] in the stored dtype, unscaled. Process p gets rows p * B / processes
     onwards of each global batch. Raises UserError when too many records cannot be read.
     """
-    load = _Load(source, data, seed, batch_size, sizes)
+    # A run that goes on with another batch size starts between two batches of that size.
+    load = _Load(source, data, seed, batch_size, start % batch_size, sizes)
     examples = _record_order(source, seed).map_with_index(load.example)[start:]
     batches = examples.batch(batch_size // processes)[process::processes]
     counter = Unreadable(source.name)
@@ -242,12 +247,12 @@ def evaluation_batches(
 
     A batch: image [B / processes, size, size, 3] uint8, label, mask [B / processes] float32. The
     last batch is padded with images of mask 0. With crops > 1 each image is cropped that many times
-    at fixed random positions, not once in the centre. `count` > 0 stops after so many crops.
+    at fixed random positions, not once in the centre. `count` > 0 takes so many crops, spread over
+    the source.
     """
-    total = len(source) * crops
-    total = min(total, count) if count else total
+    numbers = spread(len(source), evaluated(source, count, crops))
     local = batch_size // processes
-    mine = padded(np.arange(total), batch_size).reshape(-1, processes, local)[:, process].ravel()
+    mine = padded(numbers, batch_size).reshape(-1, processes, local)[:, process].ravel()
     logged = set()
     for batch in fixed_crops(
         source, mine, size=size, batch_size=local, crops=crops, threads=threads
@@ -257,6 +262,27 @@ def evaluation_batches(
                 logged.add(record)
                 logging.warning("unreadable, left out: %s", source.name(record))
         yield batch
+
+
+def evaluated(source: Source, count: int, crops: int = 1) -> int:
+    """How many crops of `source` are read: `count` at most, 0 for all."""
+    total = len(source) * crops
+    return min(total, count) if count else total
+
+
+def spread(images: int, count: int) -> np.ndarray:
+    """`count` crop numbers, rising, that are spread evenly over the images; see `fixed_crops`.
+
+    Sources are sorted by class, and a mixture by part, so that the first ones are of few kinds.
+    count > images takes the next crop of all images before the next one of any. Within its share
+    of the images a number is placed by multiples of the golden ratio: at equal distances, images
+    whose classes take turns would be of few classes too.
+    """
+    whole, rest = divmod(count, images)
+    i = np.arange(rest)
+    low, high = (-(-k * images // max(rest, 1)) for k in (i, i + 1))
+    places = low + (i * GOLDEN % 1 * (high - low)).astype(np.int64)
+    return np.concatenate([np.arange(whole * images), whole * images + places])
 
 
 def padded(numbers: np.ndarray, multiple: int) -> np.ndarray:

@@ -28,6 +28,8 @@ from dcae_jax.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
+NO_LABEL = -1  # which the job `encode` refuses; an autoencoder needs no labels
+
 # Photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = (
     ("skimage.data", "astronaut.png"),
@@ -44,15 +46,6 @@ HELD_OUT_PHOTOS = (
     ("sklearn.datasets.images", "flower.jpg"),
     ("skimage.data", "chelsea.png"),
 )
-
-
-# Of config.data, what determines the images of a source.
-IDENTITY = {
-    "photos": (),
-    "folder": ("path",),
-    "tfds": ("name", "split", "data_dir"),
-    "mixture": ("parts", "data_dir"),
-}
 
 
 class Source(Protocol):
@@ -122,7 +115,10 @@ def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Image files; the label is the rank of the first folder below the root."""
+    """Image files; the label is the rank of the first folder below the root.
+
+    Without such folders it is 0; of a file beside them it is NO_LABEL.
+    """
 
     root: str
     files: tuple[str, ...]  # relative to root
@@ -137,7 +133,7 @@ class Folder:
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         file = self.files[i]
         top = file.split(os.sep)[0] if os.sep in file else ""
-        label = self.class_names.index(top) if top else 0
+        label = self.class_names.index(top) if top else NO_LABEL if self.class_names else 0
         with Image.open(os.path.join(self.root, file), formats=FORMATS) as image:
             return to_rgb(_draft(image, least)), label
 
@@ -164,6 +160,7 @@ class Tfds:
 
     records: Sequence[Mapping[str, Any]]  # encoded images, labels
     title: str
+    fingerprint: str  # version and splits of the data set
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -198,7 +195,10 @@ def tfds(name: str, split: str, data_dir: str = "") -> Tfds:
         ) from error
     features = records.dataset_info.features
     names = getattr(features["label"], "names", ()) if "label" in features else ()
-    return Tfds(records, f"{name}/{split}", tuple(names))
+    info = records.dataset_info
+    splits = {name: (part.num_examples, part.num_bytes) for name, part in info.splits.items()}
+    fingerprint = f"{info.full_name} {split} {sorted(splits.items())}"
+    return Tfds(records, f"{name}/{split}", fingerprint, tuple(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +261,8 @@ class Mixture:
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         number, record = self._locate(i)
         image, label = self.parts[number].read(record, least)
+        if label < 0:  # NO_LABEL, also of the images of a test split
+            return image, label
         return image, sum(map(len, self._classes[:number])) + label
 
     def name(self, i: int) -> str:
@@ -311,9 +313,21 @@ def _images(data: Data, use: Use) -> ImageSource:
     if data.held_out_path and use == "held out":
         return folder(data.held_out_path)
     source = folder(data.path)
+    if use == "encode":
+        _check_labels(source)
     if data.held_out_path or not data.held_out or use in ("evaluate", "encode"):
         return source
     return Subset(source, _hold_out(source, data.held_out)[0 if use == "train" else 1])
+
+
+def _check_labels(source: Folder) -> None:
+    """Raises UserError for images beside class folders, before hours of encoding."""
+    beside = [file for file in source.files if os.sep not in file] if source.class_names else []
+    if beside:
+        raise UserError(
+            f"data.path={source.root!r} has {len(beside)} images beside its class folders, which "
+            f"have no label ({beside[0]}); move them into a class folder, or elsewhere"
+        )
 
 
 def _mixture(data: Data, use: Use) -> Mixture:
@@ -343,18 +357,6 @@ def _mixture(data: Data, use: Use) -> Mixture:
         parts.append(_images(one, use))
         weights.append(float(weight))
     return Mixture(tuple(parts), tuple(weights))
-
-
-def identity(data: Data, source: Source) -> dict[str, Any]:
-    """What determines the images of `source`, which `encoding_source` opened, by key."""
-    names = hashlib.sha256()
-    for i in range(len(source)):
-        names.update(f"{source.name(i)}\n".encode())
-    values = {"images": len(source), "names of the images": names.hexdigest()}
-    for key in ("source", *IDENTITY[data.source]):
-        value = getattr(data, key)
-        values[f"data.{key}"] = files_lib.whole_path(value) if key == "path" else value
-    return values
 
 
 def _hold_out(source: Folder, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def to_uint8(x: Array) -> Array:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB: EXIF orientation applied, alpha over white, 16 bits scaled to 8."""
+    """Any image as 8-bit RGB: EXIF orientation applied, alpha over white, 16 bits rounded to 8."""
     try:
         ImageOps.exif_transpose(image, in_place=True)  # the other form copies every image
     except OSError:  # of the pixels, which are read here
@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
         image.load()
     if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
-        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
+        levels = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) + 128) // 257
         image = Image.fromarray(levels.astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point images have no known range")

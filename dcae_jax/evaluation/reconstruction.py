@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from dcae_jax.evaluation.networks import MetricNetworks
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.runtime import sharding
+from dcae_jax.runtime import precision, sharding
 
 Pair = tuple[np.ndarray, np.ndarray]  # images and their reconstructions, uint8
 Extremes = dict[int, tuple[float, np.ndarray, np.ndarray]]  # row number -> PSNR, image, output
@@ -49,7 +49,7 @@ class Summary:
 class Result(Summary):
     """The scores of reconstructions, and some of them."""
 
-    images: np.ndarray  # [grid, size, size, 3] uint8, the first ones
+    images: np.ndarray  # [grid, size, size, 3] uint8, spread over all
     outputs: np.ndarray  # [grid, size, size, 3] uint8
     extremes: dict[str, Pair]  # 'best', 'worst' by PSNR: likewise
 
@@ -64,7 +64,7 @@ class Totals:
 
     sums: dict[str, float]  # 'count', and metric -> sum over images
     moments: dict[str, metrics.Moments]  # 'image', 'output': Inception's, on the devices
-    preview: Pair  # [grid, size, size, 3] uint8, the first images of this process
+    preview: Pair  # [grid, size, size, 3] uint8, some images of this process
     extremes: Extremes  # the best and the worst of this process
 
 
@@ -85,9 +85,11 @@ def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
         mask: jax.Array,
     ) -> tuple[dict[str, metrics.Moments], dict[str, jax.Array], jax.Array, jax.Array]:
         model = weights_lib.merge(graphdef, sharding.replicate_weights(weights, mesh))
+        with precision.of("float32"):  # also where a model of bfloat16 has sums in float32
+            output = model(transforms.to_float(images))
         # From here on levels in float32, whatever the model computes in. An image stays on one
         # device, where the networks' resizing and pooling need no neighbour's rows.
-        output = transforms.to_levels(model(transforms.to_float(images)))
+        output = transforms.to_levels(output)
         target = images.astype(jnp.float32)
         target, output = (jax.lax.with_sharding_constraint(x, rows) for x in (target, output))
         scores = {"psnr": metrics.psnr(output, target), "ssim": metrics.ssim(output, target)}
@@ -126,13 +128,15 @@ def evaluate(
     """
     step = functools.partial(eval_step(graphdef, mesh), weights, metric_networks)
     results = {}
+    count = pipeline.evaluated(source, settings.count, settings.crops)
+    shown = pipeline.spread(min(count, len(source)), min(count, settings.grid))
     for size in settings.resolutions:
         moments: dict[str, metrics.Moments] = {}
         if "inception" in metric_networks:
             for name in ("image", "output"):
                 moments[name] = networks.empty_moments(metric_networks, mesh)
         batches = networks.batches(settings, data, source, size, mesh)
-        totals = accumulate(step, moments, batches, mesh, settings.grid, stopped)
+        totals = accumulate(step, moments, batches, mesh, shown, settings.grid, stopped)
         results[size] = finalize(totals, size, settings.grid)
     return results
 
@@ -142,12 +146,15 @@ def accumulate(
     moments: dict[str, metrics.Moments],
     batches: Iterable[tuple[np.ndarray, pipeline.Batch]],
     mesh: Mesh,
+    shown: Sequence[int] | np.ndarray,
     grid: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Totals:
     """Sums over the images of `batches`. Raises UserError, and Stopped.
 
-    step: an `eval_step` with its first two arguments bound; moments: empty ones, donated.
+    step: an `eval_step` with its first two arguments bound; moments: empty ones, donated. shown:
+    rising row numbers of the preview; the next row is taken where one is not this process's or
+    could not be read.
     """
     all_sums: list[dict[str, jax.Array]] = []
 
@@ -161,17 +168,24 @@ def accumulate(
             all_sums.append(sums)
             yield numbers, batch, psnr, output
 
-    preview, extremes = None, {}
+    images, outputs, extremes = [], [], {}
+    waiting = list(shown)
     for numbers, batch, psnr, output in networks.one_behind(reconstructed()):
-        if preview is None:
-            shown = int(min(grid, batch["mask"].sum()))
-            preview = batch["image"][:shown], _local_rows(output)[:shown]
+        rows = []
+        for row in np.flatnonzero(batch["mask"] > 0):
+            if waiting and numbers[row] >= waiting[0]:
+                del waiting[0]
+                rows.append(int(row))
+        if rows or not images:
+            images.append(batch["image"][np.array(rows, int)])
+            outputs.append(_local_rows(output)[rows] if rows else images[-1])
         _keep_extremes(extremes, batch, numbers, psnr, output, grid)
-    if preview is None:
+    if not images:
         raise _no_image()
     fetched = jax.device_get(all_sums)
     names = [name for name in (*SCORES, "count") if name in fetched[0]]  # JAX sorts keys
     sums = {name: math.fsum(float(batch[name]) for batch in fetched) for name in names}
+    preview = np.concatenate(images), np.concatenate(outputs)
     return Totals(sums, moments, preview, extremes)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `encode`: images -> shards of latents, their statistics and a manifest.
 
-Crops s * shard_size onwards form shard s, which one process encodes on its own devices and renames
-when it is whole; a JSON file beside it holds its sums. The manifest is made of those files alone,
-so that a run interrupted anywhere ends with the same bytes. docs/latents.md has the format.
+Of the crops to encode, number s * shard_size onwards form shard s, which one process encodes on its
+own devices and renames when it is whole; a JSON file beside it holds its sums. The manifest is made
+of those files alone, so that a run interrupted anywhere ends with the same bytes. docs/latents.md
+has the format.
 """
 
 import contextlib
@@ -28,12 +29,12 @@ from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config import Config
 from dcae_jax.config.schema import MeshSizes
-from dcae_jax.data import latents, pipeline, sources, transforms
+from dcae_jax.data import contents, latents, pipeline, sources, transforms
 from dcae_jax.data.latents import Shard, ShardSums
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Array, Weights
-from dcae_jax.runtime import distributed, lease, preemption
+from dcae_jax.runtime import distributed, lease, precision, preemption
 from dcae_jax.runtime import mesh as mesh_lib
 
 DONE = 0
@@ -82,8 +83,8 @@ def run(config: Config, workdir: str) -> int:
         config.init_from, config.dtype, mesh, config.weights, config.model.variant
     )
     config_lib.check_resolution(config.resolution, model.compression, "resolution")
-    crops = len(source) * settings.crops
-    shards = latents.plan_shards(min(crops, settings.count or crops), settings.shard_size)
+    crops = pipeline.evaluated(source, settings.count, settings.crops)
+    shards = latents.plan_shards(crops, settings.shard_size)
     job = Job(config, workdir, model, source, shards, identify(config, model, source))
     with lease.hold(workdir, jax.process_index()):
         claim(workdir, job.identity)
@@ -109,7 +110,7 @@ def identify(
         "weights": checkpoint_weights.checksum(model.weights),
         "resolution": config.resolution,
         "dtype": mesh_lib.compute_dtype(config.dtype, model.mesh),
-        **sources.identity(config.data, source),
+        **contents.identity(config.data, source),
     }
     for key in ("flip", "crops", "count", "dtype", "shard_size"):
         values[f"encode.{key}"] = getattr(config.encode, key)
@@ -145,7 +146,8 @@ def encode_shards(job: Job, stopped: Callable[[], bool]) -> None:
     if len(todo) < len(mine):
         logging.info("resuming: %d of %d shards are there", len(mine) - len(todo), len(mine))
     local = job.config.encode.batch_size // jax.process_count()
-    numbers = [pipeline.padded(np.arange(s.first, s.last), local).reshape(-1, local) for s in todo]
+    crops = pipeline.spread(len(job.source), job.shards[-1].last)
+    numbers = [pipeline.padded(crops[s.first : s.last], local).reshape(-1, local) for s in todo]
     encoded = _encoded(job, np.concatenate(numbers), tally, stopped)
     for shard, rows in zip(todo, numbers, strict=True):
         began = time.perf_counter()
@@ -161,7 +163,8 @@ def encode_fn(model: autoencoder.Autoencoder, dtype: str) -> Callable[[Weights, 
 
     def encode(weights: Weights, images: Array) -> Array:
         x = transforms.to_float(images)
-        return weights_lib.merge(model.graphdef, weights).encode(x).astype(dtype)
+        with precision.of(model.dtype):
+            return weights_lib.merge(model.graphdef, weights).encode(x).astype(dtype)
 
     return jax.jit(encode, out_shardings=NamedSharding(model.mesh, P(mesh_lib.BATCH_AXES)))
 

@@ -104,6 +104,10 @@ def resolve(config: Config) -> Config:
     }
     if not settings.samples and config.data.source == "tfds":
         needed["data.split"] = (config.data.split, "validation")
+    if not settings.samples:
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        config = config_lib.replace(config, dtype=dtype)
+        needed["dtype"] = (dtype, "float32")  # as the authors' evaluator computes
     for key, (found, value) in needed.items():
         if found != value:
             raise UserError(

@@ -94,7 +94,7 @@ def _write_stablehlo(
         state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
     )
     arch = models.find(config.model).architecture(config.model)
-    return export_formats.write_stablehlo(graph, weights, arch, meta, folder)
+    return export_formats.write_stablehlo(graph, weights, arch, meta, folder, config.dtype)
 
 
 def _equal(worst: float) -> float:

@@ -123,7 +123,9 @@ def _samples(run: Run) -> Evaluate:
     """Samples of the same noise and labels at every step, as a grid."""
     assert run.latents is not None
     config, mesh = run.config, run.mesh
-    autoencoder = autoencoder_lib.load_autoencoder(config.autoencoder, config.dtype, mesh)
+    autoencoder = autoencoder_lib.load_autoencoder(
+        config.autoencoder, config.dtype, mesh, run.latents.manifest["weights"]
+    )
     found = weights_lib.encoder_checksum(autoencoder.weights)
     latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
     arch = state_lib.architecture(config.model, config)

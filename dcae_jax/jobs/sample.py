@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-import shutil
+import re
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "sample.json"  # in the workdir before the first sample
 PARTS, IMAGES = "parts", "images"  # folders: batches drawn so far; the files of format png
+PART = re.compile(r"\d{6,}-\d{6,}\.npy")  # of PARTS: the first sample, and the first of the next
 # Written last: the samples, or the labels of the files of format png.
 RESULTS = {"grid": "samples.png", "npz": "samples.npz", "png": "labels.json"}
 STREAM = 5  # of the random numbers that draw labels
@@ -190,7 +191,16 @@ def _finish(settings: Sample, labels: np.ndarray, workdir: str) -> None:
         files_lib.write_png(path, grid(np.concatenate(parts)))
     else:
         _write_npz(path, parts, labels)
-    shutil.rmtree(os.path.join(workdir, PARTS))
+    _remove_parts(os.path.join(workdir, PARTS))
+
+
+def _remove_parts(folder: str) -> None:
+    """Removes the files of batches, also those of an earlier batch size, and nothing else."""
+    for name in os.listdir(folder):
+        if PART.fullmatch(name):
+            os.remove(os.path.join(folder, name))
+    if not os.listdir(folder):
+        os.rmdir(folder)
 
 
 def _write_npz(path: str, parts: Sequence[np.ndarray], labels: np.ndarray) -> None:

@@ -52,7 +52,10 @@ def run(config: Config, workdir: str) -> int:
             if not hooks.evaluation_owed(config, workdir, checkpoint.step):
                 logging.info("%s is done: step %d of %d", workdir, checkpoint.step, config.steps)
                 return DONE
-        return train(run_lib.build(config, workdir, mesh, latents), checkpoint, stop.is_set)
+        built = run_lib.build(config, workdir, mesh, latents)
+        if checkpoint:
+            checkpoint = run_lib.check_inputs(built, checkpoint)
+        return train(built, checkpoint, stop.is_set)
 
 
 def run_phases(phases: dict[str, Config], workdir: str) -> int:
@@ -183,9 +186,17 @@ def restore_or_initialise(
     """
     if checkpoint:
         manager = checkpoints.open_manager(run.workdir, run.config.keep)
-        state, means, next_example = checkpoints.restore(
-            manager, checkpoint.step, run.abstract, jax.eval_shape(new_means)
-        )
+        try:
+            state, means, next_example = checkpoints.restore(
+                manager, checkpoint.step, run.abstract, jax.eval_shape(new_means)
+            )
+        except ValueError as error:
+            if not checkpoint.changes:
+                raise
+            raise UserError(
+                f"{run.workdir} has another state than this run{checkpoint.changed}; start from "
+                f"its weights: another --workdir with --config.init_from={run.workdir}"
+            ) from error
         means = jax.device_put(means, mesh_lib.replicated(run.mesh))
         origin = checkpoint.origin
         logging.info("resuming %s at step %d%s", run.workdir, checkpoint.step, checkpoint.changed)

@@ -20,8 +20,9 @@ from dcae_jax import files, models
 from dcae_jax.errors import UserError
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderArchitecture, BackboneArchitecture, BackboneModule
-from dcae_jax.models.weights import AnyWeights
+from dcae_jax.models.weights import AnyWeights, Weights
 from dcae_jax.pretrained import hub, published, torch_io
+from dcae_jax.runtime import precision
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 WEIGHTS = "weights.safetensors"
@@ -151,21 +152,28 @@ def write_stablehlo(
     arch: AutoencoderArchitecture,
     meta: dict[str, Any],
     folder: str,
+    dtype: str,
 ) -> float:
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
     Both programs take (weights, x): weights as constants would exceed the 2 GB of a flatbuffer.
-    graph: of a model without platform-specific layers. Returns the largest difference between the
-    results of the example, run in its own process, and ours.
+    graph: of a model without platform-specific layers that computes in `dtype`. Returns the largest
+    difference between the results of the example, run in its own process, and ours.
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
     shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in weights.items()}
     inputs = {"encode": (b, f * h, f * w, 3), "decode": (b, h, w, c)}
-    functions = {
-        "encode": jax.jit(lambda weights, x: weights_lib.merge(graph, weights).encode(x)),
-        "decode": jax.jit(lambda weights, z: weights_lib.merge(graph, weights).decode(z)),
-    }
+
+    def encode(weights: Weights, x: jax.Array) -> jax.Array:
+        with precision.of(dtype):
+            return weights_lib.merge(graph, weights).encode(x)
+
+    def decode(weights: Weights, z: jax.Array) -> jax.Array:
+        with precision.of(dtype):
+            return weights_lib.merge(graph, weights).decode(z)
+
+    functions = {"encode": jax.jit(encode), "decode": jax.jit(decode)}
     for name, function in functions.items():
         exported = jax.export.export(function, platforms=PLATFORMS)(
             shapes, jax.ShapeDtypeStruct(inputs[name], jnp.float32)

@@ -2,6 +2,7 @@
 """A training run before its first step: what it is made of, and where it starts."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
@@ -26,7 +27,7 @@ from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import partial_init, tables
+from dcae_jax.setup import inputs, partial_init, tables
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 from dcae_jax.training.state import TrainSpec, TrainState
@@ -44,6 +45,11 @@ class Run:
     source: ImageSource | Latents
     latents: Latents | None  # the source of a diffusion model
     lpips: Weights  # of the perceptual loss, {} for a loss without it
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """What stands for the content of the run's inputs, by key."""
+        return inputs.digests(self.config, self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,31 @@ def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
             f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
         )
     changes = config_lib.identity_changes(record["config"], config_lib.to_json(config))
+    return Checkpoint(step, _allowed(changes, config, workdir, step), record)
+
+
+def check_inputs(run: Run, checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with what differs in the content of the run's inputs.
+
+    Raises UserError if something does, unless allow_change names it, or the path of an input of
+    the same section.
+    """
+    keys = [change["key"].split(".") for change in checkpoint.changes]
+    others = {section for section, *name in keys if name and name[0] in inputs.NAMES}
+    before = checkpoint.record.get("inputs", {})
+    changes = {
+        key: (before[key], now)
+        for key, now in run.inputs.items()
+        if before.get(key, now) != now and key.split(".")[0] not in others
+    }
+    changed = _allowed(changes, run.config, run.workdir, checkpoint.step)
+    return dataclasses.replace(checkpoint, changes=[*checkpoint.changes, *changed])
+
+
+def _allowed(
+    changes: Mapping[str, tuple[Any, Any]], config: Config, workdir: str, step: int
+) -> list[dict[str, Any]]:
+    """{key: (before, now)} for config.json. Raises UserError unless allow_change names each key."""
     allowed = {key for key in changes if _allows(config.allow_change, key)}
     refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
     if refused:
@@ -88,11 +119,10 @@ def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
             f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
             "the keys in --config.allow_change"
         )
-    changed = [
+    return [
         {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
         for key in sorted(allowed)
     ]
-    return Checkpoint(step, changed, record)
 
 
 def _allows(allow_change: tuple[str, ...], key: str) -> bool:
@@ -236,6 +266,7 @@ def write_record(run: Run, checkpoint: Checkpoint | None, origin: str) -> None:
         "changes": [*checkpoint.record.get("changes", []), *checkpoint.changes]
         if checkpoint
         else [],
+        "inputs": run.inputs,
         "latents": manifest and {k: v for k, v in manifest.items() if k != "shards"},
         "versions": versions(run.mesh),
         "mesh": dict(run.mesh.shape),

@@ -3,10 +3,11 @@
 
 import glob
 import os
+import re
 
 import jax
 import pytest
-from support import CONFIGS
+from support import CONFIGS, ROOT
 
 from dcae_jax import config as config_lib
 from dcae_jax.models import dcae, dit, sdvae, uvit
@@ -44,3 +45,13 @@ def test_every_training_config_builds_its_abstract_state(config, one_device):
     moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
     trained = [name for name in spec.params if name in spec.trained]
     assert len(moments) == 2 * len(trained)
+
+
+def test_the_scales_of_guidance_are_the_published_ones():
+    """Catches a scale that is not the one beside its FID in docs/diffusion.md (from the paper)."""
+    with open(os.path.join(ROOT, "docs", "diffusion.md")) as file:
+        rows = re.findall(r"^\| f\d+ \+ (\w+)-(\w+).*\(([\d.]+)\) \|$", file.read(), re.M)
+    assert len(rows) == 9
+    for name, variant, scale in rows:
+        path = os.path.join(CONFIGS, f"{name.lower()}.py")
+        assert config_lib.load_file(path, variant.lower()).sample.guidance == float(scale), name

@@ -9,6 +9,7 @@ from PIL import Image
 from support import CONFIGS, data, to_json
 
 from dcae_jax import config as config_lib
+from dcae_jax.config.schema import Data
 from dcae_jax.data import pipeline, sources
 from dcae_jax.errors import UserError
 
@@ -169,3 +170,64 @@ def test_fixed_crops_are_the_same_each_time():
     first, second = (_joined(run) for run in runs)
     np.testing.assert_array_equal(first, second)
     assert len(np.unique(first.reshape(8, -1), axis=0)) == 8
+
+
+@pytest.mark.parametrize(("images", "count"), [(25_620, 1000), (1281, 1280), (12, 6), (5, 5)])
+def test_fewer_crops_than_images_are_spread_over_all_of_them(images, count):
+    """Catches the first images of a sorted source, which are of few classes (39 of ImageNet's
+    thousand), and a distance that always meets the same of classes that take turns."""
+    found = pipeline.spread(images, count)
+    assert len(found) == count and found[0] >= 0 and found[-1] < images
+    assert (np.diff(found) > 0).all() and np.diff(found).max() <= 2 * images / count
+    if count < images // 20:
+        assert len(set(found * 1000 // images)) == 1000  # sorted by class
+        assert len(set(found % 25)) == 25  # 25 classes that take turns
+
+
+def test_more_crops_than_images_take_each_image_equally_often():
+    """Catches a second crop of the first images alone where the last round is not whole."""
+    np.testing.assert_array_equal(pipeline.spread(5, 10), np.arange(10))
+    found = pipeline.spread(100, 210)
+    np.testing.assert_array_equal(found[:200], np.arange(200))
+    assert len(set(found[200:] // 10)) == 10  # one of each ten
+
+
+def test_an_evaluation_with_a_count_sees_every_part_of_a_mixture(image_folder, tmp_path):
+    """Catches an evaluation of the first part alone, and batches in another order of hosts."""
+    (tmp_path / "white").mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), "white").save(tmp_path / "white" / f"{i}.png")
+    parts = tuple((1.0, "folder", str(path)) for path in (image_folder, tmp_path / "white"))
+    source = sources.encoding_source(Data(source="mixture", parts=parts))
+    batches = pipeline.evaluation_batches(source, size=16, batch_size=3, count=6)
+    first = _joined(batches)[:, 0, 0]
+    assert (first == 255).all(1).tolist() == [False] * 3 + [True] * 3
+
+
+def test_parts_of_one_length_have_orders_of_their_own(tmp_path):
+    """Catches parts that are drawn in step: record i of one always beside i of the other."""
+    for part, channel in (("a", 0), ("b", 1)):
+        (tmp_path / part).mkdir()
+        for i in range(16):
+            colour = [0, 0, 0]
+            colour[channel] = 10 * i + 10
+            Image.new("RGB", (16, 16), tuple(colour)).save(tmp_path / part / f"{i:02d}.png")
+    parts = tuple((1.0, "folder", str(tmp_path / part)) for part in "ab")
+    config = data.config(data__source="mixture", data__parts=parts, data__held_out=0.0)
+    drawn = _joined(data.take(config, 8))[:, 0, 0]
+    orders = [[int(v) for v in drawn[:, channel] if v] for channel in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == [10 * i + 10 for i in range(16)]
+    assert sum(a == b for a, b in zip(*orders, strict=True)) < 8
+
+
+def test_another_batch_size_goes_on_with_whole_batches_of_one_size(image_folder):
+    """Catches a batch of images of two sizes, where allow_change lets the batch size differ: the
+    32 examples of 8 batches are no multiple of 5; and another position after a second resume."""
+    config = data.config(data__source="folder", data__path=image_folder)
+    config.resolutions = (16, 24, 32)
+    config.batch_size = 5
+    batches = data.take(config, 20, start=32)
+    assert {batch["image"].shape[1] for batch in batches} == {16, 24, 32}
+    again = data.take(config, 17, start=32 + 3 * 5)
+    for before, after in zip(batches[3:], again, strict=True):
+        np.testing.assert_array_equal(before["image"], after["image"])

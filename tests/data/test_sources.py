@@ -57,6 +57,28 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
     assert np.abs(np.asarray(got).astype(int) - want).max() <= 1
 
 
+def test_an_image_beside_class_folders_has_no_label(tmp_path):
+    """Catches the first class's label for an image that is of none, in a mixture the last label of
+    the part before; an autoencoder still trains on it, `encode` tells it before it starts."""
+    for part in "ab":
+        for name in ("cat/0", "dog/1", "loose"):
+            path = tmp_path / part / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    path = str(tmp_path / "b")
+    settings = Data(source="folder", path=path, held_out=0.0)
+    source = sources.training_source(settings)
+    assert [source[i][1] for i in range(3)] == [0, 1, -1]
+    with pytest.raises(UserError, match="1 images beside its class folders.*loose.png.*move them"):
+        sources.encoding_source(settings)
+    parts = tuple((1.0, "folder", str(tmp_path / part)) for part in "ab")
+    mixture = Data(source="mixture", parts=parts, held_out=0.0)
+    source = sources.training_source(mixture)
+    assert [source[i][1] for i in range(6)] == [0, 1, -1, 2, 3, -1]
+    with pytest.raises(UserError, match="beside its class folders"):
+        sources.encoding_source(mixture)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     """Catches photographs from telephones that lie on their side."""
     image = Image.new("RGB", (30, 10))

@@ -38,6 +38,13 @@ def test_uint8_survives_the_range_of_the_models(module):
         np.testing.assert_array_equal(found, np.arange(1, 256))
 
 
+def test_sixteen_bits_are_rounded_to_eight():
+    """Catches levels that are cut: half a level darker on average, white at full scale alone."""
+    deep = np.arange(0, 65536, 61, dtype=np.uint16).reshape(-1, 5)
+    found = np.asarray(transforms.to_rgb(Image.fromarray(deep)))[..., 0]
+    np.testing.assert_array_equal(found, np.floor(deep / 65535 * 255 + 0.5))
+
+
 def augmented(pixels, size, **changes):
     """`transforms.augment` of [H, W, 3] uint8, and the generator whose draws it took."""
     settings = {"crop": "center", "rotation": 0.0, "flip": False, "color_jitter": 0.0} | changes

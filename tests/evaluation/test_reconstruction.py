@@ -15,7 +15,7 @@ from support.reconstruction import evaluate_random, model_weights
 
 from dcae_jax import config as config_lib
 from dcae_jax.api import autoencoder as autoencoder_lib
-from dcae_jax.data import sources
+from dcae_jax.data import pipeline, sources
 from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.models import inception, inception_torch, lpips, lpips_torch
 
@@ -60,7 +60,7 @@ def test_two_halves_are_the_whole(evaluate_config, small_inception, one_device):
     for part in (source, *subsets):
         moments = {k: networks.empty_moments(loaded, one_device) for k in ("image", "output")}
         batches = networks.batches(config.evaluate, config.data, part, 32, one_device)
-        parts.append(reconstruction.accumulate(step, moments, batches, one_device, 2))
+        parts.append(reconstruction.accumulate(step, moments, batches, one_device, range(2), 2))
     for name, total in parts[0].sums.items():
         assert parts[1].sums[name] + parts[2].sums[name] == pytest.approx(total, rel=1e-5), name
     sets = ("image", "output")
@@ -108,6 +108,22 @@ def test_the_best_and_the_worst_are_found(evaluate_config):
     assert len(psnr) == 10 and (np.diff(psnr) >= 0).all() and psnr[0] < psnr[-1]
     np.testing.assert_array_equal(result.extremes["worst"][1], outputs[:2])
     np.testing.assert_array_equal(result.extremes["best"][1], outputs[::-1][:2])
+
+
+def test_the_grid_shows_images_of_the_whole_set(evaluate_config, folder):
+    """Fails if the grid is of the first images, of one class, or stops at a broken one."""
+    evaluate_config.evaluate.batch_size, evaluate_config.evaluate.grid = 4, 3
+    source = sources.folder(folder)
+    every = [np.asarray(image) for image, _ in map(source.__getitem__, range(10))]
+    shown = evaluate_random(evaluate_config).images
+    found = [next(i for i, x in enumerate(every) if (x == image).all()) for image in shown]
+    assert found == list(pipeline.spread(10, 3)) and found[-1] > 5
+    with open(source.name(0), "wb") as file:
+        file.write(b"broken")
+    result = evaluate_random(evaluate_config)
+    assert result.count == 9
+    np.testing.assert_array_equal(result.images[0], every[1])
+    np.testing.assert_array_equal(result.images[1:], shown[1:])
 
 
 @pytest.mark.slow

@@ -130,12 +130,17 @@ def test_a_contradiction_or_a_missing_file_is_one_line(tmp_path, capsys, values,
 
 
 def test_a_protocol_fixes_its_keys_and_warns_of_another_set(evaluate_config, caplog):
-    """Fails if the protocol leaves the resolution as it was, or ten images pass for ImageNet."""
+    """Fails if the protocol leaves the resolution or the dtype as it was, or if ten images pass for
+    ImageNet."""
     evaluate_config.evaluate.protocol = "imagenet-512"
     resolved = evaluate.resolve(config_lib.validate(evaluate_config))
     assert resolved.evaluate.resolutions == (512,) and evaluate_config.evaluate.resolutions == ()
     evaluate._warn_of_count("imagenet-512", 10, "images")
     assert "50,000 images, there are 10" in caplog.text
+    assert resolved.dtype == "float32"
+    evaluate_config.dtype = "bfloat16"
+    with pytest.raises(UserError, match="dtype='bfloat16' contradicts evaluate.protocol="):
+        evaluate.resolve(config_lib.validate(evaluate_config))
     evaluate_config.evaluate.samples = "samples.npz"
     with pytest.raises(UserError, match="needs evaluate.reference"):
         evaluate.resolve(config_lib.validate(evaluate_config))

@@ -62,6 +62,16 @@ def test_the_job_writes_what_suites_read_and_goes_on_where_it_stopped(
         run_job(sample, other, stopped)
 
 
+def test_only_files_of_the_job_are_removed(generator_run, alone, tmp_path):
+    """Catches a folder that is removed with files of somebody else in it."""
+    parts = tmp_path / "samples" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "notes.txt").write_text("mine")
+    (parts / "000000-000002.npy").write_bytes(b"")  # of an earlier batch size
+    assert run_job(sample, _sample_config(generator_run), str(tmp_path / "samples")) == 0
+    assert os.listdir(parts) == ["notes.txt"]
+
+
 def test_two_processes_sample_what_one_samples(generator_run, alone, tmp_path):
     """Catches samples that each process makes for itself, or parts that one of them lacks."""
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")

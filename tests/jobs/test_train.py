@@ -292,3 +292,44 @@ def test_an_allowed_change_is_recorded(small, alone, tmp_path):
     run_job(train, small, str(workdir))
     changes = json.loads((workdir / "config.json").read_text())["changes"]
     assert changes == [{"step": 2, "key": "ema_decay", "before": 0.99, "now": 0.5}]
+
+
+def test_another_batch_size_with_several_resolutions_goes_on(small, alone, tmp_path):
+    """Catches a traceback of images of two sizes in one batch, after the remedy that the line of a
+    device out of memory names: lower batch_size."""
+    workdir = str(tmp_path / "run")
+    small.resolutions, small.steps = (16, 32), 2
+    run_job(train, small, workdir)
+    small.steps, small.batch_size, small.allow_change = 8, 3, ("batch_size",)
+    assert run_job(train, small, workdir) == train.DONE
+    assert files.read_rows(workdir)[-1]["step"] == 8
+
+
+def test_a_change_that_no_checkpoint_can_follow_is_one_line(small, alone, tmp_path):
+    """Catches Orbax's traceback where allow_change lets the parts of the state differ."""
+    workdir = str(tmp_path / "run")
+    small.steps = 2
+    run_job(train, small, workdir)
+    small.steps, small.trainable = 4, (r"decoder\..*",)
+    small.allow_change = ("trainable",)
+    with pytest.raises(UserError, match="changed: trainable; start from its weights"):
+        run_job(train, small, workdir)
+
+
+def test_images_that_changed_between_kill_and_resume_are_told(small, alone, folder, tmp_path):
+    """Catches a run that goes on with another data set under the same path."""
+    workdir = str(tmp_path / "run")
+    small.data.source, small.data.path, small.steps = "folder", folder, 2
+    run_job(train, small, workdir)
+    inputs = json.loads((tmp_path / "run" / "config.json").read_text())["inputs"]
+    first = sorted(os.listdir(folder))[0]
+    os.rename(os.path.join(folder, first), os.path.join(folder, "zzz.png"))
+    small.steps = 4
+    with pytest.raises(UserError, match=r"data.content was .*, is .* images, index .*allow_change"):
+        run_job(train, small, workdir)
+    small.allow_change = ("data",)
+    assert run_job(train, small, workdir) == train.DONE
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    (change,) = record["changes"]
+    assert (change["step"], change["key"]) == (2, "data.content")
+    assert change["before"] == inputs["data.content"] and record["inputs"] != inputs

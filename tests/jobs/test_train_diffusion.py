@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -136,3 +137,41 @@ def test_fine_tuning_starts_from_the_averages_and_freezes_the_rest(
     before, after = _arrays(generator_run, "ema"), _arrays(str(tmp_path / "run"), "raw")
     moved = {name for name in before if np.any(before[name] != after[name])}
     assert moved == {"decoder_pred.kernel", "decoder_pred.bias"}
+
+
+def test_latents_of_another_encoder_under_the_same_path_are_told(
+    diffusion_config, latents_folder, alone, tmp_path
+):
+    """Catches a run that goes on with latents that its first half never saw."""
+    workdir, latents = str(tmp_path / "run"), tmp_path / "latents"
+    shutil.copytree(latents_folder, latents)
+    diffusion_config.data.path, diffusion_config.steps = str(latents), 2
+    assert run_job(train, diffusion_config, workdir) == train.DONE
+    factor = files.read_json(str(latents / "manifest.json"))["scaling_factor_multiplies_latent"]
+
+    def change(weights):
+        weights["encoder.project_out.bias"] = weights["encoder.project_out.bias"] + 0.1
+
+    other = small_models.export_autoencoder(str(tmp_path / "ae"), change, scaling_factor=factor)
+    shutil.rmtree(latents)
+    small_models.write_latents(str(latents), other, str(tmp_path / "images"))
+    diffusion_config.steps = 4
+    with pytest.raises(UserError, match="data.content was 12 crops.*data.encoder was weights"):
+        run_job(train, diffusion_config, workdir)
+    diffusion_config.allow_change = ("data",)
+    assert run_job(train, diffusion_config, workdir) == train.DONE
+
+
+def test_latents_of_raw_weights_are_trained_on_and_sampled(small, alone, tmp_path):
+    """Catches the averaged encoder looked for where the latents were made by the raw one."""
+    small.steps, small.ema_decay = 2, 0.9
+    autoencoder, latents = str(tmp_path / "ae"), str(tmp_path / "latents")
+    assert run_job(train, small, autoencoder) == train.DONE
+    small_models.write_latents(latents, autoencoder, str(tmp_path / "images"), weights="raw")
+    config = small_models.diffusion_config(latents)
+    config.steps = 1
+    assert run_job(train, config, str(tmp_path / "run")) == train.DONE
+    model = dcae_jax.load_generator(str(tmp_path / "run"))
+    raw = checkpoint_weights.load_weights(autoencoder, "raw")[0]
+    for name, value in model.autoencoder.weights.items():
+        np.testing.assert_array_equal(value, raw[name])

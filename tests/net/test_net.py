@@ -51,7 +51,7 @@ def test_gives_what_was_recorded(name, results):
     recorded = json.loads(RECORD.read_text())
     assert name in recorded, f"{name} is not recorded"
     exact = os.environ.get("DCAE_NET_EXACT", "") == "1"
-    lines = compare.differences(changes.today(recorded[name]), results[name], exact)
+    lines = compare.differences(changes.today(name, recorded[name]), results[name], exact)
     if lines:
         more = [f"... {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         said = "\n".join([*lines[:SHOWN], *more])
@@ -63,6 +63,6 @@ def test_every_recorded_case_is_still_run():
     assert json.loads(RECORD.read_text()).keys() == CASES.keys()
 
 
-def test_every_change_of_words_is_one():
-    """Catches an entry of the table of changes that no longer stands for any recorded message."""
+def test_every_change_is_one():
+    """Catches an entry of the tables of changes that no longer stands for anything recorded."""
     assert not changes.unused(json.loads(RECORD.read_text()))

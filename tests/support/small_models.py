@@ -31,7 +31,7 @@ def export_autoencoder(folder, change=None, **settings):
     return folder
 
 
-def write_latents(folder, autoencoder, pictures):
+def write_latents(folder, autoencoder, pictures, weights="ema"):
     """Encodes a dozen pictures of noise, in three classes, at 32 pixels: latents of 2 x 2 x 8."""
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -40,7 +40,7 @@ def write_latents(folder, autoencoder, pictures):
         pixels = (rng.integers(0, 90, (32, 32, 3)) + 60 * (i % CLASSES)).astype(np.uint8)
         Image.fromarray(pixels).save(os.path.join(inner, f"{i:02d}.png"))
     config = config_lib.load_file(os.path.join(CONFIGS, "encode.py"))
-    config.init_from, config.resolution = autoencoder, 32
+    config.init_from, config.resolution, config.weights = autoencoder, 32, weights
     config.data.source, config.data.path = "folder", pictures
     config.encode.batch_size = 8
     assert run_job(encode, config, folder) == encode.DONE

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reads by path, told by digests: its content may change between a kill and a resume."""
+
+import hashlib
+import json
+import os
+
+from dcae_jax import files
+from dcae_jax.config import Config
+from dcae_jax.data import contents, sources
+from dcae_jax.data.latents import Latents
+from dcae_jax.data.sources import ImageSource
+
+# Keys that name inputs: where one of a section was changed on purpose, so was the content.
+NAMES = ("source", "path", "parts", "name", "split", "data_dir", "held_out_path", "lpips_weights")
+
+
+def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
+    """{key of the configuration: what stands for the content that it names}.
+
+    Of images the names and sizes of the files, of latents the manifest, which has digests of the
+    shards and of the encoder: no data set is read. Keys begin with those of the sections, so that
+    allow_change='data' allows all of data. Evaluation's files determine no weight and are left out.
+    """
+    found = {}
+    if isinstance(source, Latents):
+        manifest = source.manifest
+        found["data.encoder"] = f"weights {_short(manifest['encoder_checksum'])}"
+        shards = hashlib.sha256(json.dumps(manifest["shards"], sort_keys=True).encode())
+        found["data.content"] = f"{len(source):,} crops, {_short(shards.hexdigest())}"
+    else:
+        found["data.content"] = f"{len(source):,} images, index {_short(contents.index(source))}"
+        if config.data.source == "folder" and config.data.held_out_path:
+            held_out = sources.held_out_source(config.data)
+            found["data.held_out_content"] = (
+                f"{len(held_out):,} images, index {_short(contents.index(held_out))}"
+            )
+    path = config.loss.lpips_weights
+    if config.loss.lpips_weight and not config.objective and os.path.isfile(path):
+        found["loss.lpips_content"] = f"sha256 {_short(files.sha256(path))}"
+    return found
+
+
+def _short(digest: str) -> str:
+    return digest[:16]
