@@ -59,5 +59,10 @@ licenses: $(VENV)/installed  ## of all that an installation brings along
 	$(PY) -m pip install -q --disable-pip-version-check pip-licenses
 	$(VENV)/bin/pip-licenses --format=markdown --with-urls
 
+.PHONY: docs
+docs: $(VENV)/installed  ## the documentation site, into site/
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) $(VENV)-oldest dist demo-run

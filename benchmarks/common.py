@@ -211,13 +211,18 @@ def put(doc: str, name: str, printed: str) -> None:
 
     with open(doc, encoding="utf-8") as file:
         text = file.read()
+    text = between_marks(doc, text, name, f"```\n{printed.strip()}\n```")
+    report.write_file(doc, text.encode())
+
+
+def between_marks(doc: str, text: str, name: str, part: str) -> str:
+    """`text`, that of the document at path `doc`, with `part` between the marks of `name`."""
     marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
     if not all(mark in text for mark in marks):
         raise SystemExit(f"{os.path.basename(doc)} has no marks {marks}")
     before, rest = text.split(marks[0])
     after = rest.split(marks[1])[1]
-    text = f"{before}{marks[0]}```\n{printed.strip()}\n```\n{marks[1]}{after}"
-    report.write_file(doc, text.encode())
+    return f"{before}{marks[0]}{part}\n{marks[1]}{after}"
 
 
 def beside(

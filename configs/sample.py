@@ -7,7 +7,7 @@
         --config.init_from=runs/uvit --config.sample.format=npz --config.sample.count=50000 \
         --config.sample.batch_size=256
 
-The same command goes on where it stopped. `:VARIANT` says whose heads published weights of
+Rerun the same command to resume. `:VARIANT` says whose heads published weights of
 another width have.
 """
 

@@ -33,9 +33,6 @@ OPTIONAL = {
     "huggingface_hub": "huggingface_hub",
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",
-    "matplotlib": "matplotlib",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
     "torch": "torch",
 }
 

@@ -51,7 +51,7 @@ for ((run = 0; run <= RESTARTS; run++)); do
   { tpu tpu-vm scp "$archive" "$NAME:" --worker=all && worker "set -e
     mkdir -p ~/dcae_jax ~/bucket && tar -xf dcae_jax.tar -C ~/dcae_jax && cd ~/dcae_jax
     mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET ~/bucket
-    ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,demo]'" &&
+    ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
     worker "$job"; } || status=$?
   case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only come again
   echo "status $status: again" >&2

@@ -12,8 +12,6 @@ import pytest
 from support import ROOT
 
 from dcae_jax import errors
-from dcae_jax.data import sources
-from dcae_jax.demo import page
 from dcae_jax.errors import UserError
 from dcae_jax.planner import chips
 from dcae_jax.pretrained import hub, torch_io
@@ -21,15 +19,13 @@ from dcae_jax.pretrained import hub, torch_io
 PROJECT = tomllib.loads(pathlib.Path(ROOT, "pyproject.toml").read_text())["project"]
 # Import name -> name on the index, where the two differ.
 NAMES = {"absl": "absl-py", "orbax": "orbax-checkpoint", "PIL": "pillow"}
+NAMES |= {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 # Asked for by packages that are requirements themselves.
 BEHIND = {"absl-py", "ml-dtypes", "etils"}
 
 USES = {
     "huggingface_hub": lambda path: hub.fetch("someone/model"),
     "libtpu": lambda path: chips.check_compiler("v5e:2x2"),
-    "matplotlib": lambda path: page.run(str(path)),
-    "skimage": lambda path: sources.photos(),
-    "sklearn": lambda path: sources.photos(),
     "torch": lambda path: torch_io.read_state_dict(_touch(path / "weights.pth")),
     "kubernetes": None,  # JAX asks for it: tests/runtime/test_distributed.py
 }
@@ -100,6 +96,4 @@ def test_whatever_is_no_requirement_is_asked_for_before_it_is_imported():
             if module in sys.stdlib_module_names or module == "dcae_jax" or name in needed:
                 continue
             assert functions, f"{path} imports {module}, which is optional, when it is imported"
-            if path.parent.name == "demo":  # page.run asks for all of the demo's
-                asked += pathlib.Path(page.__file__).read_text()
             assert f'"{module}"' in asked, f"{path} imports {module} without errors.require"

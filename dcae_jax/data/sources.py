@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from dcae_jax import errors
 from dcae_jax import files as files_lib
 from dcae_jax.config.schema import Data
 from dcae_jax.data.transforms import to_rgb
@@ -101,7 +100,6 @@ class Photos:
 
 def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
     """The photographs that ship inside scikit-image and scikit-learn."""
-    errors.require("data.source='photos' needs the packages that have them", "skimage", "sklearn")
     images = []
     for package, name in files:
         # The folder is found without importing the package, which takes seconds.

@@ -2,12 +2,10 @@
 """The demo's page and its linear baseline; the demo itself is `make demo`."""
 
 import base64
-import importlib.util
 import os
 import re
 
 import numpy as np
-import pytest
 from support import CONFIGS
 
 from dcae_jax import config as config_lib
@@ -15,7 +13,6 @@ from dcae_jax import files
 from dcae_jax.data import sources
 from dcae_jax.demo import diffusion
 from dcae_jax.demo import page as page_lib
-from dcae_jax.errors import UserError
 
 
 def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
@@ -38,14 +35,6 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     assert drawn == [(3, 3), (3, 3), (1, 1), (1, 0)], drawn
     assert "cat, rocket" in page and "80.0%" in page and "60.0%" in page and "0.75 times" in page
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
-
-
-def test_without_the_extra_for_the_demo_one_line_names_its_packages(tmp_path, monkeypatch):
-    """Catches minutes of training whose page then fails at the first curve."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="; pip install scikit-image scikit-learn matplotlib$"):
-        page_lib.run(str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_grid_shows_what_phase_3_changed():
