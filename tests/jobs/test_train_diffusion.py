@@ -156,7 +156,7 @@ def test_latents_of_another_encoder_under_the_same_path_are_told(
     shutil.rmtree(latents)
     small_models.write_latents(str(latents), other, str(tmp_path / "images"))
     diffusion_config.steps = 4
-    with pytest.raises(UserError, match="data.content was 12 crops.*data.encoder was weights"):
+    with pytest.raises(UserError, match="data.encoder was 'weights .*data.content was '12 crops"):
         run_job(train, diffusion_config, workdir)
     diffusion_config.allow_change = ("data",)
     assert run_job(train, diffusion_config, workdir) == train.DONE
