@@ -82,8 +82,8 @@ def _row(field: ast.AnnAssign, constants: dict[str, object]) -> tuple[str, ...]:
     bounds = f", {', '.join(rules)}" if rules else ""
     return (
         f"`{ast.unparse(field.target)}`",
-        f"`{_cell(kind)}`{_cell(bounds)}",
-        f"`{_cell(repr(default))}`",
+        f"`{kind}`{_cell(bounds)}",
+        f"`{default!r}`",
         _links(_cell(meaning)),
     )
 
@@ -94,7 +94,8 @@ def _value(node: ast.expr, constants: dict[str, object]) -> object:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text
+    """Plain text for a cell of a table. In a code span neither character is special."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _links(text: str) -> str:

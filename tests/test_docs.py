@@ -29,12 +29,11 @@ def test_the_page_of_keys_has_every_key_with_its_default():
     for section, value in sections.items():
         if not dataclasses.is_dataclass(value):
             continue
-        text = page
-        if section:
-            text = page[page.index(f"## config.{section}\n") :].split("\n## ", 2)[0]
+        start = page.index(f"## config.{section}\n") if section else 0
+        text = page[start:].split("\n## " if section else "\n## config.")[0]
         for field in dataclasses.fields(value):
             default = getattr(value, field.name)
             if dataclasses.is_dataclass(default):
                 continue
             (row,) = [row for row in text.splitlines() if row.startswith(f"| `{field.name}` |")]
-            assert f"| `{default!r}` |".replace("|", "") in row.replace("\\|", "").replace("|", "")
+            assert f"| `{default!r}` |" in row

@@ -211,7 +211,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """The autoencoder in `path`: ours, or weights that were published for PyTorch.
 
-    path: a workdir or one of its checkpoints/<step>, an export, a folder of diffusers or of
+    path: a workdir or one of its `checkpoints/<step>`, an export, a folder of diffusers or of
     DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
     dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 has matrix products
     of full precision on every device. weights: 'ema' or 'raw', of a workdir. variant: what a file's

@@ -263,7 +263,7 @@ def load_generator(
 ) -> Generator:
     """The diffusion model in `path` with its autoencoder: ours, or published UViT, USiT or DiT.
 
-    path: a workdir or one of its checkpoints/<step>, an export, or published weights. autoencoder:
+    path: a workdir, one of its `checkpoints/<step>`, an export, or published weights. autoencoder:
     its autoencoder, for `load_autoencoder`; '' takes the one that the model was trained on, or
     that its published name says. resolution: pixels per side, for published weights that do not
     say it (a DiT without its position table). The rest as in `load_autoencoder`. Raises UserError,

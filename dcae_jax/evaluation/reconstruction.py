@@ -297,7 +297,7 @@ def score_table(results: Mapping[int, Summary]) -> str:
 def write_grids(
     results: Mapping[int, Result], workdir: str, name: str, extremes: bool = False
 ) -> None:
-    """WORKDIR/images/NAME_<resolution>.png for each result; `extremes` adds _best and _worst."""
+    """`WORKDIR/images/NAME_<resolution>.png` for each result; `extremes` adds _best and _worst."""
     for size, result in results.items():
         path = os.path.join(workdir, "images", f"{name}_{size}")
         files.write_png(f"{path}.png", result.grid())
