@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks. Each file owns its variants and initial values; the names that PyTorch gives its
-weights stand beside it, in the file with `_torch` after its name.
+"""Networks. Each file defines its variants and initial values; `<file>_torch.py` holds the names
+of its weights in PyTorch.
 
-A file with what models/protocol.py lists is a model, found here by its name or its variants.
+A file that implements models/protocol.py is a model, found here by its name or its variants.
 """
 
 import functools
@@ -23,65 +23,65 @@ DEFAULT = "dcae"
 
 
 def find(model_config: Any) -> Any:
-    """The model file that config.model.name names or, with 'auto', that has its variant."""
+    """The model file of config.model.name; 'auto': of the variant. Raises UserError."""
     name = model_config.name
     if name == "auto":
         return autoencoder_of(model_config.variant)
-    # A plain name: it may come from a stranger's file.
+    # A plain name only: it may come from an untrusted file.
     module = _imported(name) if name.isidentifier() else None
     if not hasattr(module, "architecture"):
-        raise UserError(f"model.name={name!r} is no file of dcae_jax/models with a model")
+        raise UserError(f"model.name={name!r} is not a model file in dcae_jax/models")
     return module
 
 
 def autoencoder_of(variant: str) -> AutoencoderModule:
-    """The file that has the autoencoder called `variant`; the DC-AE's if none has."""
+    """The file that defines the autoencoder `variant`; the DC-AE's if none does."""
     known = (module for module in autoencoders() if variant in names_in(module))
     return next(known, cast(AutoencoderModule, _imported(DEFAULT)))
 
 
 def names_in(module: AutoencoderModule) -> tuple[str, ...]:
-    """The variants of an autoencoder's file and the names they are published under."""
+    """The variants in an autoencoder's file and their published names."""
     return (*module.VARIANTS, *getattr(module, "PUBLISHED", ()))
 
 
 def is_autoencoder(module: Any) -> bool:
-    """Whether a model file is of autoencoders; else it is of backbones."""
+    """Whether a model file defines autoencoders rather than backbones."""
     return hasattr(module, "last_layer")
 
 
 def autoencoders() -> list[AutoencoderModule]:
-    """The files of this folder that have autoencoders."""
+    """The files in this folder that define autoencoders."""
     return [module for module in _models() if is_autoencoder(module)]
 
 
 def backbones() -> list[BackboneModule]:
-    """The files of this folder that have backbones of diffusion models."""
+    """The files in this folder that define backbones of diffusion models."""
     return [module for module in _models() if not is_autoencoder(module)]
 
 
 def owner(architecture: Any) -> Any:
-    """The model file that an architecture is of."""
+    """The model file that defines an architecture."""
     return importlib.import_module(type(architecture).__module__)
 
 
 def name_of(module: Any) -> str:
-    """The name of a model file in config.model.name."""
+    """The name of a model file, as in config.model.name."""
     return module.__name__.rpartition(".")[2]
 
 
 def autoencoder_names(module: AutoencoderModule) -> AutoencoderNames:
-    """PyTorch's names for the weights of an autoencoder. Raises UserError if no file knows."""
+    """PyTorch's names for an autoencoder's weights. Raises UserError if there is no such file."""
     return _torch(module)
 
 
 def backbone_names(module: BackboneModule) -> BackboneNames:
-    """PyTorch's names for the weights of a backbone. Raises UserError if no file knows."""
+    """PyTorch's names for a backbone's weights. Raises UserError if there is no such file."""
     return _torch(module)
 
 
 def has_names(module: Any) -> bool:
-    """Whether a file beside that of the model knows what others call its weights."""
+    """Whether a `_torch` file beside the model file has PyTorch's names for its weights."""
     return _imported(f"{name_of(module)}_torch") is not None
 
 

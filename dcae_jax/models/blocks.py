@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of DC-AE (arXiv:2410.10733) and the shortcuts without parameters that it is known for.
+"""The blocks of DC-AE (arXiv:2410.10733) and its parameter-free shortcuts.
 
-Residual blocks where images are large, EfficientViT blocks (arXiv:2205.14756) where they are small,
-and between stages a change of size past which a rearrangement of the input carries the signal.
-Attention sums are float32 whatever the dtype is.
+Stages at high resolution use residual blocks, stages at low resolution EfficientViT blocks
+(arXiv:2205.14756). Between stages, a shortcut that only rearranges the input bypasses the
+convolution that changes the size. Attention sums are float32, whatever the dtype.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ Activation = Literal["silu", "relu"]
 BlockKind = Literal["res", "evit", "evit5"]  # evit5: with heads that see 5x5 neighbourhoods
 
 HEAD_DIM = 32  # channels of one head of the linear attention [DC-AE, efficientvit]
-EXPAND = 8  # hidden channels of GLUMBConv over its input's, both halves of the gate together
+EXPAND = 8  # GLUMBConv's hidden channels / its input's, counting both halves of the gate
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": nnx.silu, "relu": nnx.relu}
 
 
-# --- shortcuts without parameters (section 3.2) ---------------------------------------------------
+# --- parameter-free shortcuts (section 3.2) -------------------------------------------------------
 
 
 def space_to_channel(x: Array) -> Array:
@@ -71,19 +71,19 @@ def up_shortcut(x: Array, channels: int) -> Array:
 def relu_attention(q: Array, k: Array, v: Array, *, eps: float = 1e-15) -> Array:
     """Attention whose similarity is relu(q) . relu(k), float32 inside.
 
-    q, k, v [B, N, heads, D] -> [B, N, heads, D]. Sums over keys first (linear in N); where there
-    are no more tokens than channels a head, over channels first, which is the same and cheaper.
+    q, k, v [B, N, heads, D] -> [B, N, heads, D]. Sums over keys first (linear in N). With no
+    more tokens than channels per head, sums over channels first: the same result, cheaper.
     """
     q, k = nnx.relu(q.astype(jnp.float32)), nnx.relu(k.astype(jnp.float32))
     v = v.astype(jnp.float32)
     tokens = q.shape[1]
-    few = isinstance(tokens, int) and tokens <= q.shape[-1]  # no int in an export for any size
+    few = isinstance(tokens, int) and tokens <= q.shape[-1]  # symbolic in an export for any size
     form = quadratic_attention if few else linear_attention
     return form(q, k, v, eps)
 
 
 def linear_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
-    """sum_n q (k_n v_n) / (sum_n q k_n + eps); the denominator is v's channel of ones."""
+    """sum_n q (k_n v_n) / (sum_n q k_n + eps); a channel of ones in v gives the denominator."""
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)  # [B, N, heads, D+1]
     kv = jnp.einsum("bnhd,bnhe->bhde", k, v)  # [B, heads, D, D+1]
     out = jnp.einsum("bnhd,bhde->bnhe", q, kv)  # [B, N, heads, D+1]
@@ -91,7 +91,7 @@ def linear_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
 
 
 def quadratic_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
-    """The same as `linear_attention`, with the N x N matrix of similarities."""
+    """The same as `linear_attention`, through the N x N matrix of similarities."""
     similarity = jnp.einsum("bnhd,bmhd->bhnm", q, k)  # [B, heads, N, N]
     similarity = similarity / (similarity.sum(-1, keepdims=True) + eps)
     return jnp.einsum("bhnm,bmhe->bnhe", similarity, v)  # [B, N, heads, D]
@@ -101,7 +101,7 @@ def quadratic_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
 class LiteMLA(nnx.Module):
     """Multi-head ReLU linear attention; `scale5` adds heads that see 5x5 neighbourhoods.
 
-    Of the qkv channels, each run of 96 is one head's q, k, v.
+    Every 96 consecutive qkv channels are the q, k and v of one head.
     """
 
     def __init__(
@@ -159,11 +159,11 @@ class EfficientViTBlock(nnx.Module):
         return x + self.local_module(x)                             # [B, H, W, C]
 
 
-# --- residual blocks and changes of size ----------------------------------------------------------
+# --- residual blocks, downsampling and upsampling -------------------------------------------------
 
 
 class ResBlock(nnx.Module):
-    """x + norm(conv(act(conv(x)))). The activation goes with the norm: bn2d ReLU, trms2d SiLU."""
+    """x + norm(conv(act(conv(x)))). The norm sets the activation: bn2d ReLU, trms2d SiLU."""
 
     def __init__(self, channels: int, layers: Layers, *, norm: NormKind) -> None:
         self.conv1 = layers.conv(channels, channels)
@@ -179,16 +179,16 @@ class ResBlock(nnx.Module):
 def block(
     kind: BlockKind, width: int, norm: NormKind, layers: Layers
 ) -> ResBlock | EfficientViTBlock:
-    """One block of a stage. [B, h, w, width] -> the same"""
+    """One block of a stage: [B, h, w, width] -> the same shape."""
     if kind == "res":
         return ResBlock(width, layers, norm=norm)
     return EfficientViTBlock(width, layers, norm=norm, scale5=kind == "evit5")
 
 
 class Downsample(nnx.Module):
-    """Half the size: conv and space-to-channel ('s2c'), or a conv of stride 2 ('stride').
+    """Halves the size: conv, then space-to-channel ('s2c'), or a stride-2 conv ('stride').
 
-    With `shortcut`, the parameter-free `down_shortcut` is added (DC-AE, section 3.2).
+    `shortcut` adds the parameter-free `down_shortcut` (DC-AE, section 3.2).
     """
 
     def __init__(
@@ -211,9 +211,9 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the size: conv and channel-to-space ('c2s'), or nearest then conv ('nearest').
+    """Doubles the size: conv, then channel-to-space ('c2s'), or nearest, then conv ('nearest').
 
-    With `shortcut`, the parameter-free `up_shortcut` is added (DC-AE, section 3.2).
+    `shortcut` adds the parameter-free `up_shortcut` (DC-AE, section 3.2).
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """DC-AE, the deep compression autoencoder (arXiv:2410.10733), and DC-AE 1.5 (arXiv:2508.00413).
 
-An encoder of stages, each half the size of the one before, and a decoder that mirrors it. Where
-the size changes, a parameter-free shortcut carries the signal past the convolution (section 3.2).
+Each encoder stage has half the size of the previous one; the decoder mirrors the encoder. Where
+the size changes, a parameter-free shortcut bypasses the convolution (section 3.2).
 
-In shapes: Ci = widths[i], n is the deepest stage, f = 2^n the compression, c = latent_channels.
+Shapes: Ci = widths[i], n is the deepest stage, f = 2^n the compression, c = latent_channels.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from dcae_jax.models.weights import Array
 class Variant:
     """An architecture. The tuples have one entry per stage, from full size to the deepest.
 
-    Only stage 0 may have depth 0. It is then left out: the encoder's first convolution halves the
-    size, the decoder's last one doubles it.
+    Only stage 0 may have depth 0. It is then skipped: the encoder's first convolution halves
+    the size, and the decoder's last one doubles it.
     """
 
     latent_channels: int
@@ -73,9 +73,9 @@ class DCAE(nnx.Module):
     def encode(self, x: Array, channels: int | Array | None = None) -> Array:
         """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
-        channels: c', 1 .. c: the latent's channels from c' on are 0 (structured latents,
-        arXiv:2508.00413). It may be traced, so that one program serves every c'. Raises UserError
-        in a model with a latent shortcut.
+        channels: c' in 1 .. c; zeroes the latent's channels from c' on (structured latents,
+        arXiv:2508.00413). It may be traced, so one program serves every c'. Raises UserError if the
+        model has a latent shortcut.
         """
         return self.keep(self.encoder(x).astype(jnp.float32), channels)
 
@@ -93,7 +93,7 @@ class DCAE(nnx.Module):
         if self.encoder.has_shortcut:
             raise UserError(
                 "channels needs a variant without a latent shortcut (1.5-*): the shortcut averages "
-                "over channels, so that the first ones are no latent of their own"
+                "over channels, so the first channels alone are not a latent"
             )
         return jnp.where(jnp.arange(z.shape[-1]) < channels, z, 0)
 
@@ -102,7 +102,7 @@ class DCAE(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images -> latents; each stage is half the size of the one before."""
+    """Images -> latents; each stage has half the size of the previous one."""
 
     def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
         if arch.encoder_depths[0]:
@@ -125,7 +125,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents -> images. `stages[i]` mirrors the encoder's, as in published weights: last first."""
+    """Latents -> images. `stages[i]` mirrors the encoder's, as published; the last runs first."""
 
     def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
         self.project_in = layers.conv(arch.latent_channels, arch.widths[-1])
@@ -172,7 +172,7 @@ def decoder_stage(arch: Variant, i: int, layers: Layers) -> nnx.List:
 
 
 class OutputHead(nnx.Module):
-    """norm, activation, convolution to RGB; to twice the size where stage 0 is empty."""
+    """Norm, activation, convolution to RGB; doubles the size if stage 0 is empty."""
 
     def __init__(self, arch: Variant, layers: Layers) -> None:
         width = arch.widths[0] if arch.decoder_depths[0] else arch.widths[1]
@@ -279,7 +279,7 @@ PUBLISHED = {
 
 
 def variant(name: str) -> Variant:
-    """The architecture called `name`, a key of VARIANTS or a published name."""
+    """The architecture of a key of VARIANTS or a published name. Raises UserError."""
     if name in PUBLISHED:
         base, scaling = PUBLISHED[name]
         return dataclasses.replace(VARIANTS[base], scaling_factor=scaling)
@@ -290,9 +290,9 @@ def variant(name: str) -> Variant:
 
 
 def architecture(model_config: Model) -> Variant:
-    """The architecture of a run: config.model's variant with the keys set beside it.
+    """The architecture of a run: config.model's variant, overridden by the keys set beside it.
 
-    Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
+    Empty or zero keys keep the variant's value. Raises UserError if a key does not fit.
     """
     arch = variant(model_config.variant)
     keys = ("latent_channels", "scaling_factor", "widths", "encoder_depths", "decoder_depths")
@@ -310,10 +310,10 @@ def architecture(model_config: Model) -> Variant:
             raise UserError(f"model.{key}={values}: only the first entry may be 0")
     for i, width in enumerate(arch.widths):
         attention = any("evit" in kinds[i] for kinds in (arch.encoder_blocks, arch.decoder_blocks))
-        multiple = blocks.HEAD_DIM if attention else 4  # 4: space-to-channel makes 4 channels of 1
+        multiple = blocks.HEAD_DIM if attention else 4  # 4: space-to-channel turns 1 channel into 4
         if width % multiple:
             raise UserError(
-                f"model.widths={arch.widths}: {width} in stage {i} is no multiple of {multiple}"
+                f"model.widths={arch.widths}: {width} in stage {i} is not a multiple of {multiple}"
             )
     # Averaging and duplicating need whole groups of channels.
     pairs = [(4 * a, b) for a, b in itertools.pairwise(arch.widths)] if arch.residual else []
@@ -340,9 +340,9 @@ def create(
 
 
 def reach(arch: Variant) -> tuple[int | None, int | None]:
-    """How many latents away a result of (encode, decode) still depends on; None: all (attention).
+    """Receptive-field radius of (encode, decode) in latents; None: unbounded (attention).
 
-    In positions of the current size: a 3x3 convolution reaches one further, a residual block two.
+    Counted at the current size: a 3x3 convolution adds one position, a residual block two.
     """
     encode, n = None, 0
     if not _attends(arch.encoder_blocks, arch.encoder_depths):

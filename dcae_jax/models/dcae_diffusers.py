@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DC-AE's config.json in diffusers' `AutoencoderDC`: written from an architecture, and read.
+"""Writes and reads DC-AE's config.json in the format of diffusers' `AutoencoderDC`.
 
-What diffusers can describe and this package cannot build is refused, field by field.
+Every field is checked; models that this package cannot build are rejected.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dcae_jax.models.torch_layout import bad_field, checked_scaling
 
 CLASS_NAME = "AutoencoderDC"
 
-# Fields of AutoencoderDC and the values that absent ones have.
+# Fields of AutoencoderDC and their defaults.
 DIFFUSERS_DEFAULTS = {
     "in_channels": 3,
     "latent_channels": 32,
@@ -38,7 +38,7 @@ DIFFUSERS_DEFAULTS = {
 
 _BLOCKS = {"ResBlock": "res", "EfficientViTBlock": "evit"}
 _ACTS = {"relu": "relu", "silu": "silu", "swish": "silu"}
-# {field: {value there: the Literal of `Variant`}}.
+# {field: {value in diffusers: value in `Variant`}}.
 _CHOICES = {
     "encoder_block_types": _BLOCKS,
     "decoder_block_types": _BLOCKS,
@@ -51,7 +51,7 @@ _CHOICES = {
 
 
 def config_of(arch: Variant) -> dict[str, Any]:
-    """The config.json of an architecture. A scaling factor that is not known is 1.0."""
+    """The config.json of an architecture. An unknown scaling factor becomes 1.0."""
     there = {kind: name for name, kind in _BLOCKS.items()} | {"evit5": "EfficientViTBlock"}
     scaling = arch.scaling_factor
     return {
@@ -83,9 +83,9 @@ def config_of(arch: Variant) -> dict[str, Any]:
 def variant_of(config: Mapping[str, Any]) -> Variant:
     """The architecture that the config.json of an AutoencoderDC describes.
 
-    Absent fields of AutoencoderDC have its defaults; every field is checked. A scaling factor of 1
-    is diffusers' word for unknown: None. Raises UserError, naming the field, for what is not a
-    DC-AE of this package.
+    Missing fields take AutoencoderDC's defaults; every field is checked. A scaling factor of 1
+    means unknown in diffusers and becomes None. Raises UserError, naming the field, for a model
+    that this package cannot build.
     """
     kind = config.get("_class_name", CLASS_NAME)
     if kind != CLASS_NAME:
@@ -100,7 +100,7 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
             raise bad_field(key, c[key], f"only {only} is supported")
     widths = _counts(c, "encoder_block_out_channels", 1)
     if _counts(c, "decoder_block_out_channels", 1) != widths:
-        why = f"must be as encoder_block_out_channels={list(widths)}"
+        why = f"must equal encoder_block_out_channels={list(widths)}"
         raise bad_field("decoder_block_out_channels", c["decoder_block_out_channels"], why)
     stages = len(widths)
     if stages < 2:
@@ -129,7 +129,7 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
 
 
 def _check_decoder(c: Mapping[str, Any], arch: Variant) -> None:
-    """Here the norm decides the activation; and diffusers has half a norm in some blocks."""
+    """Here the norm sets the activation; diffusers omits half the batch norms in some blocks."""
     acts = _stages(c, "decoder_act_fns", len(arch.widths))
     for i, norm in enumerate(arch.decoder_norms):
         if not arch.decoder_depths[i]:
@@ -137,7 +137,7 @@ def _check_decoder(c: Mapping[str, Any], arch: Variant) -> None:
         wanted = "relu" if norm == "bn2d" else "silu"
         if arch.decoder_blocks[i] == "res":
             if _choice("decoder_act_fns", acts[i]) != wanted:
-                why = f"stage {i} has the norm {norm}, which goes with {wanted} here"
+                why = f"stage {i} has norm {norm}, which needs {wanted} here"
                 raise bad_field("decoder_act_fns", c["decoder_act_fns"], why)
         elif norm == "bn2d":
             why = f"EfficientViTBlocks, as in stage {i}, are supported with rms_norm only"
@@ -150,7 +150,7 @@ def _check_widths(arch: Variant) -> None:
         blocks = [arch.encoder_blocks[i], arch.decoder_blocks[i]]
         multiple = 4 if blocks == ["res", "res"] else HEAD_DIM
         if width % multiple:
-            raise bad_field(key, value, f"{width} in stage {i} is no multiple of {multiple}")
+            raise bad_field(key, value, f"{width} in stage {i} is not a multiple of {multiple}")
     pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]
     if arch.latent_shortcuts:
         pairs.append((arch.widths[-1], arch.latent_channels))
@@ -162,27 +162,27 @@ def _check_widths(arch: Variant) -> None:
 
 def _count(c: Mapping[str, Any], key: str, value: Any, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise bad_field(key, c[key], f"give whole numbers of at least {at_least}")
+        raise bad_field(key, c[key], f"give integers of at least {at_least}")
     return value
 
 
 def _counts(c: Mapping[str, Any], key: str, at_least: int) -> tuple[int, ...]:
     if not isinstance(c[key], list | tuple):
-        raise bad_field(key, c[key], "give a list with one number a stage")
+        raise bad_field(key, c[key], "give a list with one integer per stage")
     return tuple(_count(c, key, value, at_least) for value in c[key])
 
 
 def _depths(c: Mapping[str, Any], key: str, stages: int) -> tuple[int, ...]:
     depths = _counts(c, key, 0)
     if len(depths) != stages:
-        raise bad_field(key, c[key], f"give one number for each of the {stages} stages")
+        raise bad_field(key, c[key], f"give one integer for each of the {stages} stages")
     if 0 in depths[1:]:
         raise bad_field(key, c[key], "only the first stage may be empty")
     return depths
 
 
 def _stages(c: Mapping[str, Any], key: str, stages: int) -> tuple[Any, ...]:
-    """One value a stage: a single one is for all; surplus ones are ignored, as in diffusers."""
+    """One value per stage: a single value serves all; extra ones are ignored, as in diffusers."""
     if isinstance(c[key], str):
         return (c[key],) * stages
     if not isinstance(c[key], list | tuple) or len(c[key]) < stages:

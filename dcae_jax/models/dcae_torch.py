@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DC-AE's weights and configuration in the two formats of PyTorch that others publish and read.
+"""DC-AE's weights and configuration in the two PyTorch formats in which they are published.
 
 'diffusers': diffusers' `AutoencoderDC`, `diffusion_pytorch_model.safetensors` + `config.json`.
 'authors': mit-han-lab/efficientvit and dc-ai-projects/DC-Gen, `model.safetensors` +
@@ -22,18 +22,18 @@ from dcae_jax.models.dcae import Variant
 FORMATS = ("diffusers", "authors")
 CLASS_NAME = dcae_diffusers.CLASS_NAME
 
-# Values of `model_name` that the authors' code accepts. dc-ae-lite-f32c32 is a name on the hub
-# that their code does not know.
+# Values of `model_name` that the authors' code accepts. dc-ae-lite-f32c32 exists on the
+# hub, but their code does not know it.
 AUTHORS_NAMES = tuple(name for name in dcae.PUBLISHED if name != "dc-ae-lite-f32c32")
 
-# Our layer inside a block -> theirs.
+# Our name of a layer inside a block -> theirs.
 _RES = {
     "diffusers": {"conv1": "conv1", "conv2": "conv2", "norm": "norm"},
     "authors": {"conv1": "main.conv1.conv", "conv2": "main.conv2.conv", "norm": "main.conv2.norm"},
 }
 _EVIT = {
     "diffusers": {
-        "context_module.qkv": "attn.to_q attn.to_k attn.to_v",  # thirds, not queries and so on
+        "context_module.qkv": "attn.to_q attn.to_k attn.to_v",  # thirds of qkv, not q, k, v
         "context_module.aggreg_depth": "attn.to_qkv_multiscale.0.proj_in",
         "context_module.aggreg_point": "attn.to_qkv_multiscale.0.proj_out",
         "context_module.proj": "attn.to_out",
@@ -71,8 +71,8 @@ _LINEAR = ("context_module.qkv", "context_module.proj")  # in diffusers
 def to_torch(weights: Mapping, arch: Variant, form: str) -> dict[str, np.ndarray]:
     """{our path: array} -> {name in `form`: float32 array}, parameters and statistics together.
 
-    Kernels become [out, in, height, width]. The counters of BatchNorm, which we do not keep, are
-    0. Raises UserError for a model that the format cannot express.
+    Kernels become [out, in, height, width]. BatchNorm's counters, which we do not keep, are 0.
+    Raises UserError for a model that the format cannot express.
     """
     _refuse(arch, form)
     return torch_layout.to_torch(weights, _table(arch, form), _shapes(arch))
@@ -82,7 +82,7 @@ def from_torch(tensors: Mapping, arch: Variant, form: str) -> dict[str, np.ndarr
     """{name in `form`: array} -> {our path: float32 array}; views of the tensors where possible.
 
     Raises UserError, in one line with the likely cause, when a tensor is missing, unknown or
-    misshapen; nothing is converted then.
+    misshapen; then nothing is converted.
     """
     _refuse(arch, form)
     return torch_layout.from_torch(
@@ -91,21 +91,21 @@ def from_torch(tensors: Mapping, arch: Variant, form: str) -> dict[str, np.ndarr
 
 
 def format_of(found: Iterable[str]) -> str | None:
-    """The format whose names these are: 'diffusers', 'authors', 'ours' or None."""
+    """The format that uses these names: 'diffusers', 'authors', 'ours' or None."""
     found = set(found)
     if any(name.endswith(".kernel") for name in found):
         return "ours"
     if any(".op_list." in name for name in found):
         return "authors"
     if any(".resnets." in name for name in found):
-        return None  # AutoencoderKL, whose stages are called the same
+        return None  # AutoencoderKL, which uses the same stage names
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in found):
         return "diffusers"
     return None
 
 
 def recognise(tensors: Mapping[str, Any]) -> Variant | None:
-    """The variant that has exactly these tensors, its scaling factor left unknown; or None."""
+    """The variant with exactly these tensors, or None. They do not tell the scaling factor."""
     form = "authors" if format_of(tensors) == "authors" else "diffusers"
     found = {
         name: tuple(tensor.shape)
@@ -116,7 +116,7 @@ def recognise(tensors: Mapping[str, Any]) -> Variant | None:
 
 
 def shapes_in(arch: Variant, form: str) -> torch_layout.Shapes:
-    """{name in `form`: shape} of the tensors of `arch`, counters left out."""
+    """{name in `form`: shape} of the tensors of `arch`, without counters."""
     return torch_layout.shapes_there(_shapes(arch), _table(arch, form))
 
 
@@ -128,7 +128,7 @@ def _shapes(arch: Variant) -> torch_layout.Shapes:
 
 
 def _table(arch: Variant, form: str) -> dict[str, torch_layout.Layer]:
-    """What each layer of `arch` is called in `form`."""
+    """The name of each layer of `arch` in `form`."""
     table = _ends(arch, form)
     last = len(arch.widths) - 1
     sides = (
@@ -138,7 +138,7 @@ def _table(arch: Variant, form: str) -> dict[str, torch_layout.Layer]:
     for side, depths, kinds in sides:
         for i, depth in enumerate(depths):
             resamples = depth > 0 and i < last
-            first = int(resamples and side == "decoder")  # a decoder's stage begins by upsampling
+            first = int(resamples and side == "decoder")  # a decoder stage starts with upsampling
             block = _RES if kinds[i] == "res" else _EVIT
             for j in range(first, first + depth):
                 there = _STAGES[form][side].format(i, j)
@@ -205,14 +205,14 @@ def _refuse(arch: Variant, form: str) -> None:
 
 
 def _cause(found: torch_layout.Shapes, arch: Variant, form: str) -> str:
-    """The likely reason why the tensors found are not those of `arch` in `form`."""
+    """The likely reason why the tensors `found` do not fit `arch` in `form`."""
     actual = format_of(found)
     if any(".resnets." in name for name in found):
         return "these are AutoencoderKL weights; load them as variant sd-vae-f8"
     if actual == "ours":
         return "these names are this package's own, not PyTorch's; load the folder they came with"
     if actual is None:
-        return "these are no DC-AE weights"
+        return "these are not DC-AE weights"
     score, best = 0.0, ""
     known = {**dcae.VARIANTS, "": arch}
     for name, other in known.items():
@@ -221,14 +221,14 @@ def _cause(found: torch_layout.Shapes, arch: Variant, form: str) -> str:
         if share > score:
             score, best = share, name
     if actual != form:
-        return f"these names are of the {actual} format, not of the {form} format"
+        return f"these names are in the {actual} format, not the {form} format"
     if score == 1:
         return f"these are {best} weights; load them as that variant"
     if score < 0.5:
-        return "these are the weights of no variant known here"
+        return "these weights match no known variant"
     if not best:
-        return "the file is incomplete or damaged, or of a changed model; fetch it again"
-    return f"these weights are nearest to {best}, of which they have {score:.0%} of the tensors"
+        return "the file is incomplete or damaged, or the model was changed; fetch it again"
+    return f"these weights are closest to {best}: {score:.0%} of the tensors match"
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def _cause(found: torch_layout.Shapes, arch: Variant, form: str) -> str:
 def config_of(arch: Variant, form: str) -> dict[str, Any]:
     """The content of `config.json` beside weights in `form`.
 
-    A scaling factor that is not known is 1.0, as AutoencoderDC has it. The authors' format holds
-    none: the name of the model stands for it. Raises UserError for a model that the format cannot
+    An unknown scaling factor becomes 1.0, AutoencoderDC's default. The authors' format has no
+    scaling factor: the model's name implies it. Raises UserError for a model that the format cannot
     express.
     """
     _refuse(arch, form)
@@ -265,7 +265,7 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
 
 
 def _network(arch: Variant) -> Variant:
-    """`arch` without what does not change its function: the scaling factor, an empty stage."""
+    """`arch` without fields that do not affect the network: scaling factor, empty stages."""
     empty = {}
     for side, lists in (("encoder", ["blocks"]), ("decoder", ["blocks", "norms"])):
         if not getattr(arch, f"{side}_depths")[0]:
@@ -275,9 +275,9 @@ def _network(arch: Variant) -> Variant:
 
 
 def published_name(arch: Variant) -> str:
-    """The first published model of this architecture, one of the same scaling factor if any.
+    """The first published model with this architecture; '' if there is none.
 
-    '' if there is none.
+    Prefers one with the same scaling factor.
     """
     same = [name for name in AUTHORS_NAMES if _network(dcae.variant(name)) == _network(arch)]
     scaled = [name for name in same if dcae.variant(name).scaling_factor == arch.scaling_factor]
@@ -285,9 +285,9 @@ def published_name(arch: Variant) -> str:
 
 
 def settings_of(arch: Variant) -> dict[str, Any]:
-    """The keys of config.model that make `arch`, its scaling factor apart where no name has it.
+    """The keys of config.model that build `arch`, except a scaling factor that no name implies.
 
-    Raises UserError where config.model cannot express the architecture.
+    Raises UserError if config.model cannot express the architecture.
     """
     rows = {**dcae.VARIANTS, **{name: dcae.variant(name) for name in dcae.PUBLISHED}}
     exact = [
@@ -304,5 +304,5 @@ def settings_of(arch: Variant) -> dict[str, Any]:
             return {"name": "dcae", "variant": name, "residual": arch.residual, **changed}
     raise UserError(
         f"no variant has these blocks: {len(arch.widths)} stages, encoder {arch.encoder_blocks}, "
-        f"decoder {arch.decoder_blocks}; use a model with the layout of a row of VARIANTS"
+        f"decoder {arch.decoder_blocks}; use a model with the layout of a row in VARIANTS"
     )

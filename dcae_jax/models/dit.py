@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiT, the diffusion transformer with adaptive LayerNorm (arXiv:2212.09748).
 
-Only patches are tokens. Time and label make one vector, from which each block draws the shift,
-the scale and the gate of its two parts (adaLN-zero). Positions are a fixed sin-cos table, which
-is computed and no parameter.
+Only patches are tokens. Time and label form one conditioning vector, from which each block
+computes the shift, scale and gate of its two parts (adaLN-zero). Positions are a fixed sin-cos
+table, computed rather than stored as a parameter.
 
 | initial values                          |                                         |
 |-----------------------------------------|-----------------------------------------|
 | Linear weights, patch embedding         | U(-1, 1) sqrt(6 / (inputs + outputs))   |
 | biases                                  | 0                                       |
-| adaLN and the last Linear               | 0: each block begins as the identity    |
-| label table, weights of the time's MLP  | N(0, 0.02^2)                            |
+| adaLN and the last Linear               | 0: each block starts as the identity    |
+| label table, time MLP weights           | N(0, 0.02^2)                            |
 """
 
 import functools
@@ -29,8 +29,8 @@ from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, V
 from dcae_jax.models.weights import Array
 from dcae_jax.runtime.sharding import constrain_activations
 
-FREQUENCIES = 256  # features of the time
-EPS = 1e-6  # of every LayerNorm; none has parameters
+FREQUENCIES = 256  # sinusoidal time features
+EPS = 1e-6  # of every LayerNorm; they have no parameters
 NORMAL = normal(0.02)
 
 VARIANTS = {
@@ -43,7 +43,7 @@ VARIANTS = {
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
-    """`transformer.resolve_architecture` of a DiT."""
+    """`transformer.resolve_architecture` for a DiT. Raises UserError."""
     arch = transformer.resolve_architecture(
         model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
     )
@@ -72,9 +72,9 @@ def positions(side: int, width: int) -> np.ndarray:
     return table.reshape(side * side, width).astype(np.float32)
 
 
-# The conditioning and the prediction are in float32: they cost nothing beside the
-# tokens' products, and rounding there is an error of the whole image. bfloat16 would double the
-# error of the prediction.
+# Conditioning and prediction run in float32: their cost is negligible next to the tokens' matrix
+# products, and rounding there affects the whole image. bfloat16 would double the prediction's
+# error.
 Linear = functools.partial(nnx.Linear, bias_init=ZEROS, dtype=jnp.float32)
 ZeroLinear = functools.partial(Linear, kernel_init=ZEROS)
 layer_norm = functools.partial(transformer.layer_norm, eps=EPS, affine=False)
@@ -94,7 +94,7 @@ class TimeEmbedder(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """`count` vectors from the conditioning: SiLU, then a Linear that begins at 0."""
+    """`count` vectors from the conditioning: SiLU, then a zero-initialised Linear."""
 
     def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
         self.linear = ZeroLinear(width, count * width, rngs=rngs)
@@ -130,7 +130,7 @@ class Block(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """LayerNorm, modulation, Linear to the patches' values; float32."""
+    """LayerNorm, modulation, Linear to each patch's values; float32."""
 
     def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
         self.norm = layer_norm(arch.width, rngs=rngs)
@@ -145,9 +145,9 @@ class FinalLayer(nnx.Module):
 class DiT(nnx.Module):
     """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
-    h = w = arch.latent_size, c' = arch.out_channels. t goes to the sinusoidal features as it is;
-    labels are 0 .. num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`;
-    neither changes a number beyond rounding. attention: see `Attention`.
+    h = w = arch.latent_size, c' = arch.out_channels. t enters the sinusoidal features unscaled;
+    labels are 0 .. num_classes - 1, and num_classes means "no class". remat, unroll: see `Stacked`;
+    neither changes results beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class DiT(nnx.Module):
         c, patch = arch.width, arch.patch_size
         self.x_embedder = transformer.patch_embed(
             arch.latent_channels, c, patch,
-            # Xavier of the patch as a vector, as if it were a Linear.
+            # Xavier for the flattened patch, as for a Linear.
             kernel_init=uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
             bias_init=ZEROS, rngs=rngs,
         )
@@ -182,9 +182,9 @@ class DiT(nnx.Module):
 # fmt: on
 
 
-create = DiT  # the name by which every file of models/ offers its model
+create = DiT  # every model file exposes its model under this name
 
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the parameters; the fixed positions are none."""
+    """{path: shape} of the parameters; the fixed positions are not parameters."""
     return weights_lib.shapes(lambda rngs: create(arch, dtype="float32", rngs=rngs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiT and SiT under the names of DiT's and of DC-AE's repositories."""
+"""DiT and SiT under the weight names of the DiT and DC-AE repositories."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dcae_jax.models.dit import Architecture
 
 TITLE = "DiT"
 FIRST = "x_embedder.proj.weight"  # a tensor that no other model has
-# Objective -> what the authors call the model trained on it.
+# Objective -> the authors' name for a model trained on it.
 KINDS = {"learned_sigma": "dit", "flow": "sit"}
 
 _LABELS, _LAST = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
@@ -41,7 +41,7 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """{our path: array} -> {prefix + name in DiT's and DC-AE's repositories: float32 array}.
 
-    The positions are among them.
+    Includes the positions.
     """
     out = torch_layout.to_torch(weights, _TABLE, dit.shapes(arch))
     out[_POSITIONS] = dit.positions(arch.latent_size // arch.patch_size, arch.width)[None]
@@ -53,9 +53,9 @@ def from_torch(
 ) -> dict[str, np.ndarray]:
     """{prefix + name in DiT's or DC-AE's repository: array} -> {our path: float32 array}.
 
-    Names without the prefix are passed over; the positions may be left out. Raises UserError, in
-    one line with the first names, when a tensor is missing, unknown or misshapen, and where the
-    positions are not those of `dit.positions`.
+    Names without the prefix are ignored; the positions may be missing. Raises UserError, in one
+    line with the first names, if a tensor is missing, unknown or misshapen, or if the positions
+    differ from `dit.positions`.
     """
     own = torch_layout.below(tensors, prefix)
     found = own.pop(_POSITIONS, None)
@@ -74,10 +74,10 @@ def from_torch(
 
 
 def recognise(tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Architecture | None:
-    """The architecture whose weights these are, read off the shapes; None if they are no DiT's.
+    """The architecture of these weights, inferred from their shapes; None if they are not a DiT's.
 
-    heads: see `transformer.architecture_of`. Raises UserError where the shapes are no DiT's that
-    this file can build.
+    heads: see `transformer.architecture_of`. Raises UserError if this file cannot build a DiT of
+    these shapes.
     """
     own = {k: tuple(v.shape) for k, v in torch_layout.below(tensors, prefix).items()}
     ranks = {FIRST: 4, _LAST: 2, _LABELS: 2} | ({_POSITIONS: 3} if _POSITIONS in own else {})

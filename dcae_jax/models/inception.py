@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Inception network of FID: Google's of 2015-12-05, as ported from TensorFlow to PyTorch.
 
-It is not torchvision's: 1008 classes, average pooling that does not count its padding, and a
-maximum pooling in the last block. Weights are a flat dict of float32 arrays, an argument of every
+It differs from torchvision's: 1008 classes, average pooling that does not count its padding, and
+max pooling in the last block. Weights are a flat dict of float32 arrays, passed to every
 function: `NAME.kernel` (HWIO) and `NAME.bias` with PyTorch's names, each BatchNorm (eps 1e-3)
 folded into its convolution. `dcae-jax convert` makes the file from
 pytorch-fid's pt_inception-2015-12-05-6726825d.pth or from torch-fidelity's weights-inception of
@@ -29,10 +29,11 @@ def preprocess(levels: AnyArray, kind: str) -> jax.Array:
     """Images as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
 
     levels: [B, H, W, 3], uint8 or integer-valued floats (`transforms.to_levels`), any size. Two
-    tools, two inputs; a number is comparable only with those of the same one:
+    tools, two preprocessings; scores are comparable only within one:
     'pytorch-fid' (FID, rFID): x / 127.5 - 1, bilinear with half-pixel centres, no antialiasing;
-    'torch-fidelity' (IS, KID, precision, recall): bilinear as TensorFlow 1 had it, with the
-    corners' pixels at i * H / 299, then (x - 128) / 128.
+    'torch-fidelity' (IS, KID, precision, recall): bilinear as in TensorFlow 1, sampled
+    at i * H / 299, then (x - 128) / 128.
+    Raises ValueError for another kind or shape.
     """
     if kind not in PREPROCESSINGS:
         raise ValueError(f"preprocessing {kind!r}: choose one of {', '.join(PREPROCESSINGS)}")
@@ -45,7 +46,7 @@ def preprocess(levels: AnyArray, kind: str) -> jax.Array:
 
 
 def _resize(x: jax.Array, axis: int, half_pixel: bool) -> jax.Array:
-    """Linear interpolation of one axis to `SIZE`, the outermost pixels repeated."""
+    """Linear interpolation of one axis to `SIZE`, repeating the outermost pixels."""
     length = x.shape[axis]
     if length == SIZE:
         return x
@@ -68,12 +69,12 @@ def features(
 
     The logits leave out the bias of the last layer, as the Inception score needs them (Salimans
     et al. 2016; torch-fidelity's 'logits_unbiased'); `fc_bias=True` adds it. Runs in full float32
-    on every device: a coarser Inception gives another FID.
+    on every device: lower precision changes the FID. Raises ValueError for other shapes.
     """
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(
             f"Inception's input is [B, {SIZE}, {SIZE}, 3], got {images.shape}: "
-            "pass `preprocess` of it"
+            "run `preprocess` first"
         )
     conv = functools.partial(_conv, weights)
     x = conv(jnp.asarray(images, jnp.float32), "Conv2d_1a_3x3", 2, same=False)  # [B, 149, 149, 32]
@@ -159,7 +160,7 @@ def _conv(
 
 
 def _max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3: stride 2 without padding, or stride 1 with one pixel of it."""
+    """3x3: stride 2 without padding, or stride 1 with one pixel of padding."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0)) if stride == 1 else "VALID"
     return jax.lax.reduce_window(
         x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), pad
@@ -167,7 +168,7 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 
 def _mean_pool(x: jax.Array) -> jax.Array:
-    """3x3, stride 1, the mean over the pixels inside the image alone, as in TensorFlow."""
+    """3x3, stride 1; averages only pixels inside the image, as in TensorFlow."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0))
     total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), pad)
     rows, columns = (

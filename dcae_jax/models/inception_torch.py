@@ -14,7 +14,7 @@ TITLE = "the Inception of FID"
 def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """State dict of pytorch-fid's or torch-fidelity's Inception -> weights, BatchNorm folded in.
 
-    state: name -> NumPy array. Raises ValueError for any other network, torchvision's too.
+    state: name -> NumPy array. Raises ValueError for any other network, including torchvision's.
     """
     statistics = ("weight", "bias", "running_mean", "running_var")
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
@@ -25,8 +25,8 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         expected |= {f"{name}.conv.weight", *(f"{name}.bn.{s}" for s in statistics)}
     if any(k.startswith("AuxLogits.") for k in state):
         raise ValueError(
-            "this is torchvision's ImageNet Inception, which gives another FID: "
-            "take pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
+            "this is torchvision's ImageNet Inception, which gives a different FID: "
+            "use pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
         )
     if expected != state.keys():
         odd = sorted(expected ^ state.keys())[0]
@@ -51,7 +51,7 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def load(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a file that `dcae-jax convert` wrote -> weights for `inception.features`.
 
-    Raises ValueError for a file of another kind, or with missing, unknown or misshaped arrays.
+    Raises ValueError for a file of another kind, or with missing, unknown or misshapen arrays.
     """
     _, weights = torch_layout.read_converted(path, "Inception", TITLE, ("inception-fid",))
     torch_layout.check_shapes(weights, inception.shapes(), path, TITLE)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers and initialisers: nnx's, with PyTorch's padding and initial values.
 
-Images are NHWC. Parameters are float32; a layer computes in its `dtype`, norms in float32
-whatever the dtype is. Standard layers are nnx's, which `Layers` makes with PyTorch's padding
-and initial values. Classes of our own stand only where the numbers differ from nnx's: the unbiased
-running variance of BatchNorm, RMSNorm's bias, 1x1 convolutions in groups.
+Images are NHWC. Parameters are float32; a layer computes in its `dtype`, norms always in float32.
+`Layers` makes nnx's standard layers. Our own classes exist only where the numbers differ from
+nnx's: BatchNorm's unbiased running variance, RMSNorm's bias, grouped 1x1 convolutions.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def xavier(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
-    """U(-1, 1) sqrt(6 / (inputs + outputs)) of a kernel [inputs, outputs]."""
+    """U(-1, 1) sqrt(6 / (inputs + outputs)) for a kernel [inputs, outputs]."""
     return uniform(math.sqrt(6 / sum(shape)))(key, shape, dtype, out_sharding)
 
 
@@ -70,12 +69,12 @@ def on_host(
     draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray],
     traced: Callable[[Array, tuple[int, ...]], Array],
 ) -> Initializer:
-    """An initialiser that draws with NumPy where its key is known, with jax.random in a trace.
+    """An initialiser that draws with NumPy if its key is concrete, with jax.random in a trace.
 
-    XLA compiles a program of random draws for longer than they take. An autoencoder has hundreds
-    of kernels of its own: `tiny` 14 to 31 s instead of 0.1 s, f32c32 54 to 166 s instead of 20 s
-    (two busy cores, key kinds unsafe_rbg to threefry). A tiny transformer's stacked draws took 4 s
-    of a start of 17 s. Host draws are the same on every platform and mesh, too.
+    XLA takes longer to compile random draws than to run them. An autoencoder has hundreds of
+    distinct kernels: `tiny` took 14 to 31 s instead of 0.1 s, f32c32 54 to 166 s instead of 20 s
+    (two busy cores, unsafe_rbg to threefry keys). A tiny transformer's stacked draws took 4 s of
+    its 17 s startup. Host draws are also the same on every platform and mesh.
     """
 
     def init(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
@@ -97,11 +96,11 @@ ZEROS, ONES = constant(0), constant(1)
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The layers of one model, made in the order of the calls, which all compute in `dtype`.
+    """Makes the layers of one model, in the order of the calls. All compute in `dtype`.
 
     depthwise: how XLA computes depthwise convolutions. 'grouped' is its grouped convolution;
-    'shifted' is size^2 shifted multiply-adds, the same numbers. On a CPU the gradient of the
-    grouped one is up to hundreds of times slower; on a TPU both compile to the same work.
+    'shifted' is size^2 shifted multiply-adds, the same numbers. On a CPU the grouped
+    gradient is up to hundreds of times slower; on a TPU both compile to the same work.
     """
 
     dtype: DTypeLike
@@ -109,7 +108,7 @@ class Layers:
     depthwise: DepthwiseForm = "grouped"
 
     def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> nnx.Linear:
-        """A 1x1 convolution, which in NHWC is a matrix product. kernel [in, out], bias [out]."""
+        """A 1x1 convolution: in NHWC, a matrix product. kernel [in, out], bias [out]."""
         init = torch_uniform(inputs)
         return nnx.Linear(
             inputs,
@@ -134,8 +133,8 @@ class Layers:
     ) -> nnx.Conv:
         """A convolution. kernel [size, size, in, out], [size, size, 1, out] if depthwise.
 
-        padding: before and after, along both axes; None: half the size on every side. 'SAME'
-        would pad a stride of 2 by (0, 1) and shift the image by a pixel.
+        padding: (before, after) on both axes; None: size // 2 on every side. 'SAME' would pad a
+        stride-2 convolution by (0, 1) and shift the image by a pixel.
         """
         init = torch_uniform(size**2 * (1 if depthwise else inputs))
         run = conv_on_small_maps
@@ -157,11 +156,11 @@ class Layers:
         )
 
     def norm(self, kind: NormKind, channels: int) -> "RMSNorm | BatchNorm":
-        """The norm called `kind` in the original."""
+        """The norm that the original calls `kind`."""
         return (BatchNorm if kind == "bn2d" else RMSNorm)(channels, dtype=self.dtype)
 
     def group_norm(self, channels: int, *, groups: int, eps: float) -> nnx.GroupNorm:
-        """Normalises runs of channels over (height, width, run) of each image, float32 inside."""
+        """GroupNorm over (height, width, consecutive channels) of each image, float32 inside."""
         return nnx.GroupNorm(
             channels,
             groups,
@@ -176,7 +175,7 @@ class Layers:
 
 
 def depthwise_form(form: Literal["auto", "grouped", "shifted"], platform: str) -> DepthwiseForm:
-    """config.model.depthwise with 'auto' decided for devices of `platform`."""
+    """config.model.depthwise, with 'auto' resolved for devices of `platform`."""
     if form != "auto":
         return form
     return "shifted" if platform == "cpu" else "grouped"
@@ -190,43 +189,43 @@ def _shifted(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 def _shifts(x: Array, size: int) -> list[Array]:
-    """x as each position of a size x size kernel sees it: size^2 of [B, H, W, C], row by row."""
+    """x shifted to each tap of a size x size kernel: size^2 times [B, H, W, C], row by row."""
     h, w = x.shape[1:3]
     pad = size // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     return [padded[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
 
 
-# Positions of the largest map on which a convolution runs as a matrix product on a CPU. Where the
-# kernel is as large as the map, XLA changes the two's places, for a program that was measured to
-# take up to 60 times longer (2x2 maps of 256 channels); from 8x8 on its own form is the faster.
+# Positions of the largest map whose convolutions run as a matrix product on a CPU. If the kernel is
+# as large as the map, XLA swaps the two, which measured up to 60 times slower (2x2 maps of 256
+# channels); from 8x8 on, XLA's own convolution is faster.
 SMALL_MAP = 16
 
 
 def conv_on_small_maps(
     x: Array, kernel: Array, strides: tuple[int, ...], padding: Any, **settings: Any
 ) -> Array:
-    """jax.lax.conv_general_dilated; on a CPU a small map's is a product of the same numbers."""
+    """jax.lax.conv_general_dilated; on a CPU, small maps use an equivalent matrix product."""
 
     def as_convolution(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
 
     positions = x.shape[1] * x.shape[2]
-    # No int in an export for any size.
+    # `positions` is symbolic in an export for any size.
     if strides == (1, 1) and isinstance(positions, int) and positions <= SMALL_MAP:
         return jax.lax.platform_dependent(x, kernel, cpu=_as_product, default=as_convolution)
     return as_convolution(x, kernel)
 
 
 def _as_product(x: Array, kernel: Array) -> Array:
-    """[B, H, W, in] by [size, size, in, out] -> [B, H, W, out], zeros around."""
+    """[B, H, W, in] by [size, size, in, out] -> [B, H, W, out], zero-padded."""
     size, outputs = kernel.shape[0], kernel.shape[3]
     patches = jnp.concatenate(_shifts(x, size), axis=-1)  # [B, H, W, size^2 in]
     return patches @ kernel.reshape(-1, outputs)
 
 
 class GroupedLinear(nnx.Module):
-    """A 1x1 convolution in groups, no bias. kernel [groups, in / groups, out / groups]."""
+    """A grouped 1x1 convolution, no bias. kernel [groups, in / groups, out / groups]."""
 
     def __init__(self, inputs: int, outputs: int, layers: Layers, *, groups: int) -> None:
         shape = (groups, inputs // groups, outputs // groups)
@@ -272,7 +271,7 @@ class BatchNorm(nnx.Module):
 
     Normalises with the running statistics unless `use_running_average` is False (see
     `training_norms`). Under jit with a sharded batch the statistics are those of the global batch.
-    As PyTorch does, the running variance is the unbiased one: var * n / (n - 1).
+    As in PyTorch, the running variance is unbiased: var * n / (n - 1).
     """
 
     def __init__(
@@ -286,7 +285,7 @@ class BatchNorm(nnx.Module):
         self.use_running_average = True
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """The mode of `nnx.view`."""
+        """Sets the mode; called by `nnx.view`."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -309,8 +308,8 @@ class BatchNorm(nnx.Module):
 def training_norms(model: nnx.Module, trained: Callable[[str], bool]) -> Any:
     """A view of `model` in which each BatchNorm with a trained parameter is in training mode.
 
-    The others keep normalising with their running statistics, and keep those as they are: a
-    frozen layer whose statistics drift is not frozen.
+    The others normalise with their running statistics and do not update them: a frozen layer
+    whose statistics drift is not frozen.
     """
 
     def is_trained(path: tuple[Any, ...], module: Any) -> bool:
@@ -323,10 +322,9 @@ def training_norms(model: nnx.Module, trained: Callable[[str], bool]) -> Any:
 
 
 def run(blocks: Iterable[nnx.Module], x: Array, *, remat: bool) -> Array:
-    """x after the blocks, one after the other.
+    """x after all blocks, applied in order.
 
-    remat: the backward pass computes each block again. Between the blocks their inputs are kept,
-    inside them nothing.
+    remat: the backward pass rematerialises each block. Only the blocks' inputs are stored.
     """
 
     def call(block: Any, x: Array) -> Array:

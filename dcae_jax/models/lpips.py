@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LPIPS v0.1 (Zhang et al. 2018): the distance of two images in the features of a classifier.
+"""LPIPS v0.1 (Zhang et al. 2018): the distance between two images in a classifier's features.
 
-VGG16 is for the training loss, AlexNet for the number that papers report. Weights are a flat dict
-of float32 arrays, an argument of every function: `features.N.kernel` (HWIO) and `features.N.bias`
+VGG16 serves the training loss, AlexNet the metric that papers report. Weights are a flat dict
+of float32 arrays, passed to every function: `features.N.kernel` (HWIO) and `features.N.bias`
 with torchvision's N, and `lin0` .. `lin4`, the learned weight of each channel. The linear layers
-ship with this package; `dcae-jax convert` makes the file from torchvision's.
+ship with this package; `dcae-jax convert` converts torchvision's weights.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ _LAYERS = {
     ),
 }
 _POOL_WINDOW = {"vgg": 2, "alex": 3}  # stride 2, no padding
-MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels: smaller ones leave nothing after the last pooling
+MIN_SIZE = {"vgg": 16, "alex": 31}  # pixels; smaller images are empty after the last pooling
 _SHIFT = (-0.030, -0.088, -0.188)  # `ScalingLayer` of the lpips package, for images in [-1, 1]
 _SCALE = (0.458, 0.448, 0.450)
 
@@ -49,10 +49,11 @@ def distance(
 ) -> jax.Array:
     """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal images.
 
-    Differentiable in x and y. `normalize` names how a feature vector f becomes a unit vector:
+    Differentiable in x and y. `normalize` selects how a feature vector f becomes a unit vector:
     'lpips' f / (|f| + 1e-10), as the lpips package; 'torchmetrics' f / sqrt(|f|^2 + 1e-8), which
-    the published LPIPS numbers of DC-AE use. Everything runs in float32 whatever the input's
-    dtype; `precision` is that of the convolutions, on devices that have a faster, coarser one.
+    the published LPIPS numbers of DC-AE use. Everything runs in float32, whatever the input's
+    dtype; `precision` applies to the convolutions, on devices with a faster, less precise mode.
+    Raises ValueError.
     """
     _known(net)
     if normalize not in ("lpips", "torchmetrics"):
@@ -61,7 +62,7 @@ def distance(
         raise ValueError(f"LPIPS needs two [B, H, W, 3] of one shape, got {x.shape} and {y.shape}")
     if min(x.shape[1:3]) < MIN_SIZE[net]:
         raise ValueError(
-            f"LPIPS with net={net!r} needs pictures of at least {MIN_SIZE[net]} pixels, "
+            f"LPIPS with net={net!r} needs images of at least {MIN_SIZE[net]} pixels, "
             f"got {x.shape[1]}x{x.shape[2]}: enlarge them"
         )
     total = jnp.zeros(x.shape[0], jnp.float32)
@@ -99,11 +100,11 @@ def _taps(
 
 
 def _unit(x: jax.Array, normalize: str) -> jax.Array:
-    """[B, h, w, c] -> the same, each vector of channels of length 1."""
+    """[B, h, w, c] -> the same shape, each channel vector scaled to unit length."""
     square = jnp.sum(jnp.square(x), axis=3, keepdims=True)
     if normalize == "torchmetrics":
         return x * jax.lax.rsqrt(square + 1e-8)
-    # A vector of zeros is common after ReLU, and the root's gradient there is infinite.
+    # Zero vectors are common after ReLU, and the gradient of sqrt at 0 is infinite.
     positive = square > 0
     norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
     return x / (norm + 1e-10)
@@ -124,9 +125,9 @@ def shapes(net: str) -> dict[str, tuple[int, ...]]:
 
 
 def linear_layers(net: str) -> dict[str, np.ndarray]:
-    """The published weights of the five taps, `lin0` .. `lin4` (v0.1), from the file beside this.
+    """The published weights of the five taps, `lin0` .. `lin4` (v0.1), shipped beside this file.
 
-    They come from the PyPI package lpips 0.1.4, whose license stands in lpips_linear.LICENSE.
+    They come from the PyPI package lpips 0.1.4, whose license is in lpips_linear.LICENSE.
     """
     from safetensors.numpy import load_file
 
@@ -137,4 +138,4 @@ def linear_layers(net: str) -> dict[str, np.ndarray]:
 
 def _known(net: str) -> None:
     if net not in _LAYERS:
-        raise ValueError(f"net={net!r}: LPIPS knows 'vgg' (training) and 'alex' (the reported one)")
+        raise ValueError(f"net={net!r}: choose 'vgg' (training) or 'alex' (the reported metric)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LPIPS from the weights of torchvision's classifiers or our converted file."""
+"""LPIPS weights from torchvision's classifiers or our converted file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +47,8 @@ def from_torch(state: Arrays, linear: Arrays | None = None) -> tuple[str, dict[s
 def load(path: str | Path, net: str | None = None) -> dict[str, np.ndarray]:
     """Reads a file that `dcae-jax convert` wrote -> weights for `lpips.distance`.
 
-    net: 'vgg' or 'alex' refuses a file of the other network; None takes either. Raises ValueError
-    for a file of another kind, or with missing, unknown or misshaped arrays.
+    net: 'vgg' or 'alex' rejects a file of the other network; None accepts either. Raises ValueError
+    for a file of another kind, or with missing, unknown or misshapen arrays.
     """
     wanted = NETS if net is None else (net,)
     network, weights = torch_layout.read_converted(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PatchGAN, the discriminator of phase 3 (Isola et al. 2017, section 3.2.2; 3 layers, 64 channels).
 
-It classifies each patch of an image as real or fake. Convolutions of 4x4; each layer halves the
-size and doubles the channels; normal(0, 0.02) weights, as published discriminators start from.
+It classifies each patch of an image as real or fake. 4x4 convolutions; each layer halves the size
+and doubles the channels. Weights start from normal(0, 0.02), as in published discriminators.
 """
 
 import functools
@@ -23,7 +23,7 @@ SLOPE = 0.2  # of the leaky ReLU
 
 
 class PatchGAN(nnx.Module):
-    """Images in [-1, 1] -> logits of their patches, float32, above 0 for real."""
+    """Images [B, H, W, 3] in [-1, 1] -> patch logits [B, h, w] float32, above 0 for real."""
 
     def __init__(self, *, channels: int, depth: int, dtype: DTypeLike, rngs: Rngs) -> None:
         widths = [channels * min(2**i, MAX_WIDENING) for i in range(depth + 1)]
@@ -60,7 +60,7 @@ def create(loss_config: Loss, *, dtype: DTypeLike, rngs: Rngs) -> PatchGAN:
 
 
 def smallest_input(depth: int) -> int:
-    """The smallest height and width from which a PatchGAN of `depth` layers has an output."""
+    """The smallest image side in pixels that gives a PatchGAN of `depth` layers an output."""
     size = 1
     for stride in (1, 1, *(2,) * depth):  # from the output back to the image
         size = (size - 1) * stride + 4 - 2

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a model file.
 
-An autoencoder is a file with what `AutoencoderModule` lists, a backbone of diffusion models one
-with what `BackboneModule` lists; nothing else names either. A file with `_torch` after its name
-beside it, if there is one, knows the weights that others publish (`AutoencoderNames`,
-`BackboneNames`).
+An autoencoder file implements `AutoencoderModule`, a diffusion backbone file `BackboneModule`; no
+other file names either. An optional `<file>_torch.py` beside it maps published weights
+(`AutoencoderNames`, `BackboneNames`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class AutoencoderArchitecture(Protocol):
-    """Everything that fixes the parameters, and the scale of the latents. Frozen."""
+    """Everything that determines the parameters and the scale of the latents. Frozen."""
 
     @property
     def latent_channels(self) -> int: ...
@@ -34,9 +33,9 @@ class AutoencoderArchitecture(Protocol):
 
 
 class AutoencoderModule(Protocol):
-    """Its model has `encode` and `decode`, and `posterior` if it gives a distribution.
+    """Its model has `encode` and `decode`, and `posterior` if it encodes to a distribution.
 
-    A mapping PUBLISHED, if there is one, has further names that `variant` takes.
+    An optional mapping PUBLISHED has further names that `variant` accepts.
     """
 
     __name__: str
@@ -49,7 +48,7 @@ class AutoencoderModule(Protocol):
 
 
 class BackboneArchitecture(Protocol):
-    """Everything that fixes the parameters. Frozen."""
+    """Everything that determines the parameters. Frozen."""
 
     @property
     def depth(self) -> int: ...
@@ -80,7 +79,7 @@ class BackboneModule(Protocol):
 
 
 class AutoencoderNames(Protocol):
-    """An autoencoder in the formats of PyTorch: 'diffusers', and others that FORMATS lists."""
+    """An autoencoder in PyTorch's formats: 'diffusers', and others listed in FORMATS."""
 
     FORMATS: tuple[str, ...]
     CLASS_NAME: str  # in diffusers
@@ -89,11 +88,11 @@ class AutoencoderNames(Protocol):
     def from_torch(self, tensors: Mapping[str, Any], arch: Any, form: str) -> Arrays: ...
 
     def format_of(self, found: Iterable[str]) -> str | None:
-        """The format whose names these are; None where they are none of this model's."""
+        """The format that uses these names; None if they are not this model's."""
         ...
 
     def recognise(self, tensors: Mapping[str, Any]) -> Any | None:
-        """The variant that has these tensors, None if none has; for files without config.json."""
+        """The variant with these tensors, or None; for files without config.json."""
         ...
 
     def config_of(self, arch: Any, form: str) -> dict[str, Any]:
@@ -101,28 +100,28 @@ class AutoencoderNames(Protocol):
         ...
 
     def variant_of(self, config: Mapping[str, Any], form: str) -> Any:
-        """The architecture of a config.json, scaling_factor None where it says none."""
+        """The architecture of a config.json; scaling_factor is None if it has none."""
         ...
 
     def published_name(self, arch: Any) -> str:
-        """The authors' name of this architecture; '' if it is none of theirs."""
+        """The authors' name for this architecture; '' if they have none."""
         ...
 
     def settings_of(self, arch: Any) -> dict[str, Any]:
-        """The keys of config.model that make the architecture."""
+        """The keys of config.model that build the architecture."""
         ...
 
 
 class BackboneNames(Protocol):
     """A backbone as its authors publish it; their names may have a prefix."""
 
-    TITLE: str  # what its paper calls it
+    TITLE: str  # its name in the paper
     FIRST: str  # a tensor that only this model has
-    KINDS: Mapping[str, str]  # objective -> what the authors call the model trained on it
+    KINDS: Mapping[str, str]  # objective -> the authors' name for a model trained on it
 
     def to_torch(self, weights: Mapping[str, Any], arch: Any, prefix: str = "") -> Arrays: ...
     def from_torch(self, tensors: Mapping[str, Any], arch: Any, prefix: str = "") -> Arrays: ...
 
     def recognise(self, tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Any | None:
-        """The architecture that has these tensors, None if it is no model of this kind."""
+        """The architecture with these tensors, or None if they are not of this kind of model."""
         ...

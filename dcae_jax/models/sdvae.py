@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The autoencoder of Stable Diffusion (arXiv:2112.10752), diffusers' `AutoencoderKL`: the f8
-baseline that DC-AE is measured against.
+baseline that DC-AE is compared with.
 
-Its encoder gives a Gaussian for each latent; `encode` returns the mean, or a sample of it.
+Its encoder outputs a Gaussian for each latent; `encode` returns the mean or a sample.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from dcae_jax.models.layers import Layers, run
 from dcae_jax.models.weights import Array
 
 EPS = 1e-6  # of every GroupNorm
-LOG_VARIANCE = (-30.0, 20.0)  # the posterior's is clipped to this
+LOG_VARIANCE = (-30.0, 20.0)  # the posterior's log variance is clipped to this range
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """An architecture. `widths` has one entry a stage, from full size to the deepest."""
+    """An architecture. `widths` has one entry per stage, from full size to the deepest."""
 
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)
-    depth: int = 2  # residual blocks a stage of the encoder; the decoder has one more
+    depth: int = 2  # residual blocks per encoder stage; a decoder stage has one more
     groups: int = 32  # of every GroupNorm
     scaling_factor: float | None = 0.18215  # latent * scaling_factor has an rms of about 1
 
@@ -51,7 +51,7 @@ VARIANTS = {"sd-vae-f8": Variant()}
 
 
 def variant(name: str) -> Variant:
-    """The architecture called `name`, a key of VARIANTS."""
+    """The architecture called `name`, a key of VARIANTS. Raises UserError."""
     if name not in VARIANTS:
         known = ", ".join(VARIANTS)
         raise UserError(f"model.variant={name!r} is not known; choose one of {known}")
@@ -59,9 +59,9 @@ def variant(name: str) -> Variant:
 
 
 def architecture(model_config: Model) -> Variant:
-    """The architecture of a run: config.model's variant with the keys set beside it.
+    """The architecture of a run: config.model's variant, overridden by the keys set beside it.
 
-    Empty or zero keys keep the variant's own value. Raises UserError where a key does not fit.
+    Empty or zero keys keep the variant's value. Raises UserError if a key does not fit.
     """
     arch = variant(model_config.variant)
     for key in ("encoder_depths", "decoder_depths"):
@@ -110,7 +110,7 @@ class ResBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """x + softmax attention over all positions, one head of all channels, softmax in float32."""
+    """x + single-head softmax attention over all positions; softmax in float32."""
 
     def __init__(self, channels: int, layers: Layers, *, groups: int) -> None:
         self.norm = layers.group_norm(channels, groups=groups, eps=EPS)
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
 
 
 def middle(width: int, layers: Layers, *, groups: int) -> nnx.List:
-    """The blocks at the latents' size. [B, H/f, W/f, width] -> the same"""
+    """The blocks at the latents' size: [B, H/f, W/f, width] -> the same shape."""
     return nnx.List(
         [
             ResBlock(width, width, layers, groups=groups),
@@ -144,7 +144,7 @@ def middle(width: int, layers: Layers, *, groups: int) -> nnx.List:
 
 
 class Encoder(nnx.Module):
-    """Images -> moments of the latents' Gaussians."""
+    """Images -> mean and log variance of the latents."""
 
     def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
         self.conv_in = layers.conv(3, arch.widths[0])
@@ -156,7 +156,7 @@ class Encoder(nnx.Module):
                 stage.append(ResBlock(inputs, width, layers, groups=arch.groups))
                 inputs = width
             if i + 1 < len(arch.widths):
-                # Padded at the bottom and the right only.
+                # Padded at the bottom and right only.
                 stage.append(layers.conv(width, width, strides=2, padding=(0, 1)))
             self.stages.append(nnx.List(stage))
         self.middle = middle(inputs, layers, groups=arch.groups)
@@ -173,8 +173,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents -> images. As in DC-AE, `stages` goes from full size to the deepest, which runs
-    first."""
+    """Latents -> images. As in DC-AE, `stages` starts at full size; the deepest runs first."""
 
     def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
         inputs = arch.widths[-1]
@@ -222,7 +221,7 @@ class SDVAE(nnx.Module):
     def encode(self, x: Array, sample_key: Array | None = None) -> Array:
         """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
-        The posterior's mean or, with a `sample_key` of jax.random, a sample of it.
+        The posterior's mean, or a sample drawn with `sample_key`, a jax.random key.
         """
         mean, deviation = self.posterior(x)
         if sample_key is None:
@@ -240,21 +239,21 @@ class SDVAE(nnx.Module):
 def create(
     model_config: Model, *, platform: str, remat: bool, dtype: DTypeLike, rngs: Rngs
 ) -> SDVAE:
-    """The model of config.model, the same for devices of every `platform`."""
+    """The model of config.model; the same for every `platform`."""
     del platform
     return SDVAE(architecture(model_config), remat=remat, dtype=dtype, rngs=rngs)
 
 
 def reach(arch: Variant) -> tuple[int | None, int | None]:
-    """Latents on each side that a result of (encode, decode) depends on; None: on all.
+    """Receptive-field radius of (encode, decode) in latents; None: unbounded.
 
-    Attention and the means of GroupNorm see the whole image.
+    Attention and GroupNorm's statistics see the whole image.
     """
     del arch
     return None, None
 
 
 def last_layer(arch: Variant) -> str:
-    """Path of the kernel that makes the image, whose gradient weighs the GAN loss."""
+    """Path of the last convolution's kernel; its gradient norms set the weight of the GAN loss."""
     del arch
     return "decoder.conv_out.kernel"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable Diffusion's autoencoder in the format of diffusers: `AutoencoderKL`'s names and
-config.json.
-"""
+"""Stable Diffusion's autoencoder in diffusers' format: names and config.json of `AutoencoderKL`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -19,7 +17,7 @@ from dcae_jax.models.torch_layout import bad_field, checked_scaling
 FORMATS = ("diffusers",)
 CLASS_NAME = "AutoencoderKL"
 
-# Fields of AutoencoderKL and the values that absent ones have.
+# Fields of AutoencoderKL and their defaults.
 DIFFUSERS_DEFAULTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -41,7 +39,7 @@ DIFFUSERS_DEFAULTS = {
     "mid_block_add_attention": True,
 }
 
-# What a model of this file has in these fields; sample_size and force_upcast change no number.
+# Supported values of these fields; sample_size and force_upcast do not affect the numbers.
 _ONLY = {
     "_class_name": (CLASS_NAME,),
     "in_channels": (3,),
@@ -62,7 +60,7 @@ _RES = {
     "conv2": "conv2",
     "shortcut": "conv_shortcut",
 }
-# Our layer of the attention -> theirs today, theirs in older files.
+# Our attention layer -> its name in diffusers today, and in older files.
 _ATTENTION = {
     "norm": ("group_norm", "group_norm"),
     "q": ("to_q", "query"),
@@ -81,7 +79,7 @@ def to_torch(weights: Mapping, arch: Variant, form: str) -> dict[str, np.ndarray
 def from_torch(tensors: Mapping, arch: Variant, form: str) -> dict[str, np.ndarray]:
     """{AutoencoderKL's name: array} -> {our path: float32 array}; views where possible.
 
-    Files from before diffusers renamed the attention layers are read too. Raises UserError, in
+    Also reads files from before diffusers renamed the attention layers. Raises UserError, in
     one line with the likely cause, when a tensor is missing, unknown or misshapen.
     """
     _only_diffusers(form)
@@ -111,7 +109,7 @@ def published_name(arch: Variant) -> str:
 
 def _only_diffusers(form: str) -> None:
     if form not in FORMATS:
-        raise UserError(f"export.format={form!r}: an AutoencoderKL travels as diffusers only")
+        raise UserError(f"export.format={form!r}: an AutoencoderKL exports as diffusers only")
 
 
 def _shapes(arch: Variant) -> torch_layout.Shapes:
@@ -119,7 +117,7 @@ def _shapes(arch: Variant) -> torch_layout.Shapes:
 
 
 def _table(arch: Variant) -> dict[str, torch_layout.Layer]:
-    """What each layer is called in AutoencoderKL, whose decoder counts stages as they run."""
+    """The name of each layer in AutoencoderKL, whose decoder numbers stages in running order."""
     there = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     blocks = {}
     last = len(arch.widths) - 1
@@ -151,19 +149,19 @@ def _table(arch: Variant) -> dict[str, torch_layout.Layer]:
 
 
 def _cause(found: torch_layout.Shapes) -> str:
-    """The likely reason why the tensors found are not those of the model asked for."""
+    """The likely reason why the tensors `found` do not fit the requested model."""
     if not any(".resnets." in name for name in found):
-        return "these are not AutoencoderKL weights; for DC-AE, name one of its variants"
+        return "these are not AutoencoderKL weights; for DC-AE, choose one of its variants"
     if "quant_conv.weight" not in found:
-        return "an AutoencoderKL without quant_conv, as Flux and SD3 have, is not supported"
+        return "an AutoencoderKL without quant_conv, as in Flux and SD3, is not supported"
     for name, arch in sdvae.VARIANTS.items():
         if torch_layout.shapes_there(_shapes(arch), _table(arch)) == found:
             return f"these are {name} weights; load them as that variant"
-    return "the file is incomplete or damaged, or of another AutoencoderKL than Stable Diffusion's"
+    return "the file is incomplete or damaged, or is not Stable Diffusion's AutoencoderKL"
 
 
 def config_of(arch: Variant, form: str) -> dict[str, Any]:
-    """The content of `config.json` beside the weights. An unknown scaling factor is 1.0."""
+    """The content of `config.json` beside the weights. An unknown scaling factor becomes 1.0."""
     _only_diffusers(form)
     stages = len(arch.widths)
     return {
@@ -182,7 +180,7 @@ def config_of(arch: Variant, form: str) -> dict[str, Any]:
 def variant_of(config: Mapping[str, Any], form: str) -> Variant:
     """The architecture that the `config.json` of an AutoencoderKL describes.
 
-    Absent fields have AutoencoderKL's defaults. Raises UserError, naming the field, for a model
+    Missing fields take AutoencoderKL's defaults. Raises UserError, naming the field, for a model
     that this file cannot build.
     """
     _only_diffusers(form)
@@ -194,7 +192,7 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
             raise bad_field(key, value, f"only {_ONLY[key][0]} is supported")
     for key in ("latent_channels", "layers_per_block", "norm_num_groups"):
         if not isinstance(c[key], int) or c[key] < 1:
-            raise bad_field(key, c[key], "give a whole number of at least 1")
+            raise bad_field(key, c[key], "give an integer of at least 1")
     widths = c["block_out_channels"]
     if not isinstance(widths, list | tuple) or not all(
         isinstance(width, int) and width > 0 and width % c["norm_num_groups"] == 0
@@ -205,7 +203,7 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
     for key in ("down_block_types", "up_block_types"):
         kind = DIFFUSERS_DEFAULTS[key][0]
         if list(c[key]) != [kind] * len(widths):
-            raise bad_field(key, c[key], f"only {kind} is supported, one a stage")
+            raise bad_field(key, c[key], f"only {kind} is supported, one per stage")
     scaling = checked_scaling(c)
     return Variant(
         latent_channels=c["latent_channels"],
@@ -217,9 +215,9 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
 
 
 def settings_of(arch: Variant) -> dict[str, Any]:
-    """The keys of config.model that make `arch`, its scaling factor apart.
+    """The keys of config.model that build `arch`, except its scaling factor.
 
-    Raises UserError where config.model cannot express the architecture.
+    Raises UserError if config.model cannot express the architecture.
     """
     for name, row in sdvae.VARIANTS.items():
         sizes = {"latent_channels": arch.latent_channels, "widths": arch.widths}
@@ -229,5 +227,5 @@ def settings_of(arch: Variant) -> dict[str, Any]:
             return {"name": "sdvae", "variant": name, **changed}
     raise UserError(
         f"no variant has {len(arch.widths)} stages of {arch.depth} blocks with {arch.groups} "
-        "groups; only models shaped as Stable Diffusion's are supported"
+        "groups; only models shaped like Stable Diffusion's are supported"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our weights under the names and in the shapes that PyTorch models give them, and back.
+"""Converts our weights to the names and shapes of PyTorch models, and back.
 
-A model's `*_torch.py` has a table of what each of its layers is called elsewhere; this file moves
-the numbers. Nothing is rounded: float32 goes there and back bit for bit.
+A model's `*_torch.py` has the table of its layers' names in PyTorch; this file converts the arrays.
+Nothing is rounded: float32 round-trips bit for bit.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from dcae_jax.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
-Tensors = Mapping[str, Any]  # {PyTorch's name: something with a shape that np.asarray reads}
+Tensors = Mapping[str, Any]  # {PyTorch's name: anything with a shape that np.asarray accepts}
 
 LEAVES = {
     "kernel": "weight",
@@ -29,18 +29,18 @@ LEAVES = {
     "var": "running_var",
 }
 COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing here depends on it
-STACKED = "*"  # in our path, where PyTorch has the number of the block
+STACKED = "*"  # in our paths, in place of PyTorch's block number
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What one of our layers is called in PyTorch.
+    """The name of one of our layers in PyTorch.
 
-    With several names, each of those layers has an equal run of our output channels. `linear`: its
-    kernel is a matrix [out, in] there, where a 1x1 convolution would be [out, in, 1, 1].
+    Several names split our output channels into equal consecutive parts. `linear`: PyTorch's kernel
+    is a matrix [out, in]; a 1x1 convolution's is [out, in, 1, 1].
 
-    The layers of stacked blocks ('blocks.*.attn.qkv') have {} in their names for the number of the
-    block. A parameter of the model itself, with no dot in its path, has a leading axis of 1 there.
+    Names in stacked blocks ('blocks.*.attn.qkv') have {} for the block number. A parameter of the
+    model itself, with no dot in its path, has a leading axis of 1 in PyTorch.
     """
 
     names: tuple[str, ...]
@@ -56,19 +56,19 @@ def linear_table(table: Mapping[str, str]) -> dict[str, Layer]:
 
 
 def below(tensors: Tensors, prefix: str) -> dict[str, Any]:
-    """The tensors whose names start with `prefix`, named without it."""
+    """The tensors whose names start with `prefix`, which is removed."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def shapes_there(shapes: Shapes, table: Table) -> Shapes:
-    """{their name: shape} of a model whose own are {our path: shape}, counters left out."""
+    """{our path: shape} -> {their name: shape}, without counters."""
     hollow = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
     tensors = to_torch(hollow, table, shapes)
     return {name: value.shape for name, value in tensors.items() if not name.endswith(COUNTER)}
 
 
 def to_torch(weights: Mapping[str, Any], table: Table, shapes: Shapes) -> dict[str, np.ndarray]:
-    """{our path: array} -> {their name: array}, the counters of BatchNorm as zeros.
+    """{our path: array} -> {their name: array}, with zeros for BatchNorm's counters.
 
     Raises UserError unless the weights have the `shapes` of the model.
     """
@@ -92,9 +92,9 @@ def from_torch(
 ) -> dict[str, np.ndarray]:
     """{their name: array} -> {our path: float32 array}, for a model of the given `shapes`.
 
-    Half precision is widened. A float32 tensor that is one of our arrays stays a view. Raises
-    UserError when a tensor is missing, unknown or misshapen, where `cause` says from the shapes
-    found what the likely reason is, and when one is not of floats.
+    Half precision is widened. A float32 tensor that maps to one of our arrays stays a view. Raises
+    UserError if a tensor is missing, unknown or misshapen, with the likely reason that `cause`
+    finds in the shapes, or if one is not floating point.
     """
     found = {
         name: tuple(tensor.shape)
@@ -119,7 +119,7 @@ def from_torch(
 
 
 def difference(found: Shapes, wanted: Shapes) -> str:
-    """'' or one line that counts what is missing, unexpected and misshapen, with first names."""
+    """'' or one line: the number of missing, unexpected and misshapen names, with the first few."""
     wrong = [
         f"{name} is {found[name]} instead of {shape}"
         for name, shape in wanted.items()
@@ -138,7 +138,7 @@ def difference(found: Shapes, wanted: Shapes) -> str:
 
 
 def has(shapes: Shapes, ranks: Mapping[str, int]) -> bool:
-    """Whether there is each name of `ranks`, with so many axes and none of them empty."""
+    """Whether each name in `ranks` is present, with that many axes, none of them empty."""
     return all(
         len(shapes.get(name, ())) == rank and math.prod(shapes[name])
         for name, rank in ranks.items()
@@ -148,7 +148,7 @@ def has(shapes: Shapes, ranks: Mapping[str, int]) -> bool:
 def _blocks(
     path: str, shape: tuple[int, ...], table: Table
 ) -> Iterator[tuple[int | None, list[str], bool]]:
-    """(index in our array or None, their names, linear) of each layer that `path` stands for."""
+    """(index in our array or None, their names, linear) of each layer behind `path`."""
     prefix, _, leaf = path.rpartition(".")
     layer = table[prefix or leaf]
     names = [f"{name}.{LEAVES[leaf]}" if prefix else name for name in layer.names]
@@ -160,7 +160,7 @@ def _blocks(
 
 
 def _axes_there(path: str, value: np.ndarray, linear: bool) -> np.ndarray:
-    """One of our arrays with the axes of PyTorch: a view, where the memory allows it."""
+    """Our array with PyTorch's axes; a view where the memory layout allows it."""
     if "." not in path:
         return value[None]
     if not path.endswith(".kernel"):
@@ -174,7 +174,7 @@ def _axes_there(path: str, value: np.ndarray, linear: bool) -> np.ndarray:
 
 
 def _axes_here(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `_axes_there`; shape: that of our array."""
+    """The inverse of `_axes_there`; shape: our array's."""
     if "." not in path:
         return value[0]
     if not path.endswith(".kernel"):
@@ -208,13 +208,13 @@ def checked_scaling(config: Mapping[str, Any]) -> float:
     return float(scaling)
 
 
-# --- the metric networks' own files ---------------------------------------------------------------
+# --- files of the metric networks -----------------------------------------------------------------
 
 
 def check_shapes(
     weights: Mapping[str, np.ndarray], shapes: Shapes, path: str | Path, title: str
 ) -> None:
-    """Raises ValueError, with the first name, unless the weights have these names and shapes."""
+    """Raises ValueError, with the first mismatch, unless weights have these names and shapes."""
     for name in sorted(shapes.keys() | weights.keys()):
         found = weights[name].shape if name in weights else None
         if found != shapes.get(name):
@@ -229,8 +229,8 @@ def read_converted(
 ) -> tuple[str, dict[str, np.ndarray]]:
     """(network, weights) of a file that `dcae-jax convert` wrote.
 
-    what, wanted: what an error calls such a file, and the network that was asked for. networks:
-    the names of those that will do. Raises ValueError for any other file.
+    what, wanted: names for such a file and for the requested network, for errors. networks: the
+    accepted ones. Raises ValueError for any other file.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts shared by the diffusion transformers UViT and DiT: attention, MLP, patches, stacked blocks.
 
-Parameters are float32, layers compute in their `dtype`; LayerNorm and the softmax are float32
-whatever the dtype is.
+Parameters are float32; layers compute in their `dtype`, LayerNorm and the softmax always in
+float32.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ from dcae_jax.runtime import sharding
 from dcae_jax.runtime.sharding import constrain_activations
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
-MLP_RATIO = 4  # hidden channels of an MLP over its input's
+MLP_RATIO = 4  # an MLP's hidden channels / its input's
 ATTENTIONS = ("plain", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A size."""
+    """A model size."""
 
-    depth: int  # blocks; of a UViT, without the one in the middle
+    depth: int  # blocks; for a UViT, without the middle one
     width: int
     heads: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the parameters (and a DiT's positions)."""
+    """Everything that determines the parameters (and a DiT's positions)."""
 
     depth: int
     width: int
@@ -49,7 +49,7 @@ class Architecture:
     latent_channels: int
     out_channels: int  # latent_channels, or twice as many with a learned sigma
     patch_size: int
-    num_classes: int  # without the label that means "none"
+    num_classes: int  # without the label that means "no class"
 
     @property
     def side(self) -> int:
@@ -82,9 +82,9 @@ def layer_norm(width: int, *, eps: float, affine: bool, rngs: nnx.Rngs) -> nnx.L
 class Attention(nnx.Module):
     """Multi-head softmax attention. The 3 C channels of qkv are (q, k, v), each (head, channel).
 
-    linear(inputs, outputs): makes a layer. attention: 'plain' is the softmax written out, which
-    any transformation can pass; 'cudnn' is cuDNN's fused one, for half precision on NVIDIA GPUs.
-    Under a mesh with an axis tensor, each of its devices has some of the heads.
+    linear(inputs, outputs): makes a layer. attention: 'plain' writes out the softmax, for every JAX
+    transformation; 'cudnn' is cuDNN's fused kernel, for half precision on NVIDIA GPUs. Under a mesh
+    with an axis tensor, the heads are sharded over it. Raises UserError for another attention.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ def plain_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def project_to_heads(qkv: nnx.Linear, x: Array, heads: int) -> Array:
-    """qkv(x), [B, N, C] -> [B, N, 3, heads, D], whose heads can be split where 3 C cannot."""
+    """qkv(x), [B, N, C] -> [B, N, 3, heads, D]: heads can be sharded where 3 C cannot."""
     b, n, c = x.shape
     shape = (3, heads, c // heads)
     if sharding.weights_mesh() is None:
@@ -140,8 +140,7 @@ def project_to_heads(qkv: nnx.Linear, x: Array, heads: int) -> Array:
 class MLP(nnx.Module):
     """Linear to 4 C, GELU (exact, or its tanh approximation), Linear to C.
 
-    linear: as in `Attention`. Under a mesh with an axis tensor, each of its devices has some of
-    the 4 C.
+    linear: as in `Attention`. Under a mesh with an axis tensor, the 4 C are sharded over it.
     """
 
     def __init__(self, width: int, linear: Callable[..., nnx.Linear], *, approximate: bool):
@@ -157,7 +156,7 @@ class MLP(nnx.Module):
 
 
 def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """A module like `create`'s whose arrays are those of `count` modules, stacked."""
+    """A module like `create`'s, whose arrays stack those of `count` modules on axis 0."""
     if only_shapes():
         graph, state = nnx.split(create(rngs))
         return nnx.merge(
@@ -169,7 +168,7 @@ def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) 
     del layers
     stacked = []
     for _ in range(structure.num_leaves):
-        column = [row.pop(0) for row in rows]  # so that no more than one array is there twice
+        column = [row.pop(0) for row in rows]  # so that at most one array exists twice
         join = jnp.stack if isinstance(column[0], Tracer) else np.stack
         stacked.append(join(column))
     return nnx.merge(graph, jax.tree.unflatten(structure, stacked))
@@ -179,11 +178,10 @@ class Stacked(nnx.Module):
     """`count` layers of one kind, whose arrays are stacked on a leading layer axis.
 
     The stack is a module of that kind under the path '*', as in 'blocks.*.attn.qkv.kernel'. It
-    cannot be called itself; `scan` runs the layers one after the other, which one compiled loop
-    does for all of them.
+    cannot be called directly; `scan` runs the layers in order, as one compiled loop.
 
-    create(rngs) -> one layer. remat: the backward pass computes a layer again instead of keeping
-    what is inside it. unroll: one copy of the layer's program a layer instead of one loop.
+    create(rngs) -> one layer. remat: the backward pass rematerialises each layer instead of storing
+    its intermediates. unroll: one copy of the program per layer instead of a loop.
     """
 
     def __init__(
@@ -204,7 +202,7 @@ class Stacked(nnx.Module):
         x: Array,
         each: Any = None,
     ) -> tuple[Array, Any]:
-        """(x after the last layer, the second results of all, stacked).
+        """(x after the last layer, the second results of all layers, stacked).
 
         call(layer, x, one layer's part of `each`) -> (x, second result).
         """
@@ -217,7 +215,7 @@ class Stacked(nnx.Module):
 
         split = sharding.weights_mesh() is not None
         if self.remat or split:
-            # Weights that were kept from the forward pass would be whole for all layers at once.
+            # Else the backward pass would hold the all-gathered weights of all layers at once.
             names = () if self.remat else (sharding.ACTIVATION,)
             policy = jax.checkpoint_policies.save_only_these_names(*names)
             # Inside `scan`, prevent_cse is unnecessary.
@@ -242,7 +240,7 @@ def patch_embed(
 ) -> nnx.Conv:
     """A convolution whose stride is its size: [B, h, w, c] -> [B, h / size, w / size, width].
 
-    In float32: it costs nothing beside a block, and the tokens are rounded once instead of thrice.
+    In float32: the cost is negligible next to a block, and tokens are rounded once, not thrice.
     """
     return nnx.Conv(
         channels,
@@ -279,10 +277,10 @@ def time_features(t: Array, width: int) -> Array:
 def resolve_architecture(
     model_config: Model, variants: Mapping[str, Variant], *, patch_size: int, learn_sigma: bool
 ) -> Architecture:
-    """The architecture of config.model: its variant with the sizes set beside it.
+    """The architecture of config.model: its variant, overridden by the sizes set beside it.
 
-    Zero depth, width and heads keep those of the variant. learn_sigma: the output has a second
-    half for the variance. Raises UserError where a size does not fit.
+    Zero depth, width and heads keep the variant's. learn_sigma: the output has a second half for
+    the variance. Raises UserError if a size does not fit.
     """
     if model_config.variant not in variants:
         raise UserError(
@@ -298,7 +296,7 @@ def resolve_architecture(
     )
     for key, value in out.items():
         if value < 1:
-            raise UserError(f"model.{key}={value}: give a whole number of at least 1")
+            raise UserError(f"model.{key}={value}: give an integer of at least 1")
     if patch_size < 1 or out["latent_size"] % patch_size:
         raise UserError(
             f"patch_size={patch_size} does not divide model.latent_size={out['latent_size']}; "
@@ -324,12 +322,12 @@ def architecture_of(
     heads: int,
     variants: Mapping[str, Variant],
 ) -> Architecture:
-    """The architecture whose weights have these {PyTorch's name: shape}.
+    """The architecture of weights with these {PyTorch's name: shape}.
 
     embed, labels, predict: names of the patch embedding's, the label table's and the last
-    Linear's weights. extras: tokens before the patches in pos_embed, without which latent_size is
-    0. heads: 0 takes those of the variant that has the width; no tensor tells them. Raises
-    UserError where no model has these shapes.
+    Linear's weights. extras: tokens before the patches in pos_embed; without pos_embed,
+    latent_size is 0. heads: 0 takes those of the variant of this width, since no tensor gives them.
+    Raises UserError if no model has these shapes.
     """
     width, channels, patch, _ = shapes[embed]
     patches = shapes["pos_embed"][1] - extras if "pos_embed" in shapes else 0
@@ -343,8 +341,8 @@ def architecture_of(
     heads = heads or next(known, 0)
     if not heads:
         raise UserError(
-            f"a width of {width} is that of no variant, and no tensor tells the heads; "
-            f"name the variant whose heads it has, one of {', '.join(variants)}"
+            f"no variant has width {width}, and the tensors do not give the number of heads; "
+            f"name a variant with as many heads, one of {', '.join(variants)}"
         )
     return Architecture(
         depth=depth,

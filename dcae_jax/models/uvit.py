@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """UViT, a transformer with long skip connections for diffusion on latents (arXiv:2209.12152).
 
-Label, time and patches are all tokens. The first half of the blocks keep their outputs, and the
-second half take them back, last in, first out. The sizes S, H and 2B are those that DC-AE was
-evaluated with (arXiv:2410.10733); USiT there is this network with another objective.
+Label, time and patches are all tokens. The first half of the blocks stores its outputs;
+the second half consumes them, last in, first out. The sizes S, H and 2B are those used to evaluate
+DC-AE (arXiv:2410.10733), where USiT is this network with another objective.
 
 | initial values            |                                             |
 |---------------------------|---------------------------------------------|
 | Linear weights, positions | N(0, 0.02^2)                                |
 | Linear biases             | 0                                           |
-| patch embedding           | U(-1, 1) / sqrt(fan in), its bias likewise  |
+| patch embedding           | U(-1, 1) / sqrt(fan in), bias included      |
 | label table               | N(0, 1)                                     |
 | LayerNorm                 | scale 1, bias 0                             |
 """
@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
-    """`transformer.resolve_architecture` of a UViT."""
+    """`transformer.resolve_architecture` for a UViT. Raises UserError."""
     arch = transformer.resolve_architecture(
         model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
     )
@@ -53,7 +53,7 @@ def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Ar
 
 
 def tokens(arch: Architecture) -> int:
-    """Of the whole sequence: label, time and patches."""
+    """Sequence length: label, time and patches."""
     return EXTRAS + arch.patches
 
 
@@ -67,7 +67,7 @@ layer_norm = functools.partial(transformer.layer_norm, eps=EPS, affine=True)
 class Block(nnx.Module):
     """Attention, then MLP, each on the normalised input and added to it.
 
-    With `skip`, first a Linear brings x and a kept output, side by side, back to the width.
+    With `skip`, a Linear first projects x and a stored output, concatenated, back to the width.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Block(nnx.Module):
 class UViT(nnx.Module):
     """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
-    h = w = arch.latent_size, c' = arch.out_channels. t goes to the sinusoidal features as it is;
-    labels are 0 .. num_classes - 1, and num_classes means "none". remat, unroll: see `Stacked`;
-    neither changes a number beyond rounding. attention: see `Attention`.
+    h = w = arch.latent_size, c' = arch.out_channels. t enters the sinusoidal features unscaled;
+    labels are 0 .. num_classes - 1, and num_classes means "no class". remat, unroll: see `Stacked`;
+    neither changes results beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class UViT(nnx.Module):
         self.mid_block = block(rngs=rngs)
         self.out_blocks = stacked(lambda rngs: block(skip=True, rngs=rngs))
         self.norm = layer_norm(c, rngs=rngs)
-        # In float32: it costs nothing beside a block, and the prediction is not rounded.
+        # In float32: the cost is negligible next to a block, and the prediction is not rounded.
         self.decoder_pred = Linear(c, patch**2 * arch.out_channels, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Array, t: Array, labels: Array) -> Array:             # [B, h, w, c]
@@ -132,7 +132,7 @@ class UViT(nnx.Module):
         x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)   # [B, N, C]
         call = nnx.remat(Block.__call__) if self.remat else Block.__call__
         x = call(self.mid_block, x)                                             # [B, N, C]
-        # Of those that were kept, [L/2, B, N, C], the last output is the first one taken.
+        # The stored outputs [L/2, B, N, C] are consumed last first.
         x, _ = self.out_blocks.scan(lambda block, x, skip: (block(x, skip), None), x, kept[::-1])
 
         x = self.decoder_pred(self.norm(x)[:, EXTRAS:])                         # [B, P, p^2 c']
@@ -140,7 +140,7 @@ class UViT(nnx.Module):
 # fmt: on
 
 
-create = UViT  # the name by which every file of models/ offers its model
+create = UViT  # every model file exposes its model under this name
 
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UViT and USiT under the names of DC-AE's and of U-ViT's repositories."""
+"""UViT and USiT under the weight names of the DC-AE and U-ViT repositories."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dcae_jax.models.uvit import Architecture
 
 TITLE = "UViT"
 FIRST = "patch_embed.proj.weight"  # a tensor that no other model has
-# Objective -> what the authors call the model trained on it.
+# Objective -> the authors' name for a model trained on it.
 KINDS = {"epsilon": "uvit", "flow": "usit"}
 
 _LABELS = "label_emb.embedding_table.weight"
@@ -33,8 +33,8 @@ def from_torch(
 ) -> dict[str, np.ndarray]:
     """{prefix + name in DC-AE's or U-ViT's repository: array} -> {our path: float32 array}.
 
-    Names without the prefix are passed over. Raises UserError, in one line with the first names,
-    when a tensor is missing, unknown or misshapen.
+    Names without the prefix are ignored. Raises UserError, in one line with the first names, if
+    a tensor is missing, unknown or misshapen.
     """
     cause = f"these are not weights of the UViT {arch}"
     return torch_layout.from_torch(
@@ -43,13 +43,13 @@ def from_torch(
 
 
 def _own(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The tensors below `prefix`, without it and with the names of today."""
+    """The tensors under `prefix`, which is removed, with old names updated."""
     own = torch_layout.below(tensors, prefix)
     return {_LABELS if name == _LABELS_BEFORE else name: value for name, value in own.items()}
 
 
 def _table() -> dict[str, torch_layout.Layer]:
-    """What each of our layers is called there."""
+    """The name of each of our layers in PyTorch."""
     table = {name: name for name in ("pos_embed", "mid_block", "norm", "decoder_pred")}
     table["patch_embed"] = "patch_embed.proj"
     table["label_emb"] = "label_emb.embedding_table"
@@ -61,10 +61,10 @@ def _table() -> dict[str, torch_layout.Layer]:
 
 
 def recognise(tensors: Mapping[str, Any], heads: int, prefix: str = "") -> Architecture | None:
-    """The architecture whose weights these are, read off the shapes; None if they are no UViT's.
+    """The architecture of these weights, inferred from their shapes; None if they are not a UViT's.
 
-    heads: see `transformer.architecture_of`. Raises UserError where the shapes are no UViT's that
-    this file can build.
+    heads: see `transformer.architecture_of`. Raises UserError if this file cannot build a UViT of
+    these shapes.
     """
     own = {name: tuple(tensor.shape) for name, tensor in _own(tensors, prefix).items()}
     ranks = {FIRST: 4, "decoder_pred.weight": 2, "pos_embed": 3, _LABELS: 2}

@@ -39,8 +39,8 @@ def merge(graph: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
 class _HostStream(nnx.RngStream):
     """Keys from NumPy, two uint32 words each as jax.random takes them.
 
-    nnx's own stream runs two compiled operations a key, which for a model of hundreds of kernels
-    is most of the time that its initialisation takes.
+    nnx's own stream runs two compiled operations per key, which dominates the initialisation of a
+    model with hundreds of kernels.
     """
 
     def __init__(self, seed: int) -> None:
@@ -52,7 +52,7 @@ class _HostStream(nnx.RngStream):
 
 
 def host_rngs(seed: int) -> nnx.Rngs:
-    """`nnx.Rngs(seed)` for a module that is created outside of a trace, with other keys."""
+    """`nnx.Rngs(seed)`, with other keys, for a module created outside a trace."""
     rngs = nnx.Rngs(0)
     rngs.default = _HostStream(seed)  # pyright: ignore[reportAttributeAccessIssue]
     return rngs
@@ -62,12 +62,12 @@ _only_shapes = contextvars.ContextVar("only_shapes", default=False)
 
 
 def only_shapes() -> bool:
-    """Whether `abstract` is running, in which nobody sees a parameter's values."""
+    """Whether `abstract` is running, where parameter values are never read."""
     return _only_shapes.get()
 
 
 def zeros_view(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Zeros that share one element's memory: a parameter's value where only shapes count."""
+    """Zeros that share one element's memory: a parameter's value where only shapes matter."""
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
@@ -87,7 +87,7 @@ def shapes(create: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, tuple[int, ...
 
 
 def num_parameters(weights: Mapping[str, Any], prefix: str | tuple[str, ...] = "") -> int:
-    """The number of values in `weights` (arrays or their shapes) whose path starts so."""
+    """The number of values in `weights` (arrays or their shapes) with this path prefix."""
     return sum(leaf.size for path, leaf in weights.items() if path.startswith(prefix))
 
 

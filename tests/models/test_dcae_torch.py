@@ -220,11 +220,11 @@ def test_other_reasons_for_a_misfit_are_named():
     kl = {"encoder.down_blocks.0.resnets.0.conv1.weight": np.zeros(3)}
     assert "sd-vae-f8" in refusal(kl, f32)
     assert "this package's own" in refusal({"encoder.project_out.kernel": np.zeros(3)}, f32)
-    assert "no DC-AE weights" in refusal({"features.0.weight": np.zeros(3)}, f32)
+    assert "not DC-AE weights" in refusal({"features.0.weight": np.zeros(3)}, f32)
     wider = dataclasses.replace(f32, widths=(64, 64, 64, 64, 64, 64))
     assert "no variant known" in refusal(hollow(wider, "diffusers"), f32)
     more = hollow(dataclasses.replace(f32, decoder_depths=(0, 5, 11, 2, 2, 2)), "diffusers")
-    assert "nearest to f32c32" in refusal(more, dcae.VARIANTS["f32c32-sana"])
+    assert "closest to f32c32" in refusal(more, dcae.VARIANTS["f32c32-sana"])
 
 
 def test_integers_are_refused():

@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_are_explained():
     assert "not AutoencoderKL weights" in refusal({"encoder.conv_in.weight": np.zeros(3)}, arch)
     del tensors["decoder.conv_out.bias"]
     assert "1 missing (decoder.conv_out.bias)" in refusal(tensors, small())
-    with pytest.raises(UserError, match="travels as diffusers only"):
+    with pytest.raises(UserError, match="exports as diffusers only"):
         sdvae_torch.to_torch({}, arch, "authors")
 
 

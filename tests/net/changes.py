@@ -33,6 +33,10 @@ WORDS = (
         "{'data': -1, 'fsdp': 1, 'spatial': 2, 'tensor': 1}",
         "{'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 2}",
     ),
+    # Clearer words.
+    ("is no file of dcae_jax/models with a model", "is not a model file in dcae_jax/models"),
+    ("must be as encoder_block_out_channels", "must equal encoder_block_out_channels"),
+    ("these are the weights of no variant known here", "these weights match no known variant"),
 )
 # safetensors are read by the library of that name, whose reasons are its own: REASON.
 REASONS = (
