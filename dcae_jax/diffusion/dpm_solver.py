@@ -10,8 +10,8 @@ D is the predicted clean latent. Expanded about lam_s, with h = lam_t - lam_s, t
 
     x_t = sigma_t / sigma_s x_s + alpha_t (phi_1 D + phi_2 h D' + phi_3 h^2 D'' + ...)
 
-(phi_k: see `_phis`), and the solvers differ in the evaluations that they take D' and D'' from. Each
-is one compiled loop with the model in it once; its coefficients are computed in float64 on the
+(phi_k: see `_phis`). The solvers differ in which evaluations they estimate D' and D'' from. Each
+is one compiled loop that contains the model once; its coefficients are computed in float64 on the
 host. `times` [E + 1] go from noise to data; the model is evaluated at all but the last.
 """
 
@@ -28,10 +28,10 @@ from dcae_jax.diffusion.objectives import Array, Cond, Model
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How much signal and noise there is at time t: 1 is pure noise, 0 is data. On the host."""
+    """Signal and noise levels at time t (1 is pure noise, 0 is data), computed on the host."""
 
     log_alpha: Callable[[np.ndarray], np.ndarray]  # log of the signal's factor at t
-    network_time: Callable[[np.ndarray], np.ndarray]  # what the network is given at t
+    network_time: Callable[[np.ndarray], np.ndarray]  # the network's time input at t
 
     def alpha(self, t: np.ndarray) -> np.ndarray:
         return np.exp(self.log_alpha(t))
@@ -47,7 +47,7 @@ class Schedule:
 def chain_schedule(betas: np.ndarray, first: int) -> Schedule:
     """A chain [N] in continuous time: log alpha is linear between t = 1/N, 2/N, ..., 1.
 
-    first: what the network is given at the chain's first step, t = 1/N.
+    first: the network's time input at the chain's first step, t = 1/N.
     """
     table, count = objectives.log_alphas(betas), len(betas)
     times = np.arange(1, count + 1) / count
@@ -73,7 +73,7 @@ def ddim(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarr
 def dpmpp_2m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
     """DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
 
-    phi_1 / 2 takes the place of phi_2, as in the paper: equal up to the order.
+    phi_1 / 2 replaces phi_2, as in the paper: equal up to the order.
     """
     predict = _data_prediction(model, cond, schedule, times[:-1], x.dtype)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
@@ -97,8 +97,8 @@ def dpmpp_2m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.n
 def dpmpp_3m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
     """DPM-Solver++ multistep of order 3: D', D'' from the parabola through the last three D.
 
-    D'' is TWICE the second divided difference; the published code leaves out the 2, and so
-    converges with order 2 only. Steps of order 2 are those of `dpmpp_2m`.
+    D'' is TWICE the second divided difference; the published code omits the 2 and so
+    converges only with order 2. Steps of order 2 are those of `dpmpp_2m`.
     """
     predict = _data_prediction(model, cond, schedule, times[:-1], x.dtype)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
@@ -130,22 +130,22 @@ def dpmpp_3m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.n
 def multistep_orders(evaluations: int, order: int) -> np.ndarray:
     """The order [E] of each step of a multistep solver.
 
-    The first steps have no past. With fewer than 15 evaluations the last steps are of lower order
-    too, which the authors found more stable (Lu et al. 2022, appendix).
+    The first steps have too few past evaluations. With fewer than 15 evaluations the last steps
+    also have lower order, which the authors found more stable (Lu et al. 2022, appendix).
     """
     orders = np.minimum(order, np.arange(1, evaluations + 1))
     return np.minimum(orders, orders[::-1]) if evaluations < 15 else orders
 
 
 def dpm_fast(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
-    """DPM-Solver++ with single steps, "fast": of order 3, the last ones lower (`fast_orders`)."""
+    """Singlestep DPM-Solver++, "fast": order 3, lower in the last steps (`fast_orders`)."""
     return singlestep(model, x, cond, schedule, times, fast_orders(len(times) - 1))
 
 
 def fast_orders(evaluations: int) -> list[int]:
-    """Orders of the single steps that use so many evaluations (Lu et al. 2022, "fast").
+    """Orders of the single steps for a number of evaluations (Lu et al. 2022, "fast").
 
-    30 gives nine of order 3, then 2 and 1.
+    30 gives nine steps of order 3, then one each of order 2 and 1.
     """
     threes, rest = evaluations // 3, evaluations % 3
     if rest == 0:
@@ -164,7 +164,7 @@ def singlestep(
 
         x_u = sigma_u / sigma_s x_s + alpha_u (phi_1 D_s + phi_2 h D'),  h = lam_u - lam_s
 
-    where D' is the slope from s to the point before u: none for the first point.
+    where D' is the slope from s to the point before u, 0 at the first point.
     """
     predict = _data_prediction(model, cond, schedule, times[:-1], x.dtype)
     alpha, sigma, lam = schedule.alpha(times), schedule.sigma(times), schedule.half_log_snr(times)
@@ -193,7 +193,7 @@ def singlestep(
 def _phis(h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """phi_k: the integrals of exp(u - h) (u / h)^(k - 1) / (k - 1)! over u from 0 to h, k = 1..3.
 
-    Lu et al. 2022, appendix B; each by parts from the one before.
+    Lu et al. 2022, appendix B; each follows from the previous one by parts.
     """
     phi_1 = -np.expm1(-h)
     phi_2 = 1 - phi_1 / h
@@ -201,7 +201,7 @@ def _phis(h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _earlier(h: np.ndarray, back: int) -> np.ndarray:
-    """h of `back` steps ago [E]; 1, which nothing uses, where there was none."""
+    """h from `back` steps ago [E]; 1, unused, where there is none."""
     return np.concatenate([np.ones(back), h])[: len(h)]
 
 

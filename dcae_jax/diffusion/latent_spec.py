@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What latents determine of the diffusion model trained on them: size, channels, classes, scale."""
+"""Sizes of a diffusion model that its latents determine: size, channels, classes, scale."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dcae_jax import models
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 
-CLASSES = 1000  # of ImageNet, where there are no latents that say
+CLASSES = 1000  # ImageNet's, if no latents give their number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LatentSpec:
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> "LatentSpec":
-        """Of stored latents (data/latents.py)."""
+        """From the manifest of stored latents (data/latents.py)."""
         return cls(
             latent_size=manifest["latent_size"],
             latent_channels=manifest["latent_channels"],
@@ -33,14 +33,14 @@ class LatentSpec:
 
     @classmethod
     def of_variant(cls, name: str, resolution: int, num_classes: int) -> "LatentSpec":
-        """Of images of `resolution` pixels through the autoencoder VARIANT `name`.
+        """For images of `resolution` pixels per side, encoded by the autoencoder VARIANT `name`.
 
         num_classes: 0 for ImageNet's. Raises UserError.
         """
         arch = models.autoencoder_of(name).variant(name)
         if resolution % arch.compression:
             raise UserError(
-                f"resolution={resolution} is no multiple of {arch.compression}, the "
+                f"resolution={resolution} is not a multiple of {arch.compression}, the "
                 f"compression of autoencoder={name!r}"
             )
         return cls(
@@ -51,7 +51,7 @@ class LatentSpec:
         )
 
     def completed(self, model: Model, where: str) -> Model:
-        """`model` with the keys that it leaves open. Raises UserError where another is set.
+        """`model` with its unset keys filled in. Raises UserError if a set key does not fit.
 
         where: the latents' origin, for the message.
         """
@@ -62,7 +62,7 @@ class LatentSpec:
             enough = key == "num_classes" and given > value
             if given and given != value and not enough:
                 raise UserError(
-                    f"model.{key}={given} does not fit {where}, which has {value}; leave 0"
+                    f"model.{key}={given} does not fit {where}, which has {value}; leave it at 0"
                 )
         missing = {key: value for key, value in spec.items() if not getattr(model, key)}
         return dataclasses.replace(model, **missing)
@@ -73,5 +73,5 @@ def check_autoencoder(manifest: Mapping[str, Any], path: str, checksum: str) -> 
     if checksum != manifest["encoder_checksum"]:
         raise UserError(
             f"autoencoder={path!r} did not make these latents ({manifest['autoencoder']} did): "
-            "the encoder differs; name that one, or encode again"
+            "the encoder differs; use that one, or encode again"
         )

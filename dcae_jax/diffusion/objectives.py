@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion objectives: how latents are noised, and what a model is trained to predict.
 
-Three of them, each one row of OBJECTIVES. "epsilon" (UViT): the noise of a discrete chain of 1000
+There are three, one per row of OBJECTIVES. "epsilon" (UViT): the noise of a discrete chain of 1000
 steps. "learned_sigma" (DiT): the noise of another such chain, and the variance of each reverse
 step. "flow" (SiT): the velocity along the straight line from noise to data.
 
 A chain is given by its `betas` [N], the variances of the noise that each step adds. Steps are
-counted from 0 here; UViT's network is given the step plus one, DiT's the step itself. Tables are
+counted from 0 here; UViT's time input is the step plus one, DiT's the step itself. Tables are
 computed in float64 with NumPy and used in the dtype of the latents.
 """
 
@@ -22,32 +22,32 @@ from jax.scipy.special import ndtr
 from dcae_jax.errors import UserError
 
 Array = jax.Array
-# Conditioning besides the time: a pytree of arrays with the leading axis B. For all models so far,
+# Conditioning besides the time: a pytree of arrays with a leading axis B. In all models so far,
 # labels [B].
 Cond = Any
-# (x_t [B, h, w, c], time [B] as the network is given it, cond) -> prediction [B, h, w, c or 2 c]
+# (x_t [B, h, w, c], time [B] as the network takes it, cond) -> prediction [B, h, w, c or 2 c]
 Model = Callable[[Array, Array, Cond], Array]
-# (model, x0 [B, h, w, c], cond, key) -> (scalar, its terms). It may call the model, and draw from
-# the key, as often as it likes.
+# (model, x0 [B, h, w, c], cond, key) -> (scalar, its terms). It may call the model and draw
+# from the key any number of times.
 Loss = Callable[[Model, Array, Cond, Array], tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """An objective's loss, and what sampling needs of it."""
+    """An objective's loss, and what sampling needs to know about it."""
 
     loss: Loss
-    samplers: tuple[str, ...]  # of samplers.py that fit; the first is the default
+    samplers: tuple[str, ...]  # that fit, from samplers.py; the first is the default
     noise_level: Callable[[Array], Array]  # network time -> from 0 (data) to 1 (pure noise)
     betas: np.ndarray | None = None  # [N] of the chain, noise prediction; None: velocity prediction
-    first: int = 0  # the network's time at the chain's step 0
+    first: int = 0  # the network's time input at the chain's step 0
     learned_variance: bool = False  # a prediction is then [B, h, w, 2 c]: noise, v
 
 
 def objective(name: str) -> Objective:
     """The objective called `name`. Raises UserError."""
     if name not in OBJECTIVES:
-        raise UserError(f"objective={name!r} is none of {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective={name!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
@@ -57,7 +57,7 @@ def loss(
     """The loss of a batch of clean, scaled latents x0 [B, h, w, c]: a scalar, and its terms.
 
     The terms: "mse", and for learned_sigma "vb" in bits per value. The draws of example i come
-    from fold_in(key, i), so that they do not depend on how the batch is sharded. Raises UserError
+    from fold_in(key, i), so they do not depend on how the batch is sharded. Raises UserError
     for an unknown objective.
     """
     return objective(name).loss(model, x0, cond, key)
@@ -66,7 +66,7 @@ def loss(
 def scaled(latents: Array, scaling_factor: float) -> Array:
     """The latents that a diffusion model is trained on: the autoencoder's, scaled to an rms of 1.
 
-    With `unscaled` the only place where the factor is applied.
+    Only this function and `unscaled` apply the factor.
     """
     return latents.astype(jnp.float32) * scaling_factor
 
@@ -92,7 +92,7 @@ def log_alphas(betas: np.ndarray) -> np.ndarray:
 
 
 def epsilon_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array, dict[str, Array]]:
-    """UViT's: mean squared error of the predicted noise (Ho et al. 2020, eq. 14), times 1..1000."""
+    """UViT's loss: MSE of the predicted noise (Ho et al. 2020, eq. 14). Time inputs are 1..1000."""
     betas = scaled_linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
     x_t = q_sample(betas, x0, n, noise)  # [B, h, w, c]
@@ -104,10 +104,10 @@ def epsilon_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array
 def learned_sigma_loss(
     model: Model, x0: Array, cond: Cond, key: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """DiT's: the error of the noise plus the variational bound, which trains the variance alone.
+    """DiT's loss: MSE of the noise plus the variational bound, which trains only the variance.
 
     Nichol & Dhariwal 2021, section 3.1, with DiT's weight of 1 for the bound of a single step.
-    The network is given 0..999 and returns 2 c channels: the noise, then v.
+    Time inputs are 0..999; the network returns 2 c channels: the noise, then v.
     """
     betas = linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
@@ -120,7 +120,7 @@ def learned_sigma_loss(
 
 
 def flow_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array, dict[str, Array]]:
-    """SiT's velocity (Ma et al. 2024), linear path: time 0 is noise, 1 is data."""
+    """SiT's loss: MSE of the velocity (Ma et al. 2024), linear path; time 0 is noise, 1 is data."""
     t, noise = _draws(key, x0, lambda k: jax.random.uniform(k, (), x0.dtype))
     x_t = _like(t, x0) * x0 + _like(1 - t, x0) * noise  # [B, h, w, c]
     prediction = model(x_t, t, cond).astype(x0.dtype)
@@ -173,7 +173,7 @@ def x0_from_epsilon(betas: np.ndarray, x_t: Array, n: Array, epsilon: Array) -> 
 def posterior(betas: np.ndarray, x0: Array, x_t: Array, n: Array) -> tuple[Array, Array, Array]:
     """Mean, variance and clipped log variance of x before step n [B], given x0 and x_t.
 
-    Ho et al. 2020, eq. 7. The variance [B, 1, ...] is 0 at n = 0; the log variance takes that of
+    Ho et al. 2020, eq. 7. The variance [B, 1, ...] is 0 at n = 0; the log variance is that of
     n = 1 there (Nichol & Dhariwal 2021).
     """
     log_alpha, before, variance = _posterior_tables(betas)
@@ -222,7 +222,7 @@ def discretised_log_likelihood(x: Array, mean: Array, log_variance: Array) -> Ar
     """
     inverse = jnp.exp(-0.5 * log_variance)
     centred, half = x - mean, 1 / 255
-    # Each integral on the left flank, where a difference of two keeps its digits.
+    # Each integral in the left tail, where the difference of two keeps its digits.
     outside = -jnp.abs(centred)
     inside = ndtr((outside + half) * inverse) - ndtr((outside - half) * inverse)
     below = ndtr((half + centred) * inverse)

@@ -2,8 +2,8 @@
 """Samplers, from noise to clean latents: DDPM, DPM-Solver++ (dpm_solver.py), ODE solvers for flows.
 
 Each is one compiled loop whose body evaluates the model once (Heun twice), so it compiles about as
-fast as a single evaluation. `steps` counts evaluations of the model, with every sampler but dopri5,
-which is adaptive.
+fast as a single evaluation. `steps` counts evaluations of the model, except for dopri5, which is
+adaptive.
 """
 
 import functools
@@ -64,16 +64,16 @@ def sample(
 
     model: (x [B, h, w, c], time [B], cond) -> prediction; 2 c channels for learned_sigma.
     cond: labels [B], or whatever else the model is conditioned on (`objectives.Cond`).
-    sampler, '' being the objective's default:
+    sampler ('' is the objective's default):
       dpm_fast    DPM-Solver++, single steps of order 3 as UViT's authors run it (epsilon's default)
       dpmpp_2m    DPM-Solver++, multistep, order 2
       dpmpp_3m    DPM-Solver++, multistep, order 3
       ddim        order 1, deterministic (Song et al. 2021)
       ddpm        ancestral over a chain of `steps` of the 1000 steps (learned_sigma's default)
-      dopri5      adaptive Dormand-Prince, atol 1e-6, rtol 1e-3, a step size for each sample;
-                  a sample that has not arrived after 4096 steps is NaN (flow's default)
+      dopri5      adaptive Dormand-Prince, atol 1e-6, rtol 1e-3, a step size per sample;
+                  a sample that is not finished after 4096 steps is NaN (flow's default)
       euler, heun  with uniform steps
-    steps: evaluations of the model. keys [B] (`sample_keys`): needed by ddpm alone.
+    steps: evaluations of the model. keys [B] (`sample_keys`): only ddpm needs them.
     Raises UserError if the objective has no such sampler, or the sampler cannot take `steps`.
     """
     sampler = check(objective, sampler, steps)
@@ -90,16 +90,16 @@ def sample(
 
 
 def check(objective: str, sampler: str, steps: int) -> str:
-    """The sampler's name, '' being the objective's default. Raises UserError where they clash."""
+    """The sampler's name; '' gives the objective's default. Raises UserError if they do not fit."""
     o = objectives.objective(objective)
     sampler = sampler or o.samplers[0]
     if sampler not in o.samplers:
         names = ", ".join(o.samplers)
-        raise UserError(f"sampler={sampler!r} does not fit objective={objective!r}: take {names}")
+        raise UserError(f"sampler={sampler!r} does not fit objective={objective!r}; use {names}")
     if steps < 1:
         raise UserError(f"steps={steps} must be at least 1")
     if sampler == "heun" and steps % 2:
-        raise UserError(f"steps={steps}: heun evaluates twice a step; take an even number")
+        raise UserError(f"steps={steps}: heun evaluates twice per step; use an even number")
     if sampler == "ddpm" and o.betas is not None and not 2 <= steps <= len(o.betas):
         raise UserError(f"steps={steps} must be between 2 and {len(o.betas)} for ddpm")
     return sampler
@@ -109,10 +109,10 @@ def check(objective: str, sampler: str, steps: int) -> str:
 
 
 def respaced(betas: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """A chain through `steps` steps of another: their indices [steps], and its betas [steps].
+    """A subsampled chain: the indices [steps] of the steps it keeps, and its betas [steps].
 
-    Evenly spaced from the first to the last, and equally noisy there (Nichol & Dhariwal 2021,
-    section 4).
+    The steps are evenly spaced from first to last, with unchanged noise levels (Nichol & Dhariwal
+    2021, section 4).
     """
     indices = np.round(np.linspace(0, len(betas) - 1, steps)).astype(int)
     log_alpha = objectives.log_alphas(betas)[indices]
@@ -129,7 +129,7 @@ def ddpm(
 ) -> Array:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over a respaced chain, x0 not clipped.
 
-    A model without learned variance gets the posterior's.
+    A model without learned variance uses the posterior's.
     """
     if keys is None:
         raise ValueError("ddpm draws noise at each step: pass keys=sample_keys(seed, indices)")
@@ -165,7 +165,7 @@ def euler(model: Model, x: Array, cond: Cond, steps: int) -> Array:
 
 
 def heun(model: Model, x: Array, cond: Cond, steps: int) -> Array:
-    """Heun's method, order 2, with uniform steps: two evaluations each."""
+    """Heun's method, order 2, with uniform steps: two evaluations per step."""
     velocity = _velocity(model, cond)
 
     def step(i: Array, x: Array) -> Array:
@@ -185,9 +185,9 @@ def _velocity(model: Model, cond: Cond) -> Callable[[Array, Array], Array]:
     return velocity
 
 
-# Dormand & Prince 1980, table 2: when stage i is evaluated, what it is made of; the last row is the
-# step itself, whose velocity is the next step's first (FSAL). The embedded solution of order 4 is
-# that of Shampine 1986 ("Some practical Runge-Kutta formulas"), which torchdiffeq and so SiT use.
+# Dormand & Prince 1980, table 2: the time and the weights of stage i. The last row is the step
+# itself, whose velocity is the next step's first (FSAL). The embedded solution of order 4 is
+# that of Shampine 1986 ("Some practical Runge-Kutta formulas"), as in torchdiffeq and so SiT.
 _C = np.array([0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1])
 _A = np.array(
     [
@@ -213,20 +213,20 @@ def dopri5(
     first_step: float = 0.01,
     max_steps: int = 4096,
 ) -> Array:
-    """Dormand-Prince 5(4), adaptive, each sample with its own step size; NaN if it never arrives.
+    """Dormand-Prince 5(4), adaptive, with a step size per sample; NaN for unfinished samples.
 
-    The samples go through the stages together, so that the model is evaluated on the whole batch
-    as it is sharded; time, step size, and whether a step is accepted are each sample's own.
+    All samples go through the stages together, so the model is evaluated on the whole sharded
+    batch; time, step size and acceptance are per sample.
     """
     velocity = _velocity(model, cond)
     c, a, of_error = (jnp.asarray(table, x.dtype) for table in (_C, _A, _A[-1] - _ORDER_4))
-    end = 1 - 100 * float(jnp.finfo(x.dtype).eps)  # a step beyond this goes to 1
+    end = 1 - 100 * float(jnp.finfo(x.dtype).eps)  # a step past this ends at 1
 
     def per_sample(v: Array) -> Array:
         return v[:, None, None, None]  # [B, 1, 1, 1]
 
     def combined(weights: Array, k: Array) -> Array:
-        # No dot product: on a TPU it would round its factors to bfloat16.
+        # Not a dot product: on a TPU it would round its factors to bfloat16.
         terms = [weights[i] * k[i] for i in range(len(k))]
         return functools.reduce(jnp.add, terms)  # [B, h, w, c]
 
@@ -236,7 +236,7 @@ def dopri5(
         def stage(i: Array, k: Array) -> Array:
             return k.at[i].set(velocity(x + per_sample(h) * combined(a[i], k), t + c[i] * h))
 
-        # Stage 0 is the last stage of the step before, but for the first attempt.
+        # Stage 0 is the previous step's last stage, except in the first attempt.
         k = jax.lax.fori_loop(jnp.minimum(n, 1), len(_C), stage, k.at[1:].set(0))
         new = x + per_sample(h) * combined(a[-1], k)
         tolerance = atol + rtol * jnp.maximum(jnp.abs(x), jnp.abs(new))
@@ -271,13 +271,13 @@ def guided(
     objective: str,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Model:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): a model that extrapolates from labels.
+    """`model` with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
-    Its prediction for labels [B] is uncond + scale (cond - uncond), from one call of `model` with
-    2 B examples; `none` is the label that stands for no class. scale: a number, or an array of
-    one value or [B]; the number 1 leaves out the unconditional half. interval: the noise levels, 1
-    being pure noise and 0 data, at which guidance acts; elsewhere the conditional prediction counts
-    (Kynkaanniemi et al. 2024). Of a learned variance the conditional one is kept.
+    It predicts uncond + scale (cond - uncond) for labels [B], in one call of `model` with 2 B
+    examples; `none` is the label for no class. scale: a number, or an array of one value or [B];
+    the number 1 skips the unconditional half. interval: the noise levels (1 is pure noise, 0 data)
+    at which guidance applies; elsewhere the prediction is the conditional one (Kynkaanniemi et al.
+    2024). A learned variance is always the conditional one.
     """
     if not isinstance(scale, jax.Array) and np.ndim(scale) == 0 and scale == 1:
         return model

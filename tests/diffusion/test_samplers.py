@@ -260,12 +260,12 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(objective="eps"), "objective='eps' is none of"),
+        (dict(objective="eps"), "objective='eps' is not known"),
         (
             dict(objective="flow", sampler="ddim"),
-            "'ddim' does not fit objective='flow': take dopri5",
+            "'ddim' does not fit objective='flow'; use dopri5",
         ),
-        (dict(objective="flow", sampler="heun", steps=31), "take an even number"),
+        (dict(objective="flow", sampler="heun", steps=31), "use an even number"),
         (dict(objective="epsilon", steps=0), "steps=0 must be at least 1"),
         (dict(objective="epsilon", sampler="ddpm", steps=1001), "between 2 and 1000"),
     ],
