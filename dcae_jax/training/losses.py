@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the autoencoder and its discriminator. All float32, whatever the models compute in."""
+"""Losses of the autoencoder and its discriminator; all float32, whatever the models' dtype."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ ReconstructionTerm = Callable[[Array, Array, Weights], Array]
 def reconstruction_terms(loss: Loss) -> dict[str, tuple[ReconstructionTerm, float]]:
     """The terms of the reconstruction loss, {name of its metric: (function, weight)}.
 
-    A new term is one function and one weight in config.loss. Terms of weight 0 that cost time are
-    left out; L1 is always reported.
+    A new term is one function and one weight in config.loss. Costly terms of weight 0 are skipped;
+    L1 is always reported.
     """
     terms: dict[str, tuple[ReconstructionTerm, float]] = {
         "l1": (lambda output, images, _: l1(output, images), loss.l1_weight)
@@ -37,9 +37,9 @@ def l1(x: Array, y: Array) -> Array:
 
 
 def psnr(x: Array, y: Array) -> Array:
-    """PSNR in dB over a whole batch of images in [-1, 1], not rounded: for curves in training.
+    """PSNR in dB over a batch of images in [-1, 1], without 8-bit rounding: for training curves.
 
-    The reported figure is `metrics.psnr`: per image, on 8-bit levels.
+    The reported metric is `metrics.psnr`: per image, on 8-bit levels.
     """
     error = jnp.mean(jnp.square(jnp.clip(x, -1, 1) - y.astype(jnp.float32)))
     return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
@@ -48,14 +48,14 @@ def psnr(x: Array, y: Array) -> Array:
 def perceptual(weights: Weights, x: Array, y: Array) -> Array:
     """Mean LPIPS (VGG16, v0.1) of two batches of images in [-1, 1], a scalar.
 
-    At the platform's own precision: the reported LPIPS is computed at the highest one.
+    Runs at the platform's default precision; the reported LPIPS uses the highest.
     """
     precision = jax.lax.Precision.DEFAULT
     return jnp.mean(lpips.distance(weights, x, y, net="vgg", precision=precision))
 
 
 def hinge(real: Array, fake: Array) -> Array:
-    """The discriminator's hinge loss on its logits: 1 at chance, 0 where all pass +-1."""
+    """The discriminator's hinge loss on its logits: 1 at chance, 0 once all pass +-1."""
     return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
 
 
@@ -67,7 +67,7 @@ def generator_hinge(fake: Array) -> Array:
 def adaptive_weight(reconstruction_norm: Array, gan_norm: Array, limit: float) -> Array:
     """The factor that scales the GAN loss to the reconstruction loss (Esser et al. 2021).
 
-    Norms are of the two losses' gradients at the last layer's kernel. `limit` bounds the factor:
-    with a discriminator that is sure of itself the ratio explodes.
+    The norms are those of the two losses' gradients at the last layer's kernel. `limit` bounds the
+    factor: the ratio explodes when the discriminator is confident.
     """
     return jnp.clip(reconstruction_norm / (gan_norm + 1e-6), 0, limit)

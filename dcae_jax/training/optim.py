@@ -25,10 +25,10 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
 
 
 def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[str]:
-    """The names that one of the patterns matches whole.
+    """The names that at least one pattern matches in full.
 
-    Raises UserError for a pattern that matches nothing: after a layer is renamed, it must not
-    silently train (or freeze) everything else.
+    Raises UserError for a pattern that matches nothing: renaming a layer must not silently change
+    what is trained or frozen.
     """
     names = tuple(names)
     found: set[str] = set()
@@ -36,15 +36,15 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
         try:
             hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from error
+            raise UserError(f"{key}: {pattern!r} is not a regular expression ({error})") from error
         if not hits:
-            # Blocks that are one stacked array have '*' in place of the number that a user counts.
+            # Paths of stacked blocks have '*' where a user expects the block's number.
             numbers = {"0", *re.findall(r"\d+", pattern)}
             stacked = [name for name in names if "*" in name]
             if any(re.fullmatch(pattern, s.replace("*", n)) for s in stacked for n in numbers):
                 raise UserError(
-                    f"{key}: pattern {pattern!r} names one of several blocks, which are one array; "
-                    f"name all of them: their paths look like {stacked[0]!r}"
+                    f"{key}: pattern {pattern!r} names one block of a stack, which is one array; "
+                    f"name the whole stack: its paths look like {stacked[0]!r}"
                 )
             raise UserError(
                 f"{key}: pattern {pattern!r} matches no parameter; paths look like {names[0]!r}"
@@ -58,7 +58,7 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """AdamW on the parameters in `trained`; the others get zero updates and have no moments.
 
-    Clipping and weight decay stand inside the trained branch: outside of it they would need the
+    Clipping and weight decay are inside the trained branch: outside it, they would need the
     gradients of frozen parameters, and XLA would compute the backward pass that freezing saves.
     """
     names = tuple(names)
@@ -91,7 +91,7 @@ def optimizer(
 def discriminator_optimizer(
     settings: Optimizer, learning_rate: float
 ) -> optax.GradientTransformation:
-    """AdamW for all of the discriminator, with the betas of the run and its own learning rate."""
+    """AdamW for the whole discriminator, with the run's betas and its own learning rate."""
     return optax.adamw(
         learning_rate, b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=0.0
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a training run, one definition for the loop, the checkpoints and the planner."""
+"""The state of a training run: one definition for the loop, the checkpoints and the planner."""
 
 import dataclasses
 import functools
@@ -41,11 +41,11 @@ class TrainState:
     step: jax.Array  # steps done, int32
     params: Weights  # float32
     stats: Weights  # running statistics of BatchNorm
-    ema: Weights  # moving averages of the trained parameters and statistics; {} without averages
+    ema: Weights  # moving averages of the trained parameters and statistics; {} without EMA
     opt_state: optax.OptState
-    discriminator: Discriminator | None  # where loss.gan_weight > 0
-    skipped: jax.Array  # steps without effect since something was not finite, int32
-    skipped_in_row: jax.Array  # the latest of those, without a finite step between them, int32
+    discriminator: Discriminator | None  # if loss.gan_weight > 0
+    skipped: jax.Array  # steps skipped because something was not finite, int32
+    skipped_in_row: jax.Array  # consecutive skipped steps up to this one, int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class TrainSpec:
     graphdef: nnx.GraphDef
     params: Weights  # shapes
     stats: Weights  # shapes
-    trained: frozenset[str]  # paths of parameters and of the statistics of trained norms
-    averaged: frozenset[str]  # those of which a moving average is kept
+    trained: frozenset[str]  # paths of trained parameters and of trained norms' statistics
+    averaged: frozenset[str]  # paths that have a moving average
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorSpec | None
-    last_layer: str  # the kernel whose gradients weigh the GAN loss; '' of a diffusion model
+    last_layer: str  # the kernel whose gradients weigh the GAN loss; '' for diffusion models
 
 
-NO_DIFFUSION = Diffusion()  # an autoencoder's
+NO_DIFFUSION = Diffusion()  # for autoencoders
 
 
 def create_model(
@@ -105,7 +105,7 @@ def abstract_model(
     unroll: bool = False,
     rules: sharding.Rules = SHARDING,
 ) -> nnx.Module:
-    """`create_model` with shapes in place of arrays, and in each the rule of config.sharding."""
+    """`create_model` with shapes for arrays, each annotated with its rule in config.sharding."""
     create = functools.partial(
         create_model,
         model,
@@ -123,27 +123,27 @@ def random_weights(
 ) -> Weights:
     """Initial parameters and statistics of the model of config.model, drawn on the host.
 
-    Why not in a compiled program: see `layers.on_host`.
+    See `layers.on_host` for why they are not drawn in a compiled program.
     """
     return _joined(create_model(model, mesh, weights_lib.host_rngs(seed), diffusion))
 
 
 def architecture(model: Model, diffusion: Diffusion = NO_DIFFUSION) -> Any:
-    """The architecture of config.model, which fixes its parameters. Raises UserError."""
+    """The architecture of config.model, which determines its parameters. Raises UserError."""
     module, objective = models.find(model), diffusion.objective
     if not objective:
         return module.architecture(model)
     if models.is_autoencoder(module):
         raise UserError(
-            f"objective={objective!r} is a diffusion model's, and model.name={model.name!r} "
-            "names none; choose uvit or dit"
+            f"objective={objective!r} needs a diffusion model, and model.name={model.name!r} "
+            "is an autoencoder; choose uvit or dit"
         )
     learn_sigma = objective == "learned_sigma"
     return module.architecture(model, patch_size=diffusion.patch_size, learn_sigma=learn_sigma)
 
 
 def train_spec(config: Config, mesh: Mesh) -> TrainSpec:
-    """Resolves config.trainable against the model. Raises UserError if a pattern hits nothing."""
+    """Resolves config.trainable against the model. Raises UserError for a pattern without a match."""
     model = abstract_model(
         config.model,
         mesh,
@@ -193,7 +193,7 @@ def discriminator_spec(
 
 
 def fill_pattern(pattern: str, arch: Any) -> str:
-    """{deepest}: the last stage's number; {outermost}: the decoder's first that is not empty."""
+    """Fills in {deepest}, the last stage, and {outermost}, the decoder's first non-empty stage."""
     outermost = next((i for i, depth in enumerate(arch.decoder_depths) if depth), 0)
     return pattern.replace("{deepest}", str(len(arch.widths) - 1)).replace(
         "{outermost}", str(outermost)
@@ -224,7 +224,7 @@ def fresh(spec: TrainSpec, weights: Weights, other: Weights) -> TrainState:
         step=zero,
         params=params,
         stats={name: weights[name] for name in spec.stats},
-        # Copies, since a donated buffer must not stand twice in the state.
+        # Copies, since a donated buffer must not appear twice in the state.
         ema={name: jnp.copy(weights[name]) for name in weights if name in spec.averaged},
         opt_state=spec.optimizer.init(params),
         discriminator=discriminator,
@@ -254,8 +254,8 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, each array created with its sharding.
 
-    Starts from `weights` (parameters and statistics by path) or, without them, from random ones.
-    Raises UserError when `weights` are not those of this model.
+    Starts from `weights` (parameters and statistics by path) or, if None, from random ones.
+    Raises UserError if `weights` do not fit this model.
     """
     abstract = abstract_state(config.sharding, mesh, spec)
     if weights is None:
@@ -264,7 +264,7 @@ def init_state(
     weights = _place(weights, {**abstract.params, **abstract.stats})
     other: Weights = {}
     if abstract.discriminator:
-        # Another seed than the model's, or both would start from the same draws.
+        # A different seed from the model's, or both would start from the same draws.
         rngs = weights_lib.host_rngs(config.seed + 2**32)
         discriminator = patchgan.create(config.loss, dtype="float32", rngs=rngs)
         other = _place(_joined(discriminator), abstract.discriminator.params)
@@ -286,7 +286,7 @@ def _place(weights: AnyWeights, abstract: Weights) -> Weights:
 
 
 def check_weights(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError, with the first few names, unless names and shapes are those wanted."""
+    """Raises UserError, with the first few names, unless names and shapes equal `wanted`."""
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(leaf.shape)}"
@@ -306,5 +306,5 @@ def check_weights(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
 
 
 def averaged(state: TrainState) -> Weights:
-    """All weights with the trained ones averaged: what evaluation and export use."""
+    """All weights, moving averages where they exist, for evaluation and export."""
     return {**state.params, **state.stats, **state.ema}

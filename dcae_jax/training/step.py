@@ -28,7 +28,7 @@ TrainStep = Callable[[TrainState, Batch, Weights], tuple[TrainState, Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """Results of the passes over one batch; gradients and metrics are means over its examples."""
+    """Results of one batch; gradients and metrics are means over its examples."""
 
     params: Weights  # of the model's loss
     discriminator: Weights  # of the discriminator's own loss; {} without a discriminator
@@ -37,13 +37,13 @@ class Gradients:
 
 
 def make_step(config: Config, spec: TrainSpec) -> TrainStep:
-    """The step of a run: of an autoencoder in any of its phases, or of a diffusion model.
+    """The training step of an autoencoder, in any phase, or of a diffusion model.
 
     An autoencoder's batch holds 'image' [B, H, W, 3] uint8; `lpips` are the weights of the
     perceptual loss, {} for a loss without it. A diffusion model's batch holds 'latent'
     [B, h, w, c], unscaled, and 'label' [B] int32.
     Metrics are float32 scalars; 'finite' is 0 for a step that was skipped because its loss or
-    gradient was not finite: nothing but the counters changes then.
+    gradient was not finite. Such a step changes only the counters.
     """
     learning_rate = optim.schedule(config.optimizer, config.steps)
 
@@ -66,7 +66,7 @@ def make_step(config: Config, spec: TrainSpec) -> TrainStep:
             discriminator=update_discriminator(spec, state.discriminator, grads.discriminator),
         )
 
-        # One decision for everything: a half-applied step would be worse than none.
+        # One decision for everything: a half-applied step is worse than none.
         finite = is_finite(metrics, grads, new)
         new = jax.tree.map(lambda n, o: n if n is o else jnp.where(finite, n, o), new, state)
         bad = (~finite).astype(jnp.int32)
@@ -90,7 +90,7 @@ def make_step(config: Config, spec: TrainSpec) -> TrainStep:
 def jit_step(config: Config, spec: TrainSpec, abstract: TrainState) -> jax.stages.Wrapped:
     """Jitted train step. Donates the state; the new one keeps its sharding.
 
-    abstract: the state as `state.abstract_state` gives it.
+    abstract: the state from `state.abstract_state`.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     mesh = shardings.step.mesh
@@ -121,7 +121,7 @@ def accumulated_gradients(
     if count == 1:
         return once(state.stats, batch, key)
 
-    # Neighbours go to different microbatches, so that each device keeps the examples it has.
+    # Neighbours go to different microbatches, so each device keeps its own examples.
     split = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     inputs = (split, jax.random.split(key, count))
 
@@ -158,11 +158,11 @@ def denoising_gradients(
 def reconstruction_gradients(
     config: Config, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
 ) -> Gradients:
-    """One forward and backward pass of an autoencoder, and of a discriminator where there is one.
+    """One forward and backward pass of an autoencoder, and of its discriminator, if any.
 
-    The losses are differentiated with respect to the model's output first. The backward pass
-    through the model is linear in those, so the GAN loss is weighed against the rest before it
-    runs, and it runs once.
+    The losses are first differentiated with respect to the model's output. The backward pass
+    through the model is linear in those gradients, so the GAN loss is weighted before that pass,
+    which runs only once.
     """
     images = transforms.to_float(batch["image"])  # [B, H, W, 3]
 
@@ -194,7 +194,7 @@ def reconstruction_gradients(
             return losses.generator_hinge(logits(params, output))
 
         gan_loss, gan_pull = jax.value_and_grad(gan_loss_fn)(output)
-        # Of these two backward passes only the last layer's part is used; XLA drops the rest.
+        # Only the last layer's part of these two backward passes is used; XLA drops the rest.
         norm, gan_norm = (
             optax.global_norm(backward(p)[0][spec.last_layer]) for p in (pull, gan_pull)
         )
@@ -214,7 +214,7 @@ def reconstruction_gradients(
         metrics |= discriminator_metrics
 
     (grads,) = backward(pull)
-    # The arrays of frozen statistics themselves, so that they are seen to be unchanged.
+    # Frozen statistics stay the same arrays, so `train_step` sees them as unchanged.
     stats = {k: new_stats[k] if k in spec.trained else v for k, v in state.stats.items()}
     return Gradients(grads, discriminator_grads, metrics | {"loss": loss}, stats)
 
@@ -223,7 +223,7 @@ def discriminator_loss(
     params: Weights, logits: Callable[[Weights, Array], Array], real: Array, fake: Array
 ) -> tuple[Array, Metrics]:
     """(hinge loss, metrics) of the discriminator with `params` on two batches [B, H, W, 3]."""
-    # One batch of pairs [B, 2, ...], so that each device keeps the images it has.
+    # One batch of pairs [B, 2, ...], so each device keeps its own images.
     pairs = jnp.stack([real, fake], axis=1)
     both = logits(params, pairs.reshape(-1, *real.shape[1:]))  # [2B, h, w]
     on_real, on_fake = jnp.moveaxis(both.reshape(*pairs.shape[:2], *both.shape[1:]), 1, 0)
@@ -240,7 +240,7 @@ def discriminator_loss(
 
 
 def stop_frozen_gradients(spec: TrainSpec, params: Weights) -> Weights:
-    """The parameters; frozen ones as constants, so that XLA drops their backward pass."""
+    """The parameters, with frozen ones as constants, so XLA drops their backward pass."""
     return {
         name: value if name in spec.trained else jax.lax.stop_gradient(value)
         for name, value in params.items()
@@ -254,7 +254,7 @@ def drop_labels(labels: Array, key: Array, share: float, none: int) -> Array:
 
 
 def apply_updates(params: Weights, updates: Any, trained: Collection[str]) -> Weights:
-    """The parameters after the optimizer's updates; frozen ones are the arrays that they were."""
+    """The parameters after the optimizer's updates; frozen ones stay the same arrays."""
     return {
         name: value + updates[name] if name in trained else value for name, value in params.items()
     }
@@ -271,7 +271,7 @@ def update_discriminator(
 
 
 def moving_average(state: TrainState, new: Weights, limit: float, warmup: int) -> Weights:
-    """The averages after this step: e + (1 - d)(w - e), so that equal stays bit-equal.
+    """The averages after this step: e + (1 - d)(w - e), which keeps equal values bit-equal.
 
     The decay d rises to `limit` over about `warmup` steps.
     """
@@ -283,7 +283,7 @@ def moving_average(state: TrainState, new: Weights, limit: float, warmup: int) -
 def is_finite(metrics: Metrics, grads: Gradients, new: TrainState) -> Array:
     """Whether losses, gradients and the new weights are all finite, a boolean scalar.
 
-    Finite gradients can still carry weights beyond float32; such a checkpoint is no good.
+    Finite gradients can still overflow the weights; such a checkpoint is useless.
     """
     values = [metrics["loss"], metrics["grad_norm"], optax.global_norm(new.params)]
     if new.discriminator:

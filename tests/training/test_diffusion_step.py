@@ -74,5 +74,5 @@ def test_a_pattern_that_names_one_block_says_so(diffusion_config, one_device):
     """Catches a block that a user freezes by its number and that trains on."""
     diffusion_config = on_latents(diffusion_config)[0]
     diffusion_config.trainable = (r"in_blocks\.0\..*",)
-    with pytest.raises(UserError, match="names one of several blocks.*in_blocks"):
+    with pytest.raises(UserError, match="names one block of a stack.*in_blocks"):
         state_lib.train_spec(diffusion_config, one_device)

@@ -92,7 +92,7 @@ def test_the_discriminator_has_its_own_rate_and_no_decay():
 def test_a_pattern_for_one_of_several_stacked_blocks_says_so(pattern):
     """Catches a block that a user freezes by its number, and an error that names no remedy."""
     names = ["a.kernel", "b.*.k"]
-    with pytest.raises(UserError, match=r"names one of several blocks.*like 'b\.\*\.k'"):
+    with pytest.raises(UserError, match=r"names one block of a stack.*like 'b\.\*\.k'"):
         optim.match([pattern], names, "trainable")
     with pytest.raises(UserError, match="matches no parameter"):
         optim.match([r"c\.7\..*"], names, "trainable")
