@@ -5,7 +5,8 @@ Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere s
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
 
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
-in one line; 75 saved after SIGTERM, and the same command resumes.
+in one line; 75 saved after SIGTERM or Ctrl-C, and the same command resumes; 130 ended by Ctrl-C
+with nothing saved.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dcae_jax import config as config_lib
-from dcae_jax import errors
+from dcae_jax import files
 from dcae_jax.config import schema, validate, validate_phases
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import host_memory, preemption, process
@@ -47,21 +48,16 @@ def main(argv: list[str] | None = None) -> int:
 
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
+        files.check_folder(workdir)  # before minutes of work
+        process.choose_platform(cpu=config.job == "plan")
         process.use_compile_cache()
         hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
         hosts.assert_same_config(config_lib.flatten(config.to_dict()) | {"workdir": workdir})
         check, module, function = JOBS[str(config.job)]
         job = getattr(importlib.import_module(f"dcae_jax.jobs.{module}"), function)
         return job(check(config), workdir)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
-    except Exception as error:
-        line = errors.explain(error)
-        if line is None:
-            raise
-        sys.stderr.write(f"error: {line}\n")
-        return process.FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
@@ -82,7 +78,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     except config_lib.MISTAKES as error:
         raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
+        hint = config_lib.key_flag(rest[1]) or "write --config.KEY=VALUE"
+        raise UserError(f"{rest[1]!r} is no flag; {hint}")
     if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
     if job not in JOBS:
@@ -92,6 +89,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
 
 if __name__ == "__main__":
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the shutdown
     if status == preemption.STATUS:
         # Everything is saved. Ignore SIGTERM during shutdown so that the exit status stays 75.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -16,7 +16,8 @@ import sys
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
+from dcae_jax.runtime import process
 
 
 def copy(source: str, workdir: str) -> list[int]:
@@ -51,7 +52,9 @@ def copy(source: str, workdir: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error."""
+    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error.
+
+    Ctrl-C: 130."""
     parser = argparse.ArgumentParser(
         "python -m dcae_jax.checkpoints",
         description=__doc__,
@@ -64,23 +67,27 @@ def main(argv: list[str] | None = None) -> int:
     copying.add_argument("workdir")
     flags = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if flags.command == "copy":
-        try:
-            steps = copy(flags.source, flags.workdir)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
-            return 1
-        sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
-        return 0
-    worst, workdir = 0, os.path.expanduser(flags.workdir)
+    try:
+        return _check(flags.workdir) if flags.command == "check" else _copy(flags)
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
+
+
+def _copy(flags: argparse.Namespace) -> int:
+    try:
+        steps = copy(flags.source, flags.workdir)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MachineError(f"not copied ({reason}); see to it and run the same again") from error
+    sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
+    return 0
+
+
+def _check(workdir: str) -> int:
+    worst, workdir = 0, os.path.expanduser(workdir)
     steps = checkpoints.saved_steps(workdir)
     if not steps:
-        sys.stderr.write(f"error: {workdir!r} holds no finished checkpoint; name a workdir\n")
-        return 2
+        raise UserError(f"{workdir!r} holds no finished checkpoint; name a workdir")
     for step in steps:
         wrong = integrity.damage(checkpoints.step_folder(workdir, step))
         worst = max(worst, bool(wrong))

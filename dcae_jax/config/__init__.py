@@ -3,7 +3,14 @@
 
 from dcae_jax.config.checks import check, check_resolution
 from dcae_jax.config.identity import flatten, identity_changes, to_json
-from dcae_jax.config.loading import MISTAKES, explain, load_file, parse_file, suggest
+from dcae_jax.config.loading import (
+    MISTAKES,
+    explain,
+    key_flag,
+    load_file,
+    parse_file,
+    suggest,
+)
 from dcae_jax.config.schema import Config, default, replace, training_resolutions
 from dcae_jax.config.validation import (
     diffusion_section,
@@ -22,6 +29,7 @@ __all__ = [
     "explain",
     "flatten",
     "identity_changes",
+    "key_flag",
     "load_file",
     "model_section",
     "parse_file",

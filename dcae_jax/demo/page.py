@@ -280,8 +280,13 @@ def command(argv: list[str]) -> int:
     workdir = flags.DEFINE_string("workdir", "demo-run", "folder for the run and its page", values)
     try:
         values(argv)
+        folder = os.path.abspath(workdir.value)
+        files.check_folder(folder)
+        process.choose_platform()
         process.use_compile_cache()
-        return run(os.path.abspath(workdir.value))
-    except (UserError, flags.Error) as error:
+        return run(folder)
+    except flags.Error as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return process.MISTAKE
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)

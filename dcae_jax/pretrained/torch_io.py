@@ -22,6 +22,7 @@ import numpy as np
 from dcae_jax import files
 from dcae_jax.errors import UserError
 from dcae_jax.models import inception_torch, lpips_torch
+from dcae_jax.runtime import process
 
 # The first hex digits of each official file's SHA-256. torchvision and pytorch-fid put 8 of them
 # in the file's name; the linear layers' files are those of the PyPI package lpips 0.1.4.
@@ -191,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return process.MISTAKE
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
     sys.stdout.write(f"wrote {flags.out}: {network}, {os.path.getsize(flags.out)} bytes\n")
     return 0
 
