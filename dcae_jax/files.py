@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,6 +62,24 @@ def _temporary(path: str) -> Iterator[str]:
             shutil.rmtree(beside, ignore_errors=True)
         elif os.path.exists(beside):
             os.remove(beside)
+
+
+def check_folder(path: str) -> None:
+    """Raises unless files can be written in the folder `path`, which need not exist yet.
+
+    UserError where a file is in the way; OSError, with the folder's name, where the system refuses.
+    Nothing is left behind.
+    """
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there) or os.curdir
+    if not os.path.isdir(there):
+        raise UserError(f"{path!r}: {there!r} is not a folder; remove it, or name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, there) from error
 
 
 def whole_path(path: str) -> str:

@@ -16,7 +16,7 @@ import sys
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
 from dcae_jax.runtime import process
 
 
@@ -78,13 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.action == "check":
             return process.DONE if check(given.source) else process.FAILED
         steps = copy(given.source, given.workdir)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
-        sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
-        return process.FAILED
+        line = f"not copied ({reason}); see to it and run the same again"
+        return process.failure(MachineError(line))
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
     sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
     return process.DONE
 

@@ -38,6 +38,7 @@ def run(config: Config, workdir: str) -> int:
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"export.out={out!r} is there and not empty; name another folder")
+    files.check_folder(out)
     if checkpoint_weights.kind_of(config.init_from) == "generator":
         writer = functools.partial(write_generator, config, _load_generator(config))
     else:

@@ -177,9 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         network = convert_metric_network(
             flags.input, flags.out, flags.linear, flags.allow_unknown_checksum
         )
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
     sys.stdout.write(f"wrote {flags.out}: {network}, {os.path.getsize(flags.out)} bytes\n")
     return 0
 

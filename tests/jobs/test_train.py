@@ -52,7 +52,11 @@ def _environment():
 
 def _start(workdir, *changes):
     return subprocess.Popen(
-        _command(workdir, *changes), env=_environment(), stderr=subprocess.PIPE, text=True
+        _command(workdir, *changes),
+        env=_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -66,15 +70,20 @@ def _finish(workdir, *changes):
 
 def _interrupt(workdir, after_row, number):
     """Sends a signal after a first checkpoint and the row of `after_row`; returns the status."""
-    process = _start(workdir)
+    # A terminal sends Ctrl-C to all processes of the job.
+    process = _start(workdir, *(["data.workers=1"] if number == signal.SIGINT else []))
     deadline = time.time() + 240
     while time.time() < deadline and process.poll() is None:
         rows = files.read_rows(str(workdir))
         if checkpoints.saved_steps(str(workdir)) and rows and rows[-1]["step"] >= after_row:
             break
         time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert "Traceback" not in said, said[-3000:]
     return process.returncode
 
 
@@ -141,12 +150,12 @@ def test_tensorboard_shows_the_rows(whole):
     assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
     """Catches anything that a checkpoint forgets: moments, averages, data, means of metrics."""
     workdir = tmp_path / "run"
     status = _interrupt(workdir, 10, number)
-    assert status == (preemption.STATUS if number == signal.SIGTERM else -signal.SIGKILL)
+    assert status == (-number if number == signal.SIGKILL else preemption.STATUS)
     steps = checkpoints.saved_steps(str(workdir))
     assert steps and steps[-1] < 40
     said = _finish(workdir)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What UViT and DiT have in common, against PyTorch's numbers and against themselves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -85,6 +86,27 @@ def test_loops_and_recomputation_change_neither_prediction_nor_gradient(model):
         for name, value in want.items():
             scale = np.abs(value).max()
             np.testing.assert_allclose(found[name] / scale, value / scale, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["uvit", "dit"])
+def test_remat_keeps_less(model):
+    """Catches a remat policy that keeps every activation, which costs time and saves nothing."""
+    arch = dataclasses.replace(arch_of(model), depth=8, latent_size=8)
+    inputs = jnp.zeros((4, 8, 8, arch.latent_channels)), jnp.ones(4), jnp.zeros(4, jnp.int32)
+
+    def temporaries(remat):
+        form = dict(dtype="float32", remat=remat, unroll=False)
+        graph, params, stats = weights_lib.split(
+            weights_lib.abstract(lambda rngs: module_of(model).create(arch, rngs=rngs, **form))
+        )
+
+        def loss(weights):
+            return jnp.mean(jnp.square(weights_lib.merge(graph, weights)(*inputs)))
+
+        program = jax.jit(jax.grad(loss)).lower({**params, **stats}).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=True) < 0.5 * temporaries(remat=False)
 
 
 @pytest.mark.parametrize("model", ["uvit", "dit-p2"])
