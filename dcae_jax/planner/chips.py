@@ -89,17 +89,17 @@ def check_compiler(text: str) -> None:
         errors.require(what, "libtpu", otherwise=" (it needs no TPU), or plan for cpu")
 
 
-def devices(text: str) -> Sequence[Any]:  # jax.Device is no type to a type checker
-    """Devices of a topology to compile for; a TPU's can run nothing.
+def devices(text: str) -> Sequence[Any]:  # type checkers do not know jax.Device as a type
+    """Devices of a topology to compile for; TPU devices cannot run anything.
 
-    Loads libtpu, whose lock this process then holds until it exits. Raises UserError for a slice
-    that libtpu refuses.
+    Loads libtpu and holds its lock until this process exits. Raises UserError for a slice that
+    libtpu rejects.
     """
     slice_ = topology(text)
     if slice_.chip is None:
         return jax.devices("cpu")
     check_compiler(text)
-    # A host has up to 2 x 2 chips; where an axis is odd, fewer.
+    # A host has up to 2 x 2 chips; fewer if an axis is odd.
     host = [math.gcd(2, size) for size in slice_.shape[:2]] + [1]
     try:
         found = topologies.get_topology_desc(
@@ -110,6 +110,6 @@ def devices(text: str) -> Sequence[Any]:  # jax.Device is no type to a type chec
         )
     except Exception as error:
         raise UserError(
-            f"topology {text!r} is refused by libtpu: {str(error).splitlines()[0]}"
+            f"topology {text!r} is rejected by libtpu: {str(error).splitlines()[0]}"
         ) from error
     return found.devices

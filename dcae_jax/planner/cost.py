@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job costs on a TPU slice: memory, FLOPs, collectives, time, chip-hours and energy.
+"""Cost of a job on a TPU slice: memory, FLOPs, collectives, time, chip-hours and energy.
 
 Memory, FLOPs and collectives are the compiler's statistics of the program that would run
 (compile.py). Time is an estimate from the chip's published peaks (chips.py).
@@ -21,7 +21,7 @@ from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import run as run_lib
 
 Row = dict[str, Any]
-MEAN = "mean"  # the size of the last row of a job that draws its resolution
+MEAN = "mean"  # `size` in the last row of a job that draws its resolution
 MAX_COMPILES = 10  # per search for a batch
 
 
@@ -56,16 +56,16 @@ def size_fractions(job: Config) -> dict[int, float]:
     return {size: count / len(drawn) for size, count in collections.Counter(drawn).items()}
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def priced(facts: Row, steps: int, watts: float) -> Row:
-    """The facts, and what follows from the chip's published figures.
+    """The facts, and estimates from the chip's published figures.
 
     fits: peak_bytes leaves chips.RESERVE free. step_s_roofline: the larger of FLOPs over the peak
     and bytes over the bandwidth, without communication; None if the program did not compile, or
-    the chip's peaks are not known (cpu). XLA's bytes include what a run may keep in the chip's
-    vector memory, so where 'bound' is 'memory' a run may be faster than this.
+    the chip's peaks are not known (cpu). XLA's bytes include data that a run may keep in the
+    chip's vector memory, so with 'bound' at 'memory' a run may be faster than this.
     """
     chip = chips.topology(facts["topology"]).chip
     row = facts | {
@@ -97,13 +97,13 @@ def _totals(row: Row) -> Row:
 
 
 def limit(topology: str, count: int) -> float:
-    """Bytes per chip that a program may take."""
+    """Bytes per chip that a program may use."""
     chip = chips.topology(topology).chip
     return (chip.hbm if chip else host_memory() / count) - chips.RESERVE
 
 
 def fits(facts: Row) -> bool:
-    """Whether the program fits; one that XLA refused does not, whatever XLA says it needs."""
+    """Whether the program fits. One that XLA rejects does not, whatever size XLA reports."""
     if facts["compile_s"] is None or facts["peak_bytes"] is None:
         return False
     return facts["peak_bytes"] <= limit(facts["topology"], facts["chips"])
@@ -115,7 +115,7 @@ def host_memory() -> float:
 
 
 def mean(rows: list[Row], sizes: dict[int, float], steps: int) -> Row:
-    """The row of a job that draws its size: the mean time and work, the largest memory."""
+    """The row of a job that draws its size: mean time and work, largest memory."""
     largest = max(rows, key=lambda row: row["peak_bytes"] or math.inf)
 
     def average(key: str) -> float | None:
@@ -167,8 +167,8 @@ def largest_batch(
 
     try_batch(batch) -> (whether it fits, bytes needed, infinite if unknown). Doubles from `start`
     until it does not fit (or halves until it does), then narrows down. Memory is nearly linear in
-    the batch, so the third try is where the line through two tries meets the limit; every second
-    try bisects instead, in case it is not linear.
+    the batch, so later tries take the point where a line through two tries meets the limit; every
+    second one bisects instead, in case it is not linear.
     """
     good, bad = 0, None  # in units
     needs: dict[int, float] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops and collectives of a compiled program, read from its text; XLA's analysis omits them."""
+"""Loops and collectives of a compiled program, parsed from its text; XLA's analysis omits them."""
 
 import collections
 import dataclasses
@@ -30,11 +30,11 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 
 
 def collective_bytes(text: str) -> dict[str, dict[str, int]]:
-    """{kind: {count, bytes}} of the collectives that a chip runs in one call of the program.
+    """{kind: {count, bytes}} of the collectives that one chip runs per call of the program.
 
-    text: of the optimised HLO module. Bytes are of the whole array of each collective as one chip
-    sees it: the larger of what it gives and what it gets. What is in a loop counts as often as the
-    loop turns where the text says how often, else once; see `_rounds`.
+    text: the optimised HLO module. The bytes of a collective are the larger of its input and its
+    output on one chip. A collective in a loop counts once per iteration if the trip count is known,
+    else once; see `_rounds`.
     """
     bodies = _computations(text)
     totals: dict[str, Any] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
@@ -47,17 +47,17 @@ def collective_bytes(text: str) -> dict[str, dict[str, int]]:
             given = sum(sizes.get(operand, 0) for operand in op.operands)
             got = sizes[op.name]
             if op.opcode != kind and op.shape.startswith("("):
-                got -= given  # the result of an asynchronous one holds its operands too
+                got -= given  # an asynchronous result also holds its operands
             totals[kind]["count"] += times
             totals[kind]["bytes"] += times * max(given, got)
     return {kind: dict(total) for kind, total in sorted(totals.items())}
 
 
 def repeated_bytes(text: str) -> int:
-    """Bytes that loops read and write in their rounds after the first.
+    """Bytes that loops read and write in their iterations after the first.
 
-    XLA's own count of bytes accessed takes the body of a loop once. Counted as XLA does: what each
-    instruction reads and writes, of a slice only the slice.
+    XLA's bytes accessed count a loop's body once. As in XLA, each instruction counts what it reads
+    and writes; a slice counts only the slice.
     """
     bodies = _computations(text)
     return sum(
@@ -76,10 +76,10 @@ def accessed_bytes(bodies: "_Bodies", name: str) -> int:
 def _accessed(op: "_Op", bodies: "_Bodies", sizes: dict[str, int]) -> int:
     if op.opcode in _FREE or op.opcode.endswith("-done"):
         return 0
-    if op.opcode == "custom-call" and not op.operands:  # memory set aside for a loop to fill
+    if op.opcode == "custom-call" and not op.operands:  # allocates memory for a loop to fill
         return 0
     given = [sizes.get(operand, 0) for operand in op.operands]
-    if op.opcode.endswith("-start") and op.shape.startswith("("):  # which holds its operands, too
+    if op.opcode.endswith("-start") and op.shape.startswith("("):  # also holds its operands
         return sizes[op.name]
     if op.opcode in _SLICES:
         return 2 * sizes[op.name]
@@ -97,10 +97,10 @@ def _fused(op: "_Op", bodies: "_Bodies") -> "list[_Op]":
 
 
 def _use(fusion: "_Op", number: int, size: int, bodies: "_Bodies") -> tuple[int, int]:
-    """(bytes read of a fusion's operand, bytes of it that stand in the result as they were).
+    """(bytes read of a fusion's operand, bytes of it that are unchanged in the result).
 
-    Of what is sliced only the slice is read, in fusions within the fusion, too; of what is updated
-    in place only the update.
+    A sliced operand counts only the slice, an operand updated in place only the update, also in
+    nested fusions.
     """
     inner = _fused(fusion, bodies)
     names = [op.name for op in inner if op.opcode == "parameter" and int(op.inside) == number]
@@ -149,9 +149,9 @@ class _Op:
     opcode: str
     operands: tuple[str, ...]
     called: tuple[str, ...]  # computations
-    condition: str  # of a loop: the computation that ends it
-    rounds: int  # of a loop, as XLA knows it; 0 where it does not
-    inside: str  # of its brackets: the number of a parameter, the value of a constant
+    condition: str  # of a loop: its condition computation
+    rounds: int  # a loop's trip count from XLA; 0 if unknown
+    inside: str  # the text in parentheses: a parameter's number, a constant's value
     counts_up: bool  # a comparison with LT
 
 
@@ -175,9 +175,9 @@ def _computations(text: str) -> _Bodies:
 
 
 def _op(name: str, rest: str) -> _Op:
-    """An instruction; `rest` is what stands right of its equals sign."""
+    """An instruction; `rest` is the text after its equals sign."""
     end = rest.find(" ")
-    if rest.startswith("("):  # a tuple, which may hold tuples and layouts with brackets
+    if rest.startswith("("):  # a tuple, which may contain tuples and layouts with parentheses
         depth, end = 1, 1
         while depth and end < len(rest):
             depth += (rest[end] == "(") - (rest[end] == ")")
@@ -202,10 +202,10 @@ def _op(name: str, rest: str) -> _Op:
 
 
 def _rounds(op: _Op, bodies: _Bodies) -> int:
-    """How often a loop turns, and 1 for what is no loop or is not known.
+    """A loop's trip count; 1 if `op` is not a loop or its count is unknown.
 
-    XLA for TPUs writes no trip counts into its text. The loops of JAX's `scan` and `fori_loop` with
-    fixed bounds count up by one, from 0 in this project, to a constant in the loop's condition.
+    XLA for TPUs writes no trip counts into its text. JAX's `scan` and `fori_loop` with fixed bounds
+    count up by one, from 0 in this project, to a constant in the loop's condition.
     """
     if op.rounds or op.opcode != "while" or op.condition not in bodies:
         return op.rounds or 1
@@ -219,7 +219,7 @@ def _rounds(op: _Op, bodies: _Bodies) -> int:
 
 
 def _times(bodies: _Bodies, *, fusions: bool) -> dict[str, int]:
-    """{computation: how often it runs in one call of the entry}, with or without fused ones."""
+    """{computation: how often it runs per call of the entry}, with or without fused ones."""
     times: dict[str, int] = collections.Counter()
 
     def visit(name: str, often: int) -> None:
