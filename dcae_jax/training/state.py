@@ -143,7 +143,7 @@ def architecture(model: Model, diffusion: Diffusion = NO_DIFFUSION) -> Any:
 
 
 def train_spec(config: Config, mesh: Mesh) -> TrainSpec:
-    """Resolves config.trainable against the model. Raises UserError for a pattern without a match."""
+    """Resolves config.trainable against the model. Raises UserError if a pattern has no match."""
     model = abstract_model(
         config.model,
         mesh,
