@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image quality metrics: PSNR, SSIM, FID, Inception score, KID, precision and recall.
 
-Functions of arrays: images, or the features that `models/inception.py` computes of them. Device
+Functions of arrays: images, or the features that `models/inception.py` computes from them. Device
 code runs in float32 with matrix products at the highest precision, host code in float64. FID and
 rFID follow mseitzer/pytorch-fid; the Inception score, KID, precision and recall follow
-torch-fidelity, with its order of random draws, so that equal features give its numbers.
+torch-fidelity, including its order of random draws, so equal features give equal numbers.
 """
 
 import functools
@@ -18,7 +18,7 @@ from dcae_jax.models.weights import AnyArray
 
 Moments = dict[str, AnyArray]  # see `moments_init`
 
-PSNR_CAP = 100.0  # dB; what identical images score, so that a mean over images stays finite
+PSNR_CAP = 100.0  # dB, for identical images, so a mean over images stays finite
 MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
 
 
@@ -26,7 +26,7 @@ def psnr(x: AnyArray, y: AnyArray) -> jax.Array:
     """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
 
     x, y: [B, H, W, C] levels 0..255 (`transforms.to_levels`) -> [B] float32 in dB. Identical images
-    score `PSNR_CAP`, not infinity, so that the mean of a set stays finite.
+    score `PSNR_CAP`, not infinity, so the mean of a set stays finite.
     """
     x, y = _pair(x, y)
     mse = jnp.mean(jnp.square(x - y), axis=(1, 2, 3))
@@ -49,7 +49,7 @@ def ssim_map(x: AnyArray, y: AnyArray) -> jax.Array:
     """SSIM before the mean: [B, H, W, C], see `ssim`."""
     x, y = _pair(x, y)
     if min(x.shape[1:3]) < 6:
-        raise ValueError(f"ssim needs pictures of at least 6x6 pixels, got {x.shape[1:3]}; enlarge")
+        raise ValueError(f"ssim needs images of at least 6x6 pixels, got {x.shape[1:3]}; enlarge")
     c1, c2 = (0.01 * 255.0) ** 2, (0.03 * 255.0) ** 2
     # Subtracting a constant leaves variances as they are and costs float32 4 times less precision.
     a, b = x - 127.5, y - 127.5
@@ -66,7 +66,7 @@ def _pair(x: AnyArray, y: AnyArray) -> tuple[jax.Array, jax.Array]:
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(
-            f"a pair of pictures must share one shape [B, H, W, C], got {x.shape} and {y.shape}"
+            f"a pair of images must share one shape [B, H, W, C], got {x.shape} and {y.shape}"
         )
     return x, y
 
@@ -140,7 +140,7 @@ def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
     """State -> (mu [dim], sigma [dim, dim]), float64 NumPy; sigma divides by n - 1."""
     count = float(state["count"])
     if count < 2:
-        raise ValueError(f"a covariance needs at least 2 pictures, got {count:.0f}; give more")
+        raise ValueError(f"a covariance needs at least 2 images, got {count:.0f}; give more")
     shift, total, total_low, outer, outer_low = (
         np.asarray(state[key], np.float64)
         for key in ("shift", "sum", "sum_low", "outer", "outer_low")
@@ -152,11 +152,11 @@ def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
 
 
 def biased(count: int) -> bool:
-    """Whether `count` images are too few for an FID to be compared; if so, logs a warning."""
+    """Whether `count` images are too few for a comparable FID; if so, logs a warning."""
     if count >= MIN_FRECHET_SAMPLES:
         return False
     logging.warning(
-        "FID of %d pictures is biased upwards: its covariance needs at least %d, papers use 50000",
+        "FID of %d images is biased upwards: its covariance needs at least %d, papers use 50000",
         count,
         MIN_FRECHET_SAMPLES,
     )
@@ -164,12 +164,12 @@ def biased(count: int) -> bool:
 
 
 def frechet_distance(mu1: AnyArray, sigma1: AnyArray, mu2: AnyArray, sigma2: AnyArray) -> float:
-    """Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    mu1, mu2: [d]; sigma1, sigma2: [d, d] symmetric positive semidefinite, rank-deficient ones
-    included -> float, never negative. Computed in float64 on the host. With S1 = L L^T the product
+    mu1, mu2: [d]; sigma1, sigma2: [d, d] symmetric positive semidefinite, of any
+    rank -> float, never negative. Computed in float64 on the host. With S1 = L L^T the product
     S1 S2 has the eigenvalues of the symmetric L^T S2 L, so one Cholesky factor and one symmetric
-    eigenvalue problem replace a matrix square root; a singular S1 gives its L by an
+    eigenvalue problem replace a matrix square root; a singular S1 gets its L from an
     eigendecomposition. Source of the formula: Heusel et al. 2017 (TTUR), equation 6.
     """
     import scipy.linalg
@@ -178,11 +178,11 @@ def frechet_distance(mu1: AnyArray, sigma1: AnyArray, mu2: AnyArray, sigma2: Any
     dim = mu1.size
     if mu1.shape != (dim,) or mu2.shape != (dim,) or {sigma1.shape, sigma2.shape} != {(dim, dim)}:
         raise ValueError(
-            "statistics must be mu [d] and sigma [d, d] of one d, got "
+            "statistics must be mu [d] and sigma [d, d] with the same d, got "
             f"{mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}: use one network for both"
         )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("statistics hold NaN or infinity: look for non-finite pictures or weights")
+        raise ValueError("statistics have NaN or infinity: look for non-finite images or weights")
     try:
         eigenvalues = scipy.linalg.eigh(
             sigma2, sigma1, type=2, driver="gv", eigvals_only=True, check_finite=False
@@ -201,8 +201,8 @@ def frechet_distance(mu1: AnyArray, sigma1: AnyArray, mu2: AnyArray, sigma2: Any
 def inception_score(logits: AnyArray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Inception score (Salimans et al. 2016): exp of the mean KL(p(y|x) || p(y)), over splits.
 
-    logits: [N, classes], those of the network without the bias of its last layer, as the original
-    and torch-fidelity have it -> (mean, standard deviation) over the splits of the shuffled rows.
+    logits: [N, classes] without the bias of the last layer, as in the original and torch-fidelity
+    -> (mean, standard deviation) over the splits of the shuffled rows.
     Computed in float64; the shuffle is torch-fidelity's, `RandomState(seed).permutation(N)`.
     """
     logits = np.asarray(logits)
@@ -210,7 +210,7 @@ def inception_score(logits: AnyArray, splits: int = 10, seed: int = 2020) -> tup
     if logits.ndim != 2 or count < splits:
         raise ValueError(
             f"inception_score needs [N, classes] with N >= {splits} splits, got {logits.shape}; "
-            "give more pictures or fewer splits"
+            "give more images or fewer splits"
         )
     order = np.random.RandomState(seed).permutation(count)
     scores = []
@@ -235,16 +235,16 @@ def kernel_distance(
     """Kernel Inception distance (Binkowski et al. 2018): unbiased MMD^2 with (x.y/d + 1)^3.
 
     features1 (generated), features2 (reference): [N, d] and [M, d] -> (mean, standard deviation)
-    over the subsets. Rows are drawn as torch-fidelity draws them: from `RandomState(seed)`, for
-    each subset `choice` without replacement from the first set, then from the second. The kernels
-    are computed on the default device in float32, their sums end in float64.
+    over the subsets. Rows are drawn as in torch-fidelity: from `RandomState(seed)`, for each
+    subset `choice` without replacement from the first set, then from the second. The kernels are
+    computed on the default device in float32 and summed up in float64.
     """
     features1, features2 = _feature_pair(features1, features2)
     fewest = min(len(features1), len(features2))
     if fewest < subset_size:
         raise ValueError(
             f"kernel_distance draws {subset_size} rows, but a set has {fewest}; "
-            f"give more pictures or subset_size={fewest}"
+            f"give more images or subset_size={fewest}"
         )
     random = np.random.RandomState(seed)
     distances = []
@@ -276,15 +276,15 @@ def precision_recall(
     """Improved precision and recall (Kynkaanniemi et al. 2019), as torch-fidelity computes them.
 
     generated, real: [N, d] and [M, d] -> (precision, recall). Precision is the fraction of
-    generated rows inside the ball of some real row, whose radius reaches its k-th neighbour among
-    the real ones; recall exchanges the roles. Distances run on the default device in float32,
+    generated rows inside the ball of some real row, whose radius reaches its k-th nearest real
+    neighbour; recall swaps the roles. Distances run on the default device in float32,
     `block` rows at a time (block x N floats of memory).
     """
     generated, real = _feature_pair(generated, real)
     if min(len(generated), len(real)) <= k:
         raise ValueError(
             f"precision_recall needs more than k={k} rows in each set, "
-            f"got {len(generated)} and {len(real)}; give more pictures"
+            f"got {len(generated)} and {len(real)}; give more images"
         )
     center = real.mean(axis=0, dtype=np.float64).astype(np.float32)
     generated, real = jnp.asarray(generated - center), jnp.asarray(real - center)
@@ -326,7 +326,7 @@ def _feature_pair(a: AnyArray, b: AnyArray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"features must be [N, d] and [M, d] of one d, got {a.shape} and {b.shape}: "
+            f"features must be [N, d] and [M, d] with the same d, got {a.shape} and {b.shape}: "
             "use one network for both"
         )
     return a, b

@@ -25,7 +25,7 @@ from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 
 T = TypeVar("T")
-MetricNetworks = dict[str, Weights]  # 'lpips' and 'inception', where their files were given
+MetricNetworks = dict[str, Weights]  # 'lpips' and 'inception', if their files are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_networks(settings: Evaluate, mesh: Mesh) -> MetricNetworks:
         if not path:
             continue
         if not os.path.isfile(path):
-            raise UserError(f"evaluate.{file.key}={path!r} is no file; {file.conversion}")
+            raise UserError(f"evaluate.{file.key}={path!r} is not a file; {file.conversion}")
         try:
             weights = (
                 lpips_torch.load(path, "alex") if name == "lpips" else inception_torch.load(path)
@@ -86,13 +86,13 @@ def load_networks(settings: Evaluate, mesh: Mesh) -> MetricNetworks:
 
 
 def missing_files(networks: MetricNetworks) -> str:
-    """One line: which file unlocks what, and how to convert it; '' if none is missing."""
+    """One line: which missing file unlocks what, and how to convert it; '' if none is missing."""
     parts = [
         f"{file.unlocks}: {file.source} ({file.host}), {file.conversion} as evaluate.{file.key}"
         for name, file in FILES.items()
         if name not in networks
     ]
-    return f"not computed without a file: {'; '.join(parts)}" if parts else ""
+    return f"metrics that lack a weights file: {'; '.join(parts)}" if parts else ""
 
 
 def lpips_distance(weights: Weights, target: jax.Array, output: jax.Array) -> jax.Array:
@@ -109,7 +109,7 @@ def inception_features(
 
 
 def empty_moments(networks: MetricNetworks, mesh: Mesh) -> metrics.Moments:
-    """Sums over no images, of Inception's features, replicated on the mesh."""
+    """Empty moments of Inception's features, replicated on the mesh."""
     dim = networks["inception"]["fc.kernel"].shape[0]
     empty = jax.jit(lambda: metrics.moments_init(dim), out_shardings=mesh_lib.replicated(mesh))
     return empty()
@@ -118,7 +118,7 @@ def empty_moments(networks: MetricNetworks, mesh: Mesh) -> metrics.Moments:
 def batches(
     settings: Evaluate, data: Data, source: Source, size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, pipeline.Batch]]:
-    """(row numbers among all images, this process's batch) until every image was seen once."""
+    """(row numbers among all images, this process's batch), until each image was seen once."""
     mesh_lib.check_batch(settings.batch_size, mesh, key="evaluate.batch_size")
     mesh_lib.check_height(size, mesh, key="evaluate.resolutions")
     process, processes = mesh_lib.process_batch_slice(mesh)
@@ -138,7 +138,7 @@ def batches(
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:
-    """Each item once the next was made: the devices work on that one while the host reads this."""
+    """Each item after the next is made: devices compute the next while the host reads this one."""
     waiting = collections.deque()
     for item in items:
         waiting.append(item)

@@ -38,20 +38,20 @@ SCORES = ("psnr", "ssim", "lpips")  # of each image, in the order of tables
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The scores of a set of images at one resolution."""
+    """Scores of a set of images at one resolution."""
 
-    scores: dict[str, float]  # metric -> value, of PSNR, SSIM and LPIPS the mean over images
+    scores: dict[str, float]  # metric -> value; PSNR, SSIM and LPIPS are means over images
     count: int
-    biased: bool  # too few images for the Frechet distance to be compared
+    biased: bool  # too few images for a comparable Frechet distance
 
 
 @dataclasses.dataclass(frozen=True)
 class Result(Summary):
-    """The scores of reconstructions, and some of them."""
+    """Scores, and some of the reconstructions."""
 
     images: np.ndarray  # [grid, size, size, 3] uint8, spread over all
     outputs: np.ndarray  # [grid, size, size, 3] uint8
-    extremes: dict[str, Pair]  # 'best', 'worst' by PSNR: likewise
+    extremes: dict[str, Pair]  # 'best', 'worst' by PSNR: images and outputs
 
     def grid(self) -> np.ndarray:
         """Columns: image, reconstruction, difference."""
@@ -60,15 +60,15 @@ class Result(Summary):
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums over the images of one resolution, to which those over other images can be added."""
+    """Sums over images at one resolution; sums over other images can be added."""
 
     sums: dict[str, float]  # 'count', and metric -> sum over images
-    moments: dict[str, metrics.Moments]  # 'image', 'output': Inception's, on the devices
-    preview: Pair  # [grid, size, size, 3] uint8, some images of this process
-    extremes: Extremes  # the best and the worst of this process
+    moments: dict[str, metrics.Moments]  # 'image', 'output': of Inception's features, on devices
+    preview: Pair  # [grid, size, size, 3] uint8, some of this process's images
+    extremes: Extremes  # this process's best and worst
 
 
-@functools.lru_cache(maxsize=4)  # a training run evaluates many times, and compiles once
+@functools.lru_cache(maxsize=4)  # a training run evaluates many times but compiles once
 def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
     """A jitted function that reconstructs a batch and scores it.
 
@@ -85,10 +85,10 @@ def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
         mask: jax.Array,
     ) -> tuple[dict[str, metrics.Moments], dict[str, jax.Array], jax.Array, jax.Array]:
         model = weights_lib.merge(graphdef, sharding.replicate_weights(weights, mesh))
-        with precision.of("float32"):  # also where a model of bfloat16 has sums in float32
+        with precision.of("float32"):  # also for a bfloat16 model's float32 sums
             output = model(transforms.to_float(images))
-        # From here on levels in float32, whatever the model computes in. An image stays on one
-        # device, where the networks' resizing and pooling need no neighbour's rows.
+        # From here on, levels in float32, whatever the model's dtype. Each image stays on one
+        # device, so the networks' resizing and pooling need no rows from another device.
         output = transforms.to_levels(output)
         target = images.astype(jnp.float32)
         target, output = (jax.lax.with_sharding_constraint(x, rows) for x in (target, output))
@@ -109,7 +109,7 @@ def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
 
 
 class Stopped(Exception):
-    """The evaluation was abandoned, as its caller asked for."""
+    """The evaluation stopped because its caller asked for it."""
 
 
 def evaluate(
@@ -122,9 +122,9 @@ def evaluate(
     metric_networks: MetricNetworks,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[int, Result]:
-    """Scores at each of settings.resolutions, every image of `source` counted once.
+    """Scores at each of settings.resolutions, counting every image of `source` once.
 
-    stopped: called before each batch. Raises UserError, and Stopped.
+    stopped: called before each batch; if true, raises Stopped. Raises UserError.
     """
     step = functools.partial(eval_step(graphdef, mesh), weights, metric_networks)
     results = {}
@@ -153,8 +153,8 @@ def accumulate(
     """Sums over the images of `batches`. Raises UserError, and Stopped.
 
     step: an `eval_step` with its first two arguments bound; moments: empty ones, donated. shown:
-    rising row numbers of the preview; the next row is taken where one is not this process's or
-    could not be read.
+    ascending row numbers for the preview; a row that is another process's or unreadable is replaced
+    by the next one.
     """
     all_sums: list[dict[str, jax.Array]] = []
 
@@ -210,7 +210,7 @@ def finalize(totals: Totals, size: int, grid: int) -> Result:
 
 
 def _no_image() -> UserError:
-    return UserError("no image could be read for evaluation; see the log for their names")
+    return UserError("no image could be read for evaluation; the log names the files")
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:
@@ -236,7 +236,7 @@ def _keep_extremes(
     ranks = sorted(ranks + [(local[row], number) for number, row in rows.items()])
     wanted = {number for _, number in ranks[:grid] + ranks[-grid:]}
     new = wanted & rows.keys()
-    if new:  # else nothing more is fetched from the devices
+    if new:  # otherwise nothing is fetched from the devices
         outputs = _local_rows(output)
         for number in new:
             row = rows[number]

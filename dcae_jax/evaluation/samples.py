@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample quality: FID, Inception score, KID, precision and recall, against a reference.
 
-The FID is computed on features that are preprocessed as pytorch-fid does, the other scores as
-torch-fidelity does. Sets of images are folders, or arr_0 of an .npz; a reference may also be the
-mu and sigma of one.
+The FID uses pytorch-fid's preprocessing, the other scores torch-fidelity's. A set of images is a
+folder or arr_0 of an .npz; a reference may also be mu and sigma of an .npz.
 """
 
 import dataclasses
@@ -35,25 +34,25 @@ from dcae_jax.models import inception
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
 
-KID_SUBSET = 1000  # rows, torch-fidelity's default; of smaller sets all rows
+KID_SUBSET = 1000  # rows, torch-fidelity's default; smaller sets use all rows
 SCORE_SPLITS = 10  # of the Inception score
-REFERENCE_ROWS = 50_000  # features of the reference that are kept for KID, precision and recall
+REFERENCE_ROWS = 50_000  # reference features stored for KID, precision and recall
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """Inception's features of a set of images, and their moments."""
 
-    mu: np.ndarray  # [d] float64, preprocessed as pytorch-fid does
+    mu: np.ndarray  # [d] float64, pytorch-fid's preprocessing
     sigma: np.ndarray  # [d, d]
     count: int  # 0: unknown
-    features: np.ndarray | None  # [n, d] float32, preprocessed as torch-fidelity does; None where
-    logits: np.ndarray | None  # [n, classes]  they are unknown, and on processes other than 0
+    features: np.ndarray | None  # [n, d] float32, torch-fidelity's preprocessing; None if
+    logits: np.ndarray | None  # [n, classes]; None like features: unknown, or not on process 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """The images of an .npz, as a source of `data`."""
+    """The images of an .npz, as a data source."""
 
     images: np.ndarray  # [N, H, W, 3] uint8, memory-mapped where the file allows it
     path: str
@@ -69,9 +68,9 @@ class Pixels:
 
 
 def sample_scores(samples: Statistics, reference: Statistics | None) -> dict[str, float]:
-    """FID, Inception score, KID, precision and recall, as far as the reference allows them."""
+    """FID, Inception score, KID, precision and recall, as far as the reference allows."""
     if samples.features is None or samples.logits is None:
-        raise ValueError("process 0 alone has the features of the samples; compute scores there")
+        raise ValueError("only process 0 has the samples' features; compute the scores there")
     scores = {}
     if reference is not None:
         found = samples.mu, samples.sigma
@@ -93,8 +92,8 @@ def feature_step(mesh: Mesh) -> Callable:
     """A jitted function from a batch of images to Inception's features.
 
     (inception, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, features [B, d], logits
-    [B, classes], mask), replicated: the moments preprocessed as pytorch-fid does, features and
-    logits as torch-fidelity does. The moments passed in are donated.
+    [B, classes], mask), replicated: moments with pytorch-fid's preprocessing, features and logits
+    with torch-fidelity's. The moments passed in are donated.
     """
     rows = NamedSharding(mesh, P(mesh_lib.BATCH_AXES))
 
@@ -118,9 +117,10 @@ def statistics(
     size: int,
     keep: int = 0,
 ) -> Statistics:
-    """Statistics of the images of `source`, cut to `size` pixels; settings.count > 0 at most.
+    """Statistics of the images of `source`, cropped to `size` pixels.
 
-    keep: features of so many images at most are returned, evenly spread; 0: of all.
+    settings.count: use at most this many; keep: return the features of at most this many, evenly
+    spread. 0: all. Raises UserError if fewer than two images can be read.
     """
     settings = dataclasses.replace(settings, crops=1)
     step = feature_step(mesh)
@@ -140,7 +140,7 @@ def statistics(
     features, logits, read = [], [], 0
     for batch_features, batch_logits, mask in networks.one_behind(batches()):
         mask = np.asarray(mask) > 0
-        # Every process has all rows, and so counts the same.
+        # Every process has all rows, so all count the same.
         numbers = read + np.cumsum(mask) - 1
         read += int(mask.sum())
         if jax.process_index() == 0:
@@ -148,7 +148,7 @@ def statistics(
             features.append(np.asarray(batch_features)[chosen])
             logits.append(np.asarray(batch_logits)[chosen])
     if read < 2:
-        raise UserError(f"{read} images could be read; statistics need 2 at least, papers 50000")
+        raise UserError(f"only {read} images could be read; give at least 2 (papers use 50000)")
     mu, sigma = metrics.moments_finalize(moments)
     if jax.process_index():
         return Statistics(mu, sigma, read, None, None)
@@ -166,7 +166,7 @@ def reference_statistics(
     """Statistics of settings.reference: from the file, from WORKDIR/reference, or computed.
 
     Computed ones are cached there under a fingerprint of the images, their size, the preprocessings
-    and the network's weights. Complete on process 0 alone; others may get None. Raises UserError.
+    and the network's weights. Complete only on process 0; others may get None. Raises UserError.
     """
     path, key = settings.reference, "evaluate.reference"
     names = array_names(path, key)
@@ -187,14 +187,14 @@ def reference_statistics(
         stats = statistics(every, data, mesh, metric_networks, source, size, REFERENCE_ROWS)
         if jax.process_index() == 0:
             _write_statistics(cached, stats)
-            logging.info("reference statistics of %d images kept in %s", stats.count, cached)
-    if given and stats:  # such a file's mu and sigma are of many more images than it holds
+            logging.info("reference statistics of %d images stored in %s", stats.count, cached)
+    if given and stats:  # such a file's mu and sigma cover many more images than it holds
         stats = dataclasses.replace(stats, mu=given[0], sigma=given[1], count=0)
     return stats
 
 
 def array_names(path: str, key: str) -> set[str]:
-    """The arrays of the .npz `path`; none of a folder. Raises UserError."""
+    """The names of the arrays in the .npz `path`; empty for a folder. Raises UserError."""
     if os.path.isdir(path):
         return set()
     if not os.path.isfile(path):
@@ -203,7 +203,9 @@ def array_names(path: str, key: str) -> set[str]:
         with np.load(path) as file:
             return set(file.files)
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{key}={path!r} is no .npz; name a folder of images or an .npz") from error
+        raise UserError(
+            f"{key}={path!r} is not an .npz; give an image folder or an .npz"
+        ) from error
 
 
 def _given_moments(path: str, metric_networks: MetricNetworks) -> tuple[np.ndarray, np.ndarray]:
@@ -218,14 +220,14 @@ def _given_moments(path: str, metric_networks: MetricNetworks) -> tuple[np.ndarr
     dim = metric_networks["inception"]["fc.kernel"].shape[0]
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise UserError(
-            f"evaluate.reference={path!r}: mu is {mu.shape} and sigma {sigma.shape}, pool3 of "
-            f"the Inception of FID has {dim} features; take statistics of that network"
+            f"evaluate.reference={path!r}: mu is {mu.shape} and sigma {sigma.shape}, but "
+            f"FID's Inception has {dim} pool3 features; use statistics of that network"
         )
     return mu, sigma
 
 
 def image_source(path: str, key: str) -> Source:
-    """A folder of images or the arr_0 of an .npz, as a source of `data`. Raises UserError."""
+    """A folder of images, or arr_0 of an .npz, as a data source. Raises UserError."""
     if os.path.isdir(path):
         try:
             return sources.folder(path)
@@ -234,7 +236,7 @@ def image_source(path: str, key: str) -> Source:
     names = array_names(path, key)
     if "arr_0" not in names:
         raise UserError(
-            f"{key}={path!r} holds {', '.join(sorted(names)[:4])}; images are called arr_0 "
+            f"{key}={path!r} holds {', '.join(sorted(names)[:4])}; images must be in arr_0 "
             "(uint8 [N, H, W, 3])"
         )
     images = _map_array(path, "arr_0")

@@ -126,7 +126,7 @@ def test_moments_count_a_padded_batch_once():
 
 def test_moments_of_nothing_are_refused():
     """Fails if a covariance is divided by n - 1 where n is 0."""
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         metrics.moments_finalize(metrics.moments_init(7))
 
 

@@ -129,8 +129,8 @@ def test_samples_that_cannot_be_scored_are_named(sample_config, tmp_path):
     for samples, reference, word in (
         ("size.npz", good, "48x48"),
         ("float.npz", good, "float32"),
-        ("other.npz", good, "images; images are called arr_0"),
-        ("text.npz", good, "is no .npz"),
+        ("other.npz", good, "images; images must be in arr_0"),
+        ("text.npz", good, "is not an .npz"),
         ("empty", good, "evaluate.samples=.*holds no image"),
         ("none", good, "does not exist"),
         ("good.npz", str(tmp_path / "none"), "evaluate.reference=.*does not exist"),

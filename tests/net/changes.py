@@ -36,6 +36,7 @@ WORDS = (
     # Clearer words.
     ("is no file of dcae_jax/models with a model", "is not a model file in dcae_jax/models"),
     ("; leave 0", "; leave it at 0"),
+    ("_weights='/none' is no file;", "_weights='/none' is not a file;"),
     ("must be as encoder_block_out_channels", "must equal encoder_block_out_channels"),
     ("these are the weights of no variant known here", "these weights match no known variant"),
 )
