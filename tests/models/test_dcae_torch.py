@@ -222,7 +222,7 @@ def test_other_reasons_for_a_misfit_are_named():
     assert "this package's own" in refusal({"encoder.project_out.kernel": np.zeros(3)}, f32)
     assert "not DC-AE weights" in refusal({"features.0.weight": np.zeros(3)}, f32)
     wider = dataclasses.replace(f32, widths=(64, 64, 64, 64, 64, 64))
-    assert "no variant known" in refusal(hollow(wider, "diffusers"), f32)
+    assert "match no known variant" in refusal(hollow(wider, "diffusers"), f32)
     more = hollow(dataclasses.replace(f32, decoder_depths=(0, 5, 11, 2, 2, 2)), "diffusers")
     assert "closest to f32c32" in refusal(more, dcae.VARIANTS["f32c32-sana"])
 

@@ -115,7 +115,7 @@ def test_preprocessings_by_hand():
     np.testing.assert_allclose(found, same / 127.5 - 1, atol=1e-6)
     with pytest.raises(ValueError, match="choose one of pytorch-fid, torch-fidelity"):
         inception.preprocess(same, "clean-fid")
-    with pytest.raises(ValueError, match="pass `preprocess` of it"):
+    with pytest.raises(ValueError, match="run `preprocess` first"):
         inception.features(weights(), same[:, :96])
 
 

@@ -136,7 +136,7 @@ def test_load_refuses_another_file(tmp_path):
 def test_arguments_are_checked():
     """Fails if a typo or a picture that the poolings swallow gives a traceback from XLA."""
     x, y = pair(32)
-    with pytest.raises(ValueError, match="'vgg' .training. and 'alex'"):
+    with pytest.raises(ValueError, match="'vgg' .training. or 'alex'"):
         lpips.distance(weights("alex"), x, y, "squeeze")
     with pytest.raises(ValueError, match="choose 'lpips' or 'torchmetrics'"):
         lpips.distance(weights("alex"), x, y, "alex", "none")

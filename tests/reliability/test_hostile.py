@@ -83,9 +83,9 @@ def _model(**changes):
     [
         ({"config": 3}, "names no model"),
         ({"config": {"model": [1]}}, "not an object"),
-        (_model(name="../../evil"), "no file of dcae_jax/models"),
-        (_model(name="layers"), "no file of dcae_jax/models"),
-        (_model(name="os"), "no file of dcae_jax/models"),
+        (_model(name="../../evil"), "not a model file in dcae_jax/models"),
+        (_model(name="layers"), "not a model file in dcae_jax/models"),
+        (_model(name="os"), "not a model file in dcae_jax/models"),
         (_model(variant=3), "model.variant=3 must be"),
         (_model(widths="wide"), "model.widths"),
         (_model(widths=[10**9] * 6), "model.widths"),
