@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,14 +111,14 @@ def test_what_a_killed_owner_had_half_written_is_removed(tmp_path):
 def test_the_other_processes_of_one_run_need_no_lock(tmp_path):
     """Catches a distributed run that refuses its own second process."""
     with lease.hold(str(tmp_path), 0), lease.hold(str(tmp_path), 1), lease.hold(str(tmp_path), 2):
-        with pytest.raises(UserError), lease.hold(str(tmp_path), 0):
+        with pytest.raises(UserError, match="is in use by"), lease.hold(str(tmp_path), 0):
             pass
 
 
 def test_a_refused_run_leaves_no_folder_behind(small, alone, tmp_path):
     """Catches an empty workdir for each mistake in a command."""
     small.init_from = str(tmp_path / "none")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(small.init_from)):
         run_job(train, small, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
