@@ -152,6 +152,9 @@ def _cause(found: torch_layout.Shapes) -> str:
     """The likely reason why the tensors `found` do not fit the requested model."""
     if not any(".resnets." in name for name in found):
         return "these are not AutoencoderKL weights; for DC-AE, choose one of its variants"
+    if lost := next((n for n in found if n.endswith(".quant_conv.weight")), ""):
+        prefix = lost.removesuffix("quant_conv.weight")
+        return f"the names begin with {prefix!r}; write them without it"
     if "quant_conv.weight" not in found:
         return "an AutoencoderKL without quant_conv, as in Flux and SD3, is not supported"
     for name, arch in sdvae.VARIANTS.items():
