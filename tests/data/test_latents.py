@@ -165,7 +165,7 @@ def _unfinished(path):
     "damage, words",
     [
         (lambda path: os.remove(os.path.join(path, latents.MANIFEST)), "configs/encode.py"),
-        (_unfinished, "not encoded to the end; run the command"),
+        (_unfinished, "not fully encoded; rerun the command"),
         (lambda path: os.remove(os.path.join(path, latents.shard_name(2, 3))), "lacks the shard"),
         (_truncate, "latents-00001-of-00003.array_record has"),
         (_edit(count=11), "10 crops, manifest.json says 11"),
