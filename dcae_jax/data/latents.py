@@ -300,7 +300,7 @@ def latents(path: str) -> Latents:
     records = cast(Sequence[bytes], grain.sources.ArrayRecordDataSource(shards))
     if len(records) != manifest["count"]:
         raise UserError(
-            f"data.path={path!r}: the shards hold {len(records):,} crops, but {MANIFEST} lists "
+            f"data.path={path!r}: the shards hold {len(records):,} crops, {MANIFEST} says "
             f"{manifest['count']:,}; {again}"
         )
     return Latents(path, manifest, records)
