@@ -7,8 +7,8 @@
         --config.plan.topologies="('v5e:2x2','v6e:2x2')"
 
 Prints a table and writes plans/phase1/plan.json. Needs `pip install 'jax[tpu]'`, except for the
-topology cpu. For configs/sample.py, plan.generator names the file that trains its model:
-docs/scaling.md.
+topology cpu. For configs/sample.py, plan.generator names the file that trains its model
+(docs/scaling.md).
 """
 
 from dcae_jax import config as config_lib
