@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training or sampling costs on TPU slices you don't have: memory, FLOPs, chip-hours.
+"""Costs of training or sampling on TPU slices you don't have: memory, FLOPs, chip-hours.
 
     python -m dcae_jax.main --config=configs/plan.py --workdir=plans/phase1 \
         --config.plan.config=configs/phase1.py:f32c32 \

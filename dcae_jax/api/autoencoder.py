@@ -85,8 +85,8 @@ class Autoencoder:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
         H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
-        squares of tile x tile latents, blended where they overlap, by `overlap` latents (default:
-        a quarter of the tile); the result is a NumPy array. NumPy input is checked in full; a
+        squares of tile x tile latents, which overlap by `overlap` latents (default: a quarter of
+        the tile) and are blended; the result is a NumPy array. NumPy input is checked in full; a
         jax.Array by shape and dtype only, unless `check`. With `sample`, a model with a posterior
         (sd-vae-f8) returns a sample drawn with `seed`, not the mean. Raises ValueError, naming the
         argument.
@@ -154,7 +154,7 @@ class Autoencoder:
 
 
 def _check_shape(name: str, x: AnyArray, channels: int, multiples: tuple[int, int]) -> None:
-    """Raises ValueError unless x is floating [B, H, W, channels], of sizes in `multiples`."""
+    """Raises ValueError unless x is floating [B, H, W, channels], H and W being multiples."""
     shape = getattr(x, "shape", None)
     if shape is None:
         raise ValueError(f"{name} must be an array, not {type(x).__name__}")

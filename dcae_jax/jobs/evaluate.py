@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `evaluate`: scores of reconstructions, of one image, or of samples."""
+"""The job `evaluate`: scores reconstructions of a data set or one image, or samples."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def run(config: Config, workdir: str) -> int:
 
 
 def _evaluate_model(config: Config, workdir: str) -> None:
-    """Scores of a model's reconstructions, of one image or of a data set."""
+    """Scores a model's reconstructions of one image or a data set."""
     settings, data = config.evaluate, config.data
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
@@ -128,7 +128,7 @@ def resolve(config: Config) -> Config:
 
 
 def _evaluate_samples(config: Config, workdir: str) -> None:
-    """Scores of samples alone, and against a reference."""
+    """Scores samples, against a reference if one is given."""
     settings, data = config.evaluate, config.data
     if not settings.inception_weights:
         file = networks.FILES["inception"]
@@ -199,7 +199,7 @@ def step_of(path: str) -> int:
 def _evaluate_image(
     path: str, model: autoencoder.Autoencoder, metric_networks: MetricNetworks, workdir: str
 ) -> None:
-    """One image at its own size: padded to a multiple of f by reflection, then cropped back."""
+    """Scores one image at its own size: padded by reflection to a multiple of f, then cropped."""
     pixels = read_image(path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]

@@ -108,7 +108,7 @@ def _training(workdir: str) -> tuple[Lines, bool] | None:
     lines = [
         ("job", f"train: {_model(config)}"),
         ("step", f"{max(row['step'], *steps, 0)} of {config['steps']}"),
-        ("newest row", f"of step {row['step']}: {', '.join(values)}" if rows else "none"),
+        ("newest row", f"step {row['step']}: {', '.join(values)}" if rows else "none"),
         ("checkpoint", saved),
     ]
     return lines, whole >= config["steps"]
@@ -129,9 +129,9 @@ def _checkpoints(workdir: str, steps: list[int]) -> tuple[str, int]:
         folder = checkpoints.step_folder(workdir, step)
         wrong = integrity.damage(folder)
         if not wrong:
-            return "; ".join([*said, f"of step {step}, whole"]), step
+            return "; ".join([*said, f"step {step}, intact"]), step
         if os.path.isdir(folder):  # else its run has just removed it
-            said.append(f"of step {step}, damaged ({wrong})")
+            said.append(f"step {step}, damaged ({wrong})")
     return "; ".join(said) or "none", -1
 
 
