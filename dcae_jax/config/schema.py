@@ -93,7 +93,7 @@ class Optimizer:
     b2: float = key(0.999, "decay of the second moment", ge=0, lt=1)
     eps: float = key(1e-8, "added to the square root of the second moment", gt=0, lt=1)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
-    decay: tuple[str, ...] = key((r".*kernel",), "path patterns of the weights that decay")
+    decay: tuple[str, ...] = key((r".*kernel",), "path patterns that decay; not biases or norms")
     clip_norm: float = key(1.0,
         "maximum global norm of the trained gradients; 0: no clipping", ge=0)
 
