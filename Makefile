@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-torch lint soak bench wheel lock oldest newest licenses clean
+.PHONY: demo test test-slow test-torch lint soak mutate bench wheel docs lock oldest newest licenses clean
 
 # Versions from requirements.lock, which has those of all platforms with their checksums.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -35,6 +35,9 @@ lint: $(VENV)/installed  ## style, formatting, who imports whom, types
 
 soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
 	$(PY) tests/reliability/soak.py --kills=200
+
+mutate: $(VENV)/installed  ## plants 300 small faults, and counts those that the fast tests notice
+	$(PY) tests/mutation/mutate.py --count=300
 
 bench: $(VENV)/installed  ## beside PyTorch, which must be installed in .venv; into docs/benchmarks.md
 	$(PY) benchmarks/run.py

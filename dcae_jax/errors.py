@@ -61,6 +61,11 @@ REMEDIES = {
     errno.EPERM: "operation not permitted; use a --workdir that this user may write",
     errno.EIO: "the disk reports an error; check it, and go on in a copy of the workdir",
     errno.ESTALE: "the network file system lost the file; mount it again",
+    errno.ENOTDIR: "a file is in the place of a folder; remove it, or use another --workdir",
+    errno.EEXIST: "a file is in the place of a folder; remove it, or use another --workdir",
+    errno.EISDIR: "a folder is in the place of a file; remove it, or use another --workdir",
+    errno.ENAMETOOLONG: "the name is too long; use a shorter --workdir",
+    errno.ELOOP: "a link leads back to itself; remove it, or use another --workdir",
     errno.EMFILE: "too many open files; raise `ulimit -n` or lower data.workers and data.threads",
     errno.ENOMEM: "no memory left on this host; lower batch_size, data.prefetch or data.workers",
 }

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,13 +55,37 @@ def _temporary(path: str) -> Iterator[str]:
     """PATH.PID.tmp: the convention by which the next job on a workdir finds what a kill left."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     beside = f"{path}.{os.getpid()}.tmp"
+    _remove(beside)  # of a killed process of this number, or a link that would be written through
     try:
         yield beside
     finally:
-        if os.path.isdir(beside):
-            shutil.rmtree(beside, ignore_errors=True)
-        elif os.path.exists(beside):
-            os.remove(beside)
+        _remove(beside)
+
+
+def _remove(path: str) -> None:
+    """Removes a file, a folder or a link, which is not followed; nothing if there is none."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+def check_folder(path: str) -> None:
+    """Raises unless files can be written in the folder `path`, which need not exist yet.
+
+    UserError where a file is in the way; OSError, with the folder's name, where the system refuses.
+    Nothing is left behind.
+    """
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there) or os.curdir
+    if not os.path.isdir(there):
+        raise UserError(f"{path!r}: {there!r} is not a folder; remove it, or name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, there) from error
 
 
 def whole_path(path: str) -> str:
@@ -163,7 +188,9 @@ def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
     row = {"step": step}
     row |= {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
     os.makedirs(workdir, exist_ok=True)
-    with open(os.path.join(workdir, METRICS), "a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(os.path.join(workdir, METRICS), flags, 0o666)
+    with open(descriptor, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

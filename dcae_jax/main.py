@@ -8,7 +8,8 @@ Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere s
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
 
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
-in one line; 75 saved after SIGTERM, and the same command resumes.
+in one line; 75 saved after SIGTERM or Ctrl-C, and the same command resumes; 130 ended by Ctrl-C
+with nothing saved.
 """
 
 import importlib
@@ -19,7 +20,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dcae_jax import commands, errors
+from dcae_jax import commands, files
 from dcae_jax import config as config_lib
 from dcae_jax.config import schema, validate, validate_phases
 from dcae_jax.errors import UserError
@@ -53,21 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
         given, argv = hosts.take_flags(argv)
         config, workdir = parse(argv)
+        files.check_folder(workdir)  # before minutes of work
+        process.choose_platform(cpu=config.job == "plan")
         process.use_compile_cache()
         hosts.initialize(given, preemptible=config.job in ("train", "phases", "sample"))
         hosts.assert_same_config(config_lib.flatten(config.to_dict()) | {"workdir": workdir})
         check, module, function = JOBS[str(config.job)]
         job = getattr(importlib.import_module(f"dcae_jax.jobs.{module}"), function)
         return job(check(config), workdir)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
-    except Exception as error:
-        line = errors.explain(error)
-        if line is None:
-            raise
-        sys.stderr.write(f"error: {line}\n")
-        return process.FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str]:
@@ -88,7 +84,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     except config_lib.MISTAKES as error:
         raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE")
+        hint = config_lib.key_flag(rest[1]) or "write --config.KEY=VALUE"
+        raise UserError(f"{rest[1]!r} is no flag; {hint}")
     if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
     if job not in JOBS:
@@ -99,6 +96,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
 def console() -> int:
     """The script `dcae-jax`."""
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the shutdown
     if status == preemption.STATUS:
         # Everything is saved. Ignore SIGTERM during shutdown so that the exit status stays 75.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -44,12 +44,12 @@ def one_device():
 @pytest.fixture(autouse=True)
 def _logging_as_before():
     """A command line that runs in this process sets up logging; the next test must not see it."""
-    root, absl = logging.getLogger(), logging.getLogger("absl")
-    handlers, levels = list(root.handlers), (root.level, absl.level)
+    loggers = [logging.getLogger(name) for name in (None, "absl", "jax")]
+    handlers, levels = list(loggers[0].handlers), [logger.level for logger in loggers]
     yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    absl.setLevel(levels[1])
+    loggers[0].handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _see_one_device(patch):

@@ -39,6 +39,37 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["inside.json"]
 
 
+@pytest.mark.parametrize("left", ["link", "file", "folder"])
+def test_what_lies_under_the_temporary_name_is_replaced(left, tmp_path):
+    """Catches a link that is written through, and a process number that comes again."""
+    (tmp_path / "precious").write_text("precious")
+    beside = tmp_path / f"new.{os.getpid()}.tmp"
+    if left == "link":
+        beside.symlink_to(tmp_path / "precious")
+    elif left == "file":
+        beside.write_text("half")
+    else:
+        beside.mkdir()
+        (beside / "half").write_text("half")
+    if left == "file":
+        with files.atomic_folder(str(tmp_path / "new")):
+            pass
+        assert os.listdir(tmp_path / "new") == []
+    else:
+        files.write_file(str(tmp_path / "new"), b"new")
+        assert (tmp_path / "new").read_text() == "new"
+    assert (tmp_path / "precious").read_text() == "precious" and not os.path.lexists(beside)
+
+
+def test_rows_are_not_appended_through_a_link(tmp_path):
+    """Catches a file elsewhere that grows by rows of metrics."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / files.METRICS).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.append_row(str(tmp_path), 1, {"loss": 1.0})
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_a_hub_name_is_kept_and_a_path_made_whole(tmp_path, monkeypatch):
     """Catches the origin of weights recorded as a path that other folders cannot follow."""
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: mistakes end in one line and status 2, before any work is done."""
 
+import errno
 import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
-from support import CONFIGS
+from support import CONFIGS, ROOT
 
-from dcae_jax import main
+from dcae_jax import errors, files, main
+from dcae_jax.checkpoints import __main__ as checkpoints_command
+from dcae_jax.demo import page
+from dcae_jax.jobs import train
+from dcae_jax.pretrained import torch_io
 from dcae_jax.runtime import process
 
 
@@ -56,6 +64,11 @@ def run(tmp_path, capsys):
         (["--config.job=juggle"], ["job='juggle'", "train"]),
         (["--config.model.variant=f33"], ["f33", "f32c32"]),
         (["stray"], ["'stray'"]),
+        (["--batch_size=8"], ["no flag --batch_size", "write --config.batch_size=8"]),
+        (["--batch-size", "8"], ["write --config.batch_size=VALUE"]),
+        (["--optimizer.learning_rate=1e-4"], ["write --config.optimizer.learning_rate=1e-4"]),
+        (["--step=8"], ["write --config.steps=8"]),
+        (["steps=8"], ["write --config.steps=8"]),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(run, arguments, words):
@@ -83,6 +96,80 @@ def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
     """Catches absl's usage text, or its status 1, for what the user can mend."""
     status, said = run(**options)
     assert status == process.MISTAKE and said.count("\n") == 1 and word in said, said
+
+
+JOBS = ["phase1.py:tiny", "phases.py:tiny"] + [
+    f"{job}.py" for job in ("encode", "sample", "evaluate", "export", "plan")
+]
+
+
+@pytest.mark.parametrize("config", JOBS)
+def test_a_workdir_that_cannot_be_made_is_one_line(config, tmp_path, capsys):
+    """Catches a traceback, after an hour of work, where a file is in the workdir's place."""
+    (tmp_path / "file").write_text("precious")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run" / "more"):
+        argv = ["main", f"--config={os.path.join(CONFIGS, config)}", f"--workdir={workdir}"]
+        assert main.main(argv) == process.MISTAKE
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"'{tmp_path}/file' is not a folder" in said, said
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_is_checked_and_nothing_left_there(tmp_path, monkeypatch):
+    """Catches a workdir found to be read-only after the work, and a file left by the check."""
+    files.check_folder(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", os.path.join(dir, "tmp1"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError) as caught:
+        files.check_folder(str(tmp_path / "a" / "b"))
+    assert errors.explain(caught.value) == f"{tmp_path}: {errors.REMEDIES[errno.EACCES]}"
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "command, module, function",
+    [
+        (None, train, "run"),
+        (lambda: checkpoints_command.main(["check", "run"]), checkpoints_command, "_check"),
+        (
+            lambda: torch_io.main(["vgg.pth", "--out=x.safetensors"]),
+            torch_io,
+            "convert_metric_network",
+        ),
+        (lambda: page.command(["demo", "--workdir=run"]), page, "run"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_status_130(
+    run, monkeypatch, capsys, tmp_path, command, module, function
+):
+    """Catches a traceback of a hundred lines where a person ended a command."""
+    monkeypatch.setattr(module, function, _interrupted)
+    monkeypatch.chdir(tmp_path)
+    try:
+        status, said = run() if command is None else (command(), capsys.readouterr().err)
+    except KeyboardInterrupt:  # which would end the tests
+        pytest.fail("a traceback")
+    assert status == process.INTERRUPTED and said == "interrupted; rerun the same command\n"
+
+
+def test_a_start_without_a_tpu_says_nothing_of_one(tmp_path):
+    """Catches JAX's 'Unable to initialize backend tpu' and libtpu's page before each job's log."""
+    argv = [f"--config={os.path.join(CONFIGS, 'evaluate.py')}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dcae_jax.main", *argv, "--config.init_from=/none"],
+        env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == process.MISTAKE
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_chain_refuses_weights_in_its_middle_and_takes_them_at_its_start(tmp_path, capsys):

@@ -4,51 +4,118 @@
     dcae-jax checkpoint check runs/phase1              whether each checkpoint is undamaged
     dcae-jax checkpoint copy runs/phase1 runs/again
 
-The source of a copy is a workdir, all of whose undamaged checkpoints are copied, or one
-WORKDIR/checkpoints/STEP.
+SOURCE is a workdir, all of whose undamaged checkpoints are copied, or one WORKDIR/checkpoints/STEP.
+The target must be new or empty; rerun the command to complete an interrupted copy.
 """
 
 import logging
 import os
+import re
 import shutil
 import sys
 
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.errors import UserError
-from dcae_jax.runtime import process
+from dcae_jax.errors import MachineError, UserError
+from dcae_jax.runtime import lease, process
+
+RECORDS = (checkpoints.CONFIG, files.METRICS)
 
 
 def copy(source: str, workdir: str) -> list[int]:
     """Copies the undamaged checkpoints of a workdir, or one WORKDIR/checkpoints/<step>, with its
-    config.json and metrics.jsonl to `workdir`. Returns the steps copied. Raises UserError.
+    config.json and metrics.jsonl to `workdir`, whose lease is held meanwhile.
+
+    `workdir` must be new or empty, or hold what an interrupted copy of the same run left, which is
+    completed. Returns the steps that it then has of those asked for. Raises UserError.
     """
     source, workdir = (os.path.abspath(os.path.expanduser(path)) for path in (source, workdir))
     origin, step = checkpoints.split_path(source)
     steps = checkpoints.saved_steps(source) if step is None else [step]
     if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
         raise UserError(f"{source!r} holds no finished checkpoint; name a workdir, or one of them")
-    if workdir == origin or (set(steps) & set(checkpoints.saved_steps(workdir))):
-        raise UserError(f"{workdir!r} has such a checkpoint already; name another workdir")
-    copied = []
-    for step in steps:
+    if os.path.realpath(workdir) == os.path.realpath(origin):
+        raise UserError(f"{workdir!r} is the source itself; name another workdir")
+    with lease.hold(workdir):
+        if wrong := _not_a_copy(origin, workdir):
+            raise UserError(f"{workdir!r} {wrong}; name a new or empty folder")
+        # Read once, since the run may be writing, and after the list of checkpoints, each of which
+        # has its row before it is saved.
+        records = {name: _read(origin, name) for name in RECORDS}
+        whole = [step for step in steps if _is_whole(checkpoints.step_folder(origin, step))]
+        if not whole:
+            raise UserError(f"no checkpoint of {source!r} is whole; nothing was copied")
+        for name, content in records.items():
+            if content:
+                files.write_file(os.path.join(workdir, name), content)
+        _remove_halves(os.path.join(workdir, checkpoints.FOLDER))
+        return [step for step in whole if _copy_step(origin, workdir, step)]
+
+
+def _not_a_copy(origin: str, workdir: str) -> str:
+    """Why `workdir` is neither empty nor what an interrupted copy of `origin` left; '' if it is."""
+    names = sorted(set(os.listdir(workdir)) - {lease.FILE})
+    for name in names:
+        if name not in (*RECORDS, checkpoints.FOLDER):
+            return f"holds other files ({name})"
+        if os.path.islink(os.path.join(workdir, name)):
+            return f"has a link ({name})"
+    if names and _read(workdir, checkpoints.CONFIG) != _read(origin, checkpoints.CONFIG):
+        return f"holds another run ({checkpoints.CONFIG} differs)"
+    # The source may have gone on since.
+    if not _read(origin, files.METRICS).startswith(_read(workdir, files.METRICS)):
+        return f"holds another run ({files.METRICS} differs)"
+    for step in set(checkpoints.saved_steps(workdir)) & set(checkpoints.saved_steps(origin)):
         here, there = (checkpoints.step_folder(place, step) for place in (origin, workdir))
-        try:
-            integrity.copy(here, there)
-            copied.append(step)
-        except ValueError as error:
-            logging.warning("not copied, it is damaged: %s (%s)", here, error)
-        except OSError:
-            if os.path.isdir(here):
-                raise
-            logging.warning("not copied, its run has removed it meanwhile: %s", here)
-    if not copied:
-        raise UserError(f"no checkpoint of {source!r} is whole; nothing was copied")
-    for name in (checkpoints.CONFIG, files.METRICS):
-        if os.path.exists(os.path.join(origin, name)):
-            shutil.copyfile(os.path.join(origin, name), os.path.join(workdir, name))
-    return copied
+        if _read(here, integrity.FILE) != _read(there, integrity.FILE):
+            return f"holds another run (checkpoint {step} differs)"
+        if wrong := integrity.damage(there):
+            return f"has a damaged checkpoint {step} ({wrong})"
+    return ""
+
+
+def _read(folder: str, name: str) -> bytes:
+    """The content of a file, b'' if there is none."""
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _is_whole(folder: str) -> bool:
+    wrong = integrity.damage(folder)
+    if wrong:
+        _report(folder, wrong)
+    return not wrong
+
+
+def _report(folder: str, wrong: str) -> None:
+    why = f"is damaged ({wrong})" if os.path.isdir(folder) else "was removed by its run meanwhile"
+    logging.warning("not copied: %s %s", folder, why)
+
+
+def _remove_halves(folder: str) -> None:
+    """Removes checkpoints that a killed copy had half written (STEP.PID.tmp)."""
+    for name in files.listdir(folder):
+        if re.fullmatch(r"\d+\.\d+\.tmp", name):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # follows no link
+
+
+def _copy_step(origin: str, workdir: str, step: int) -> bool:
+    """Copies a checkpoint that is not there yet; False if it is damaged, or gone meanwhile."""
+    here, there = (checkpoints.step_folder(place, step) for place in (origin, workdir))
+    if os.path.isdir(there):
+        return True
+    try:
+        integrity.copy(here, there)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and os.path.isdir(here):
+            raise
+        _report(here, str(error))
+        return False
+    return True
 
 
 def check(workdir: str) -> bool:
@@ -78,13 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.action == "check":
             return process.DONE if check(given.source) else process.FAILED
         steps = copy(given.source, given.workdir)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
-        sys.stderr.write(f"error: not copied ({reason}); see to it and run the same again\n")
-        return process.FAILED
+        line = f"not copied ({reason}); see to it and run the same again"
+        return process.failure(MachineError(line))
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
     sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
     return process.DONE
 

@@ -61,14 +61,13 @@ def damage(folder: str, part: str = "") -> str:
 def copy(source: str, target: str) -> None:
     """Copies the folder `source` to `target`; `target` appears only once the copy is verified.
 
-    Raises ValueError, in a few words, if the source or the copy is damaged.
+    Raises ValueError, in a few words, if the copy is damaged, as that of a damaged source is.
     """
     with files_lib.atomic_folder(target) as beside:
         shutil.copytree(source, beside, dirs_exist_ok=True)
         for name in _names(beside):
             _measure(os.path.join(beside, name), sync=True)
-        wrong = damage(source) or damage(beside)
-        if wrong:
+        if wrong := damage(beside):
             raise ValueError(wrong)
 
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
-from dcae_jax.errors import MachineError
+from dcae_jax.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -40,6 +40,9 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
     import orbax.checkpoint as ocp
 
     folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    for name in files.listdir(folder):  # old ones will be removed
+        if os.path.islink(os.path.join(folder, name)):
+            raise UserError(f"{os.path.join(folder, name)} is a link; put there what it points to")
     # Called when the items of a checkpoint are complete, before its folder is renamed.
     finish = functools.partial(_write_manifest, folder)
     return ocp.CheckpointManager(
@@ -126,7 +129,7 @@ def saved_steps(workdir: str) -> list[int]:
     Unfinished ones have names that are no numbers.
     """
     names = files.listdir(os.path.join(workdir, FOLDER))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def resume_step(workdir: str) -> int | None:
@@ -169,7 +172,7 @@ def _move_aside(workdir: str, step: int) -> str:
     folder = os.path.join(workdir, DAMAGED)
     os.makedirs(folder, exist_ok=True)
     aside, number = os.path.join(folder, str(step)), 1
-    while os.path.exists(aside):
+    while os.path.lexists(aside):
         aside, number = os.path.join(folder, f"{step}-{number}"), number + 1
     os.rename(step_folder(workdir, step), aside)
     return aside

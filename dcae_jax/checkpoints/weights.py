@@ -18,6 +18,7 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import Arrays
 from dcae_jax.models.weights import AnyWeights
@@ -34,6 +35,7 @@ EXPORT = "model.json"  # of an export
 # stored bytes of each array beside the decoded ones.
 READ_AT_ONCE = 2**25
 MOST_EXPANSION = 1000  # of zstd, for weights that are all equal
+ENCODER = ("encoder.", "quant_conv.")  # what the names of weights that latents depend on begin with
 AUTOENCODER = "autoencoder"  # subfolder of a generator's export: the export of its autoencoder
 
 
@@ -59,7 +61,7 @@ def load_weights(
             f"init_from={full!r} is of no workdir: {workdir} has no {checkpoints.CONFIG}"
         )
     read = published.read_generator if kind == "generator" else published.read
-    return read(full if os.path.exists(full) else path, variant)
+    return read(_of_others(path), variant)
 
 
 def kind_of(path: str) -> str:
@@ -73,7 +75,19 @@ def kind_of(path: str) -> str:
         return str(export.get("kind"))
     if run := _run_at(full):
         return run.kind
-    return published.kind_of(full if os.path.exists(full) else path)
+    return published.kind_of(_of_others(path))
+
+
+def _of_others(path: str) -> str:
+    """The file, folder or hub name of published weights. Raises UserError for a chain's workdir."""
+    full = os.path.abspath(os.path.expanduser(path))
+    phases = [os.path.join(full, phase) for phase in PHASES]
+    phases = [p for p in phases if os.path.exists(os.path.join(p, checkpoints.CONFIG))]
+    if phases:
+        raise UserError(
+            f"init_from={path!r} is the workdir of several phases; name one: {', '.join(phases)}"
+        )
+    return full if os.path.exists(full) else path
 
 
 def _run_at(path: str) -> Saved | None:
@@ -82,7 +96,10 @@ def _run_at(path: str) -> Saved | None:
     record = files.read_object(file) or {}
     if "config" not in record:
         return None
-    return dataclasses.replace(_saved_in(file, record["config"]), latents=record.get("latents"))
+    config, factor = record["config"], record.get("scaling_factor")
+    if factor and isinstance(config, dict) and isinstance(config.get("model"), dict):
+        config = {**config, "model": {**config["model"], "scaling_factor": factor}}
+    return dataclasses.replace(_saved_in(file, config), latents=record.get("latents"))
 
 
 def _saved_in(path: str, config: Any) -> Saved:
@@ -258,4 +275,4 @@ def checksum(weights: AnyWeights, parts: tuple[str, ...] = ("",)) -> str:
 
 def encoder_checksum(weights: AnyWeights) -> str:
     """The checksum of the weights that latents depend on; training a decoder alone keeps it."""
-    return checksum(weights, ("encoder.", "quant_conv."))
+    return checksum(weights, ENCODER)

@@ -28,6 +28,7 @@ IDENTITY = (
 )
 # ... except these, which only change how fast the same batches are read.
 NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
+SCHEDULE = "optimizer.schedule"
 
 
 def to_json(config: Config | Model) -> dict[str, Any]:
@@ -49,11 +50,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity_changes(
     before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{key: (before, now)} of the identity keys that differ between two `to_json` results."""
+    """{key: (before, now)} of the identity keys that differ between two `to_json` results.
+
+    `steps` is one of them under a cosine schedule, which ends there.
+    """
     flat_before, flat_now = flatten(before), flatten(now)
+    cosine = "cosine" in (flat_before.get(SCHEDULE), flat_now.get(SCHEDULE))
+    identity = (*IDENTITY, "steps") if cosine else IDENTITY
     changes = {}
     for key in sorted(flat_before.keys() | flat_now.keys()):
-        if not any(key == top or key.startswith(f"{top}.") for top in IDENTITY):
+        if not any(key == top or key.startswith(f"{top}.") for top in identity):
             continue
         if key not in NOT_IDENTITY and flat_before.get(key) != flat_now.get(key):
             changes[key] = (flat_before.get(key), flat_now.get(key))

@@ -91,10 +91,12 @@ def explain(error: BaseException, argv: Sequence[str]) -> str:
     """The cause of an error of the flags library, in one line.
 
     The library wraps a config file's own error; the innermost one is the cause. For an unknown key
-    in `argv`, suggests the nearest keys.
+    in `argv`, suggests the nearest keys; for a flag that is a key, the flag to write.
     """
     if unknown := unknown_key(error, argv):
         return unknown
+    if isinstance(error, flags.UnrecognizedFlagError) and (hint := key_flag(error.flagvalue)):
+        return f"there is no flag --{error.flagname}; {hint}"
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())
@@ -114,10 +116,24 @@ def unknown_key(error: BaseException, argv: Sequence[str]) -> str:
     return f"there is no key {key}; {suggest(key)}"
 
 
+def key_flag(argument: str) -> str:
+    """How to write `argument`, '--KEY=VALUE' or so, if its name is nearly a key; else ''."""
+    name, equals, value = argument.lstrip("-").partition("=")
+    near = _nearest(name.replace("-", "_"), cutoff=0.8)
+    if not near:
+        return ""
+    return f"write --config.{near[0]}={value if equals else 'VALUE'}"
+
+
+def _nearest(key: str, cutoff: float) -> list[str]:
+    """The keys most like `key`, the best first."""
+    known = identity.flatten(schema.default().to_dict())
+    return difflib.get_close_matches(key, known, n=3, cutoff=cutoff)
+
+
 def suggest(key: str) -> str:
     """A sentence with the keys nearest to an unknown `key`."""
-    known = identity.flatten(schema.default().to_dict())
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    near = _nearest(key, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
     return "see dcae_jax/config/schema.py for the keys"

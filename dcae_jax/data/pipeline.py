@@ -8,6 +8,7 @@ hosts, workers and threads.
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import grain
@@ -172,7 +173,12 @@ def _read_ahead(
         return stream
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, even in a notebook
-    return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return stream.mp_prefetch(grain.MultiprocessingOptions(workers), _ignore_interrupts)
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+    """In a worker: ignores Ctrl-C, which a terminal sends to all processes; the job handles it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --- evaluation and encoding: each image once -----------------------------------------------------

@@ -11,7 +11,6 @@ import html
 import io
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -27,7 +26,6 @@ from dcae_jax.config.loading import PHASES
 from dcae_jax.config.schema import Evaluate
 from dcae_jax.data import pipeline, sources, transforms
 from dcae_jax.demo import diffusion
-from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
@@ -274,8 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
     process.set_up_logging()
     try:
         workdir = parser.parse_args(arguments).workdir
+        folder = os.path.abspath(os.path.expanduser(workdir))
+        files.check_folder(folder)
+        process.choose_platform()
         process.use_compile_cache()
-        return run(os.path.abspath(os.path.expanduser(workdir)))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
+        return run(folder)
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)

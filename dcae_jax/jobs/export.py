@@ -36,8 +36,11 @@ def run(config: Config, workdir: str) -> int:
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to the weights to export")
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
+    if os.path.islink(out):
+        raise UserError(f"export.out={out!r} is a link; name a folder that is new or empty")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"export.out={out!r} exists and is not empty; name another folder")
+    files.check_folder(out)
     if checkpoint_weights.kind_of(config.init_from) == "generator":
         writer = functools.partial(write_generator, config, _load_generator(config))
     else:

@@ -8,6 +8,7 @@ from dcae_jax import files
 from dcae_jax.config import Config
 from dcae_jax.planner import chips, compile, cost
 from dcae_jax.planner.cost import Row
+from dcae_jax.runtime import lease
 
 PLAN = "plan.json"
 
@@ -18,9 +19,12 @@ def run(config: Config, workdir: str) -> int:
     for topology in config.plan.topologies:
         chips.check_compiler(topology)
     rows: list[Row] = []
-    for topology in config.plan.topologies:
-        rows += cost.plan(config.plan, job, topology)
-        files.write_json(os.path.join(workdir, PLAN), rows)
+    with lease.hold(workdir):
+        for number, topology in enumerate(config.plan.topologies, 1):
+            of = len(config.plan.topologies)
+            logging.info("%s on %s: topology %d of %d", config.plan.config, topology, number, of)
+            rows += cost.plan(config.plan, job, topology)
+            files.write_json(os.path.join(workdir, PLAN), rows)
     logging.info("%s", cost.table(rows))
     logging.info("step s is an estimate: the larger of FLOPs and bytes over the chip's peaks")
     return 0

@@ -154,6 +154,9 @@ def _cause(found: torch_layout.Shapes) -> str:
     """The likely reason why the tensors found are not those of the model asked for."""
     if not any(".resnets." in name for name in found):
         return "these are not AutoencoderKL weights; for DC-AE, name one of its variants"
+    if lost := next((n for n in found if n.endswith(".quant_conv.weight")), ""):
+        prefix = lost.removesuffix("quant_conv.weight")
+        return f"the names begin with {prefix!r}; write them without it"
     if "quant_conv.weight" not in found:
         return "an AutoencoderKL without quant_conv, as Flux and SD3 have, is not supported"
     for name, arch in sdvae.VARIANTS.items():

@@ -238,7 +238,7 @@ def read_converted(
         with safe_open(path, "np") as file:
             network = (file.metadata() or {}).get("network", "unknown")
             weights = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:  # NumPy has no such type
         raise ValueError(
             f"{path} is not a readable {what} file ({error}); make it with `dcae-jax convert`"
         ) from error

@@ -27,7 +27,7 @@ from dcae_jax.api import generator as generator_lib
 from dcae_jax.config import Config
 from dcae_jax.config.schema import MeshSizes, Model, Plan
 from dcae_jax.diffusion import samplers
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
 from dcae_jax.models import layers, lpips
 from dcae_jax.planner import chips, hlo
 from dcae_jax.runtime import mesh as mesh_lib
@@ -141,8 +141,11 @@ def _read(key: str, file: str, overrides: tuple[str, ...]) -> Config:
 # --- the subprocess -------------------------------------------------------------------------------
 
 
-def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int) -> Facts:
-    """The statistics of the program at `size` and `batch` on a topology; see `measure`."""
+def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int, part: str) -> Facts:
+    """The statistics of the program at `size` and `batch` on a topology; see `measure`.
+
+    part: which of the plan's compiles this is, for the log.
+    """
     key = "sample.batch_size" if settings.generator else "batch_size"
     request = {
         "config": settings.config,
@@ -152,6 +155,7 @@ def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int) 
         "size": size,
         "effort": settings.effort,
     }
+    logging.info("%s at %d, batch %d: compiling (%s)", topology, size, batch, part)
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dcae_jax.planner.compile", json.dumps(request)],
@@ -160,13 +164,18 @@ def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int) 
         text=True,
     )
     answer = done.stdout.strip().splitlines()[-1:] or [""]
+    if done.returncode < 0:
+        raise MachineError(
+            f"the compile for {topology} at {size}, batch {batch}, was killed by signal "
+            f"{-done.returncode}, most likely for memory; use a host with more, or a smaller batch"
+        )
     if done.returncode or not answer[0].startswith("{"):
-        why = "killed, most likely for memory" if done.returncode < 0 else done.stderr[-2000:]
-        raise RuntimeError(f"the compile of {request} failed: {why}")
+        raise RuntimeError(f"the compile of {request} failed: {done.stderr[-2000:]}")
     facts = json.loads(answer[0])
     if "error" in facts:
         raise UserError(facts["error"])
-    logging.info("%s at %d: %.0f s", topology, size, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    logging.info("%s at %d, batch %d: done in %.0f s", topology, size, batch, seconds)
     return facts
 
 
@@ -174,12 +183,21 @@ def run_request(request: Facts) -> Facts:
     """In the subprocess: the statistics, or {error} for a user's mistake."""
     # Compile time is one of the statistics.
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_exec_time_optimization_effort", request["effort"])
+    set_effort(request["effort"])
     try:
         config = job_config(request["config"], tuple(request["overrides"]), request["generator"])
         return measure(config, request["topology"], request["size"])
     except UserError as error:
         return {"error": str(error)}
+
+
+def set_effort(effort: float) -> None:
+    """Sets how hard the compiler searches for fast code: plan.effort, in [-1, 1]."""
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+    else:  # from jax 0.11 on, there are levels only
+        level = "UNKNOWN" if effort == 0 else "O1" if effort < 0 else "O3"
+        jax.config.update("jax_optimization_level", level)
 
 
 # --- the program ----------------------------------------------------------------------------------

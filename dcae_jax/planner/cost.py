@@ -32,9 +32,11 @@ def plan(settings: Plan, job: Config, topology: str) -> list[Row]:
     if settings.find_batch:
         batch, known = _find_batch(settings, job, topology)
     rows = []
-    for size in sorted(sizes):
+    for number, size in enumerate(sorted(sizes), 1):
         facts = known.get((batch, size))
-        facts = facts or compile.compile_in_subprocess(settings, topology, size, batch)
+        if facts is None:
+            part = f"program {number} of {len(sizes)}"
+            facts = compile.compile_in_subprocess(settings, topology, size, batch, part)
         rows.append(priced(facts, calls(job, batch), settings.watts))
     return rows if len(rows) == 1 else [*rows, mean(rows, sizes, job.steps)]
 
@@ -141,7 +143,8 @@ def _find_batch(
     facts: dict[tuple[int, int], Row] = {}
 
     def compile_with(batch: int) -> tuple[bool, float]:
-        found = compile.compile_in_subprocess(settings, topology, size, batch)
+        part = f"search for a batch, try {len(facts) + 1} of at most {MAX_COMPILES}"
+        found = compile.compile_in_subprocess(settings, topology, size, batch, part)
         facts[batch, size] = found
         return fits(found), found["peak_bytes"] or math.inf
 

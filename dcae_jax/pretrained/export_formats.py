@@ -64,6 +64,11 @@ def write_torch(form: str, weights: AnyWeights, arch: AutoencoderArchitecture, f
     settings = names.config_of(arch, form)  # first: it refuses what the format cannot express
     tensors = names.to_torch(weights, arch, form)
     _write_folder(folder, settings, tensors, form == "authors")
+    if form == "diffusers" and arch.scaling_factor is None:
+        logging.warning(
+            "the scaling factor of these weights is not known, and is written as 1.0; encode with "
+            "configs/encode.py, which measures it"
+        )
     if form == "authors":
         implied = names.variant_of(settings, form).scaling_factor
         _warn_of_factor(implied, settings["model_name"], arch.scaling_factor)

@@ -5,25 +5,23 @@ A folder as diffusers or the authors write it, a bare file, or a hub name. safet
 memory-mapped and each tensor is read when it is used, without PyTorch.
 """
 
-import dataclasses
+import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from dcae_jax import errors
 from dcae_jax import files as files_lib
 from dcae_jax.errors import UserError
 from dcae_jax.pretrained import torch_io
 
-if TYPE_CHECKING:
-    from safetensors import safe_open
-
-
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 AUTHORS_FILE = "model.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+HALF = re.compile(r"\.(fp16|bf16)\b")  # in the names of diffusers' variants of half precision
+INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+AVERAGES = ("ema.", "params_ema.")
+WRAPPERS = (*AVERAGES, "module.", "model.", "state_dict.", "params.")
 # Downloaded from the hub: configuration and full-precision weights of the model itself or of a
 # pipeline's autoencoder.
 HUB_FILES = [
@@ -41,6 +39,13 @@ HUB_FILES = [
             "model-*-of-*.safetensors",
         )
     ),
+]
+# Downloaded where a model has no others.
+HUB_HALF_FILES = [
+    f"{folder}{stem}*fp16*.{extension}"
+    for folder in ("", "vae/")
+    for stem in ("diffusion_pytorch_model", "model")
+    for extension in ("safetensors", "json")
 ]
 
 
@@ -60,7 +65,30 @@ def read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     tensors: dict[str, Any] = {}
     for file in files:
         tensors.update(read_file(file))
-    return config, tensors
+    half = bool(HALF.search(os.path.basename(files[0])))
+    if half or any(map(HALF.search, os.listdir(os.path.dirname(files[0]) or "."))):
+        which = "half precision" if half else "full precision, not in half"
+        logging.info("%s: read in %s", files[0], which)
+    return config, _unwrapped(path, tensors)
+
+
+def _unwrapped(path: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors under their own names, without what DistributedDataParallel, torch.compile and
+    trainers put before them; the averages where both are there.
+    """
+    # torch.compile names any part that it compiled.
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    averages = next((p for p in AVERAGES if any(name.startswith(p) for name in tensors)), "")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(averages)}
+    removed = ""
+    while prefix := next(
+        (p for p in WRAPPERS if all(n.startswith(p) for n in tensors or [""])), ""
+    ):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        removed += prefix
+    if removed:
+        logging.info("%s: read the tensors named %s*", path, removed)
+    return tensors
 
 
 def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -69,10 +97,15 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
     if os.path.exists(os.path.join(path, "model_index.json")) and os.path.isdir(inner):
         path = files_lib.inside(path, "vae")
     config = files_lib.read_object(files_lib.inside(path, "config.json"))
-    present = sorted(os.listdir(path))
-    index = [name for name in present if name.endswith(".safetensors.index.json")]
+    present = sorted(
+        name
+        for name in os.listdir(path)
+        if name.endswith((".safetensors", *PICKLES)) or INDEX.search(name)
+    )
+    present = [name for name in present if not HALF.search(name)] or present
+    index = [name for name in present if INDEX.search(name)]
     whole = [name for name in (DIFFUSERS_FILE, AUTHORS_FILE) if name in present]
-    others = [name for name in present if name.endswith((".safetensors", *PICKLES))]
+    others = [name for name in present if name not in index]
     if whole:
         names = whole[:1]
     elif index:
@@ -92,17 +125,17 @@ def fetch(name: str) -> str:
     """The folder of the user's cache with the files of hub model `name`.
 
     A model that is cached completely is used without network access; otherwise the missing files
-    are downloaded.
+    are downloaded, those of half precision only where there are no others.
     """
     what = f"init_from={name!r} is no file or folder, and the Hugging Face hub needs its client"
     errors.require(what, "huggingface_hub")
     import huggingface_hub
 
     missing = ""
-    for offline in (True, False):
+    for offline, wanted in ((True, HUB_FILES), (False, HUB_FILES), (False, HUB_HALF_FILES)):
         try:
             folder = huggingface_hub.snapshot_download(
-                name, allow_patterns=HUB_FILES, local_files_only=offline
+                name, allow_patterns=wanted, local_files_only=offline
             )
         except Exception as error:  # of the network, the hub, or httpx, which we do not import
             if offline:  # not cached, or incomplete
@@ -136,56 +169,17 @@ def _missing(folder: str) -> str:
 def _shards(index: str) -> list[str]:
     """Names of the files that an index lists, always taken from the index's own folder."""
     parts = (files_lib.read_object(index) or {}).get("weight_map")
-    if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+    if (
+        not isinstance(parts, dict)
+        or not parts
+        or not all(isinstance(name, str) for name in parts.values())
+    ):
         raise UserError(f"{index} has no weight_map; fetch it again")
     return sorted({os.path.basename(name) for name in parts.values()})
-
-
-# --- opening files --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; np.asarray reads it."""
-
-    file: "safe_open"
-    name: str
-    shape: tuple[int, ...]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # always a copy
-        try:
-            return np.asarray(self.file.get_tensor(self.name), dtype)
-        except AttributeError as error:  # NumPy has no such type
-            kind = self.file.get_slice(self.name).get_dtype()
-            raise UserError(
-                f"{self.name} has dtype {kind}; convert quantised weights to floats"
-            ) from error
 
 
 def read_file(path: str) -> dict[str, Any]:
     """{name: array or Stored} of a safetensors or a PyTorch file. Raises UserError."""
     if path.endswith(PICKLES):
         return torch_io.read_state_dict(path)
-    return read_safetensors(path)
-
-
-def read_safetensors(path: str) -> dict[str, Stored]:
-    """{name: tensor, not yet read} of a safetensors file. Raises UserError for a bad header."""
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):  # opening a pipe would block forever
-        raise UserError(f"{path} is no file; check the path")
-    try:
-        with open(path, "rb") as opened:
-            if opened.read(8) == b"version ":
-                raise UserError(
-                    f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there"
-                )
-        file = safe_open(path, "numpy")
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is no readable safetensors ({reason}); fetch it again") from error
-    return {
-        name: Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()
-    }
+    return dict(torch_io.read_safetensors(path))

@@ -5,6 +5,7 @@
 beside each model in dcae_jax/models; no model is named here.
 """
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -44,7 +45,8 @@ def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a published autoencoder: folder, file or hub name.
 
     variant: of the weights; needed for files whose tensors are ambiguous, and checked against the
-    others. Arrays are NumPy, float32. Raises UserError.
+    others. The scaling factor is that of config.json, where it states one; a published name with
+    another is refused. Arrays are NumPy, float32. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
@@ -66,10 +68,13 @@ def _identify(
     if variant:
         module = models.autoencoder_of(variant)
         names, arch = models.autoencoder_names(module), module.variant(variant)
-        factor = (config or {}).get("scaling_factor")
-        known = isinstance(factor, float) and factor > 0 and factor != 1  # diffusers' unknown is 1
-        if arch.scaling_factor is None and known:
-            arch = dataclasses.replace(arch, scaling_factor=factor)
+        ours, theirs = arch.scaling_factor, _stated_factor(config or {}, names)
+        if theirs and ours and theirs != ours and variant not in module.VARIANTS:
+            raise UserError(
+                f"variant={variant!r} has the scaling factor {ours}, config.json beside the "
+                f"weights states {theirs}; leave the variant out"
+            )
+        arch = dataclasses.replace(arch, scaling_factor=theirs or ours)
     elif config is None:
         return _guess(tensors)
     else:
@@ -77,6 +82,18 @@ def _identify(
         form = "authors" if "model_name" in config else "diffusers"
         return names, names.variant_of(config, form), form
     return names, arch, _form(names, tensors)
+
+
+def _stated_factor(config: Mapping[str, Any], names: AutoencoderNames) -> float | None:
+    """The scaling factor in a config.json or of its model_name; None where neither states one."""
+    if "model_name" in config:
+        with contextlib.suppress(UserError):  # a name that is not listed here
+            return names.variant_of(config, "authors").scaling_factor
+        return None
+    factor = config.get("scaling_factor")
+    if isinstance(factor, int | float) and factor > 0 and factor != 1:  # diffusers' unknown is 1
+        return float(factor)
+    return None
 
 
 def _form(names: AutoencoderNames, tensors: Mapping[str, Any]) -> str:

@@ -10,12 +10,14 @@ for LPIPS; by default the same layers are taken from this package. A `.safetenso
 names is read without PyTorch; `.pth` needs it.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from dcae_jax import errors, files
 from dcae_jax.errors import UserError
 from dcae_jax.models import inception_torch, lpips_torch
 from dcae_jax.runtime import process
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 # The first hex digits of each official file's SHA-256. torchvision and pytorch-fid put 8 of them
 # in the file's name; the linear layers' files are those of the PyPI package lpips 0.1.4.
@@ -33,6 +38,72 @@ CHECKSUMS = {
     "linear layers of lpips-vgg": {"a78928a0": "v0.1/vgg.pth"},
     "linear layers of lpips-alex": {"df73285e": "v0.1/alex.pth"},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file; np.asarray reads it."""
+
+    file: "safe_open"
+    name: str
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # always a copy
+        try:
+            return np.asarray(self.file.get_tensor(self.name), dtype)
+        except AttributeError as error:  # NumPy has no such type
+            kind = self.file.get_slice(self.name).get_dtype()
+            raise UserError(
+                f"{self.name} has dtype {kind}; convert quantised weights to floats"
+            ) from error
+
+
+def read_safetensors(path: str) -> dict[str, Stored]:
+    """{name: tensor, not yet read} of a safetensors file. Raises UserError for a bad header."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):  # opening a pipe would block forever
+        raise UserError(f"{path} is no file; check the path")
+    try:
+        with open(path, "rb") as opened:
+            if opened.read(8) == b"version ":
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there"
+                )
+        file = safe_open(path, "numpy")
+    except (OSError, SafetensorError) as error:
+        _refuse_other_kinds(path)
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} is no readable safetensors ({reason}); fetch it again") from error
+    return {
+        name: Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()
+    }
+
+
+# How files of other kinds begin.
+KINDS = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image or another RIFF file",
+    b"BM": "a BMP image",
+    b"%PDF": "a PDF document",
+    b"<": "a web page, or XML",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "a zip archive (an .npz, or a PyTorch file, whose name must end in .pt)",
+    b"\x80\x02": "a pickle (a PyTorch file, whose name must end in .pt)",
+}
+
+
+def _refuse_other_kinds(path: str | Path) -> None:
+    """Raises UserError for a file that is unreadable because it is something else."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(8)
+        kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
+        if kind:
+            raise UserError(f"{path} is {kind}, not weights; name a .safetensors or a .pt file")
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -47,15 +118,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path} is not readable safetensors ({error}): fetch it again"
-            ) from None
+        return {name: np.asarray(tensor) for name, tensor in read_safetensors(str(path)).items()}
     what = f"{path}: reading a {path.suffix or 'pickled'} file needs PyTorch"
     errors.require(what, "torch", otherwise=", or pass a .safetensors")
     import torch  # pyright: ignore[reportMissingImports]  # an extra
@@ -63,26 +126,51 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken bytes happen to break
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02"):
+                _refuse_other_kinds(path)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} is not a readable PyTorch file ({reason[0][:120]})") from None
-    state = _weights_of(state)
+    state = _weights_of(path, state)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict (names with tensors): pass the weights alone")
-    return {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in state.items()}
+    return {name: _to_numpy(path, name, tensor) for name, tensor in state.items()}
 
 
-def _weights_of(state: Any) -> Any:
+def _to_numpy(path: Path, name: str, tensor: Any) -> np.ndarray:
+    import torch  # pyright: ignore[reportMissingImports]  # an extra
+
+    tensor = tensor.detach()
+    try:
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # quantised, sparse, without data
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        raise UserError(
+            f"{path}: {name} has dtype {kind} ({tensor.layout}, {tensor.device}); convert "
+            "quantised weights to dense floats"
+        ) from error
+
+
+# Where trainers keep weights in their files; averages first.
+WEIGHTS = ("ema", "params_ema", "ema_state_dict", "model_ema", "ema_model")
+WEIGHTS += ("state_dict", "model_state_dict", "model", "params", "module")
+
+
+def _weights_of(path: Path, state: Any) -> Any:
     """The weights of a trainer's file, which has counters and moments beside them; or `state`.
 
     Averages are preferred; of averages by decay, {0.9999: weights}, those of the largest decay.
     """
-    if not isinstance(state, dict):
-        return state
-    for key in ("ema", "state_dict", "model_state_dict"):
-        weights = state.get(key)
-        if isinstance(weights, dict) and weights:
-            by_decay = all(isinstance(decay, float) for decay in weights)
-            return weights[max(weights)] if by_decay else weights
+    for _ in range(4):  # a file can hold itself
+        if not isinstance(state, dict):
+            break
+        inner = {key: state[key] for key in WEIGHTS if isinstance(state.get(key), dict)}
+        key = next((key for key, weights in inner.items() if weights), None)
+        if key is None:
+            break
+        logging.info("%s: read the weights under %r", path, key)
+        by_decay = all(isinstance(decay, float) for decay in inner[key])
+        state = inner[key][max(inner[key])] if by_decay else inner[key]
     return state
 
 
@@ -177,9 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
         network = convert_metric_network(
             flags.input, flags.out, flags.linear, flags.allow_unknown_checksum
         )
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return process.MISTAKE
+    except (Exception, KeyboardInterrupt) as error:
+        return process.failure(error)
     sys.stdout.write(f"wrote {flags.out}: {network}, {os.path.getsize(flags.out)} bytes\n")
     return 0
 

@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from dcae_jax import errors
 from dcae_jax.errors import UserError
+from dcae_jax.runtime.process import has_tpu
 
 REPORT_S = 30  # after which a start that still waits for a process says so
 ARRIVE_S = 300  # for all processes to start: the hosts of a pod do not come up at once
@@ -143,17 +143,13 @@ def detect(environ: Mapping[str, str]) -> str | None:
     slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
     if not cpu_only and ("," in workers or slices > 1):
         return "gketpu"
-    if not cpu_only and not workers and "TPU_SKIP_MDS_QUERY" not in environ and _tpu_chips():
+    with_library = importlib.util.find_spec("libtpu") is not None
+    asks = "TPU_SKIP_MDS_QUERY" not in environ and with_library and has_tpu()
+    if not cpu_only and not workers and asks:
         return "gcetpu"
     indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
     # A slice of one TPU host, and a job of one pod, are whole by themselves.
     return "k8s" if indexed and not workers and environ.get("JAX_NUM_PROCESSES") != "1" else None
-
-
-def _tpu_chips() -> bool:
-    """Whether this machine has TPU chips and the library for them."""
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def initialize(given: Mapping[str, str], *, preemptible: bool) -> None:

@@ -24,6 +24,8 @@ from dcae_jax.errors import UserError
 FILE = ".lock"
 # Folders of a workdir in which jobs write files beside the name that they are to get.
 FOLDERS = ("images", "diverged", "parts")
+# What jobs write into or append to, and so may be no link to somewhere else.
+OWN = (*FOLDERS, "checkpoints", "damaged", "profile", "reference", "metrics.jsonl")
 # What a file system says that has no locks (some network and object stores).
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -33,7 +35,8 @@ def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
     """Keeps other jobs out of `workdir`, which is made if it is not there.
 
     process_index: of a distributed run, only process 0 takes the lease, for all of them. Raises
-    UserError, naming the owner's host, process id and start, where another job holds it.
+    UserError, naming the owner's host, process id and start, where another job holds it, and where
+    one of OWN is a link.
     """
     if process_index:
         yield
@@ -42,6 +45,12 @@ def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
     os.makedirs(workdir, exist_ok=True)
     try:
         with _file_lock(workdir) as locked:
+            for path in (os.path.join(workdir, name) for name in OWN):
+                if os.path.islink(path):
+                    raise UserError(
+                        f"{path} is a link, through which this job would write elsewhere; "
+                        "put what it points to in its place"
+                    )
             if locked:
                 _clear(workdir)
             yield

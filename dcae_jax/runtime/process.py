@@ -1,23 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command sets up for its own process, and no library call does: logs, compile cache."""
+"""What a command sets up for its own process, and no library call does: logs, compile cache.
+
+Also how a command ends: its exit status, and one line for whatever is not a bug.
+"""
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+from dcae_jax import errors
 from dcae_jax.errors import UserError
 
 # Exit statuses, beside preemption.STATUS.
 DONE = 0
 FAILED = 1  # the machine failed, or training diverged
 MISTAKE = 2  # of the user
+INTERRUPTED = 130  # by Ctrl-C, with nothing saved: 128 + SIGINT, as shells have it
+
+
+def failure(error: BaseException) -> int:
+    """Writes one line about `error` to stderr and returns the exit status. A bug is re-raised."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("interrupted; rerun the same command\n")
+        return INTERRUPTED
+    status, line = FAILED, errors.explain(error)
+    if isinstance(error, errors.UserError):
+        status, line = MISTAKE, str(error)
+    if line is None:
+        raise error
+    sys.stderr.write(f"error: {line}\n")
+    return status
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips."""
+    return _has_device("accel[0-9]*", "vfio/[0-9]*")
+
+
+def _has_device(*patterns: str) -> bool:
+    return any(any(Path("/dev").glob(pattern)) for pattern in patterns)
 
 
 def set_up_logging() -> None:
     """Plain lines on stderr. Whatever a library installed at its import is replaced."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    if not has_tpu() and "JAX_LOGGING_LEVEL" not in os.environ:
+        # JAX looks for a TPU on every machine, and reports at INFO that there is none.
+        logging.getLogger("jax").setLevel(logging.WARNING)
     # Orbax and Grain log through absl, each step of their own work and a page for each thread
     # that fails; what fails still raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -45,6 +78,19 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
     made.error = fail
     return made
+
+
+def choose_platform(cpu: bool = False) -> None:
+    """Restricts JAX to the CPU if a job needs no more, or this machine has no more but libtpu.
+
+    libtpu, installed for the job `plan`, would report in a page of errors that there is no TPU.
+    """
+    import jax
+
+    useless = importlib.util.find_spec("libtpu") is not None and not has_tpu()
+    useless = useless and not _has_device("nvidia[0-9]*", "kfd", "dxg")
+    if cpu or (useless and not os.environ.get("JAX_PLATFORMS")):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_compile_cache() -> None:

@@ -9,7 +9,7 @@ from dcae_jax.config import Config, check_resolution
 from dcae_jax.data import latents as latents_lib
 from dcae_jax.data.latents import Latents
 from dcae_jax.diffusion.latent_spec import LatentSpec
-from dcae_jax.errors import UserError
+from dcae_jax.errors import UserError, nearest_multiples
 from dcae_jax.models import patchgan
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
@@ -94,6 +94,12 @@ def check_training(config: Config, mesh: Mesh) -> None:
         check_resolution(size, f, "evaluate.resolutions")
         mesh_lib.check_height(size, mesh, key="evaluate.resolutions", compression=f)
     if config.loss.gan_weight:
+        groups = patchgan.GROUPS // 2  # the first norm has twice the channels
+        if config.loss.gan_channels % groups:
+            raise UserError(
+                f"loss.gan_channels={config.loss.gan_channels} is no multiple of {groups}; "
+                f"try {nearest_multiples(config.loss.gan_channels, groups)}"
+            )
         least = patchgan.smallest_input(config.loss.gan_layers)
         if min(sizes) < least:
             raise UserError(

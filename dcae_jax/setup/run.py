@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dcae_jax import config as config_lib
-from dcae_jax import files
+from dcae_jax import files, models
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
+from dcae_jax.config.schema import Model
 from dcae_jax.data import sources
 from dcae_jax.data.latents import Latents
 from dcae_jax.data.sources import ImageSource
@@ -28,6 +29,7 @@ from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import inputs, partial_init, tables
+from dcae_jax.training import optim
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 from dcae_jax.training.state import TrainSpec, TrainState
@@ -53,6 +55,15 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run's first weights came from."""
+
+    weights: str
+    # Of their latents, where neither the configuration nor its variant says it: None.
+    scaling_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint to resume from."""
 
@@ -61,9 +72,9 @@ class Checkpoint:
     record: dict[str, Any]  # config.json of the run so far
 
     @property
-    def origin(self) -> str:
+    def origin(self) -> Origin:
         """Where the run's first weights came from."""
-        return self.record["weights"]
+        return Origin(self.record["weights"], self.record.get("scaling_factor"))
 
     @property
     def changed(self) -> str:
@@ -118,6 +129,16 @@ def _allowed(
         raise UserError(
             f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
             "the keys in --config.allow_change"
+        )
+    if "steps" in allowed:
+        before, now = (optim.schedule(config.optimizer, steps)(step) for steps in changes["steps"])
+        logging.warning(
+            "the cosine ends at step %d instead of %d: the learning rate, %.3g at step %d, goes on "
+            "from %.3g",
+            *reversed(changes["steps"]),
+            before,
+            step,
+            now,
         )
     return [
         {"step": step, "key": key, "before": changes[key][0], "now": changes[key][1]}
@@ -209,7 +230,7 @@ def abstract_batch(config: Config, size: int, mesh: Mesh) -> dict[str, jax.Shape
 # --- the first state ------------------------------------------------------------------------------
 
 
-def initialise(run: Run) -> tuple[TrainState, str]:
+def initialise(run: Run) -> tuple[TrainState, Origin]:
     """(the state before step 1, where its weights are from). Raises UserError."""
     config = run.config
     if not config.init_from:
@@ -220,7 +241,7 @@ def initialise(run: Run) -> tuple[TrainState, str]:
                 f"configs/{before}.py first and name its workdir with --config.init_from"
             )
         state = state_lib.init_state(config, run.mesh, run.spec)
-        return state, f"random, seed {config.seed}"
+        return state, Origin(f"random, seed {config.seed}")
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
     origin = f"{config.weights} weights of {files.whole_path(config.init_from)}"
@@ -240,19 +261,48 @@ def initialise(run: Run) -> tuple[TrainState, str]:
             f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
             f"--config=...:{theirs}"
         ) from error
+    # Latents of an autoencoder that takes parts of another one have a scale of their own.
+    other = config.objective or config.init_parts
+    factor = None if other else _inherited_factor(run, saved.model)
     theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
             f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
             f"{ours}; encode with the autoencoder that it was trained on"
         )
-    return state, origin
+    return state, Origin(origin, factor)
+
+
+def _inherited_factor(run: Run, source: Model) -> float | None:
+    """The scaling factor that the weights of `source` bring to the run; None where it has its own.
+
+    model.scaling_factor goes before it; a published name that contradicts it is refused. It is
+    kept where the encoder is trained, too, with a line in the log.
+    """
+    model, module = run.config.model, models.find(run.config.model)
+    ours = module.architecture(model).scaling_factor
+    theirs = models.find(source).architecture(source).scaling_factor
+    own = model.scaling_factor or not theirs or theirs == ours
+    if not own and ours and model.variant not in module.VARIANTS:
+        raise UserError(
+            f"model.variant={model.variant!r} has the scaling factor {ours}, the weights of "
+            f"init_from={run.config.init_from!r} have {theirs}; name the variant that they are of, "
+            "or set model.scaling_factor"
+        )
+    factor = ours if own else theirs
+    if factor and any(name.startswith(weights_lib.ENCODER) for name in run.spec.trained):
+        logging.warning(
+            "the encoder is trained, and the rms of its latents may change: the scaling factor %s "
+            "is kept; configs/encode.py measures the rms; set model.scaling_factor to 1/rms then",
+            factor,
+        )
+    return None if own else theirs
 
 
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def write_record(run: Run, checkpoint: Checkpoint | None, origin: str) -> None:
+def write_record(run: Run, checkpoint: Checkpoint | None, origin: Origin) -> None:
     """Writes WORKDIR/config.json, and drops the rows that the run is going to write again."""
     if jax.process_index():
         return
@@ -261,7 +311,8 @@ def write_record(run: Run, checkpoint: Checkpoint | None, origin: str) -> None:
     manifest = run.latents.manifest if run.latents else None
     record = {
         "config": config_lib.to_json(run.config),
-        "weights": origin,
+        "weights": origin.weights,
+        "scaling_factor": run.config.model.scaling_factor or origin.scaling_factor,
         # Identity keys that allow_change let differ, with the step where they did.
         "changes": [*checkpoint.record.get("changes", []), *checkpoint.changes]
         if checkpoint

@@ -106,13 +106,16 @@ def test_grids_show_the_difference_and_survive_odd_sizes():
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"tile": -1}, {"tile": 2, "overlap": 2}],
+    "change, message",
+    [
+        ({"tile": -1}, "tile=-1: give a whole number"),
+        ({"tile": 2, "overlap": 2}, "overlap=2 must be less than tile=2"),
+    ],
 )
-def test_tiles_that_cannot_be_are_refused(change):
-    """Catches an endless loop over tiles of no size."""
+def test_tiles_that_cannot_be_are_refused(change, message):
+    """Catches an endless loop over tiles of no size, and an error about something else."""
     ae = dcae_jax.create_autoencoder("tiny")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         ae.encode(np.zeros((1, 64, 64, 3), np.float32), **change)
 
 

@@ -96,6 +96,21 @@ def test_all_tiles_have_one_size_and_overlap_enough():
         assert all(a < b <= a + tile - overlap for a, b in zip(starts, starts[1:], strict=False))
 
 
+def test_the_ramp_lies_between_the_margins():
+    """Catches a ramp over the whole overlap, margins and all: weights that do not add up to one."""
+    tiles = tiling.plan(16, 8, 3)
+    assert tiles.margin == 3
+    axis = tiling._axis(16 + 3 * 8, tiles, 2)
+    total = np.zeros(2 * (16 + 3 * 8))
+    for start, length, weights in axis:
+        total[2 * start : 2 * (start + length)] += weights
+    assert [start for start, *_ in axis] == [0, 8, 16, 24]
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    inner = axis[1][2]
+    assert not inner[:6].any() and not inner[-6:].any() and (inner[10:-10] == 1).all()
+    np.testing.assert_allclose(inner[6:10], [0.125, 0.375, 0.625, 0.875])
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_reach_is_how_far_a_change_is_felt(name):
     """Catches a stated receptive field that is too small, or much larger than it is."""

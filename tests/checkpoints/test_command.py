@@ -1,8 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `python -m dcae_jax.checkpoints`."""
 
-from dcae_jax.checkpoints import __main__
+import os
+
+import pytest
+
+from dcae_jax.checkpoints import __main__, integrity
 from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.runtime import lease
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs, with the checkpoints 1 and 2, and 3, and a copy's target that is not there."""
+    for name, steps in (("one", (1, 2)), ("other", (3,))):
+        for step in steps:
+            folder = tmp_path / name / "checkpoints" / str(step)
+            folder.mkdir(parents=True)
+            (folder / "weights").write_text(f"{name} {step}")
+            integrity.write(str(folder))
+        (tmp_path / name / "config.json").write_text(f'{{"config": "{name}"}}\n')
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": {steps[0]}}}\n')
+    return tmp_path / "one", tmp_path / "other", tmp_path / "there"
+
+
+def _contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _copy(source, target, capsys):
+    """(status, what it said)."""
+    status = __main__.main(["copy", str(source), str(target)])
+    return status, capsys.readouterr().err
+
+
+def test_a_copy_over_another_run_is_refused(runs, capsys):
+    """Catches the other run's config.json and metrics.jsonl lost, its checkpoints mixed in."""
+    one, other, there = runs
+    before = _contents(other)
+    status, said = _copy(one, other, capsys)
+    assert status == 2 and len(said.splitlines()) == 1
+    assert "holds another run (config.json differs); name a new or empty folder" in said
+    assert _contents(other) == before
+    # The same run, which went on in the copy.
+    assert _copy(one, there, capsys)[0] == 0
+    with open(there / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2}\n')
+    before = _contents(there)
+    status, said = _copy(one, there, capsys)
+    assert status == 2 and "(metrics.jsonl differs)" in said and _contents(there) == before
+
+
+@pytest.mark.parametrize("name", ["model.json", "latents.json", "checkpoints", "metrics.jsonl"])
+def test_a_copy_into_anything_else_is_refused(name, runs, tmp_path, capsys):
+    """Catches an export or latents that become a run too, and links that are written through."""
+    one, other, there = runs
+    there.mkdir()
+    if (other / name).exists():
+        (there / name).symlink_to(other / name)
+    else:
+        (there / name).write_text("{}")
+    before = _contents(other)
+    status, said = _copy(one, there, capsys)
+    assert status == 2 and len(said.splitlines()) == 1 and name in said
+    assert os.listdir(there) == [name] and _contents(other) == before
+
+
+def test_a_copy_waits_for_no_owner_of_its_target(runs, capsys):
+    """Catches checkpoints added under a job that runs there."""
+    one, _, there = runs
+    with lease.hold(str(there)):
+        status, said = _copy(one, there, capsys)
+    assert status == 2 and "is in use by process" in said and len(said.splitlines()) == 1
+    assert not there.exists()
+
+
+def test_an_interrupted_copy_is_completed_by_the_same_command(runs, monkeypatch, capsys):
+    """Catches a half that stops the next attempt, and a checkpoint without its config.json."""
+    one, _, there = runs
+    copy = integrity.copy
+
+    def killed(source, target):
+        if target.endswith("2"):
+            half = there / "checkpoints" / "2.77.tmp"
+            half.mkdir()
+            (half / "weights").write_text("on")
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(integrity, "copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _copy(one, there, capsys)
+    assert checkpoints.saved_steps(str(there)) == [1] and (there / "config.json").exists()
+    monkeypatch.setattr(integrity, "copy", copy)
+    with open(one / "metrics.jsonl", "a") as file:  # its run goes on
+        file.write('{"step": 2}\n')
+    assert _copy(one, there, capsys)[0] == 0
+    assert _contents(there) == _contents(one)
+    assert _copy(one, there, capsys)[0] == 0
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):

@@ -3,9 +3,11 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dcae_jax import config as config_lib
 from dcae_jax.checkpoints import manager as checkpoints
+from dcae_jax.errors import UserError
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import state as state_lib
@@ -37,3 +39,11 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(small, tmp_path, monkeypat
         places = jax.tree.map(lambda a, b: a.sharding == b.sharding, abstract, back)
         assert all(jax.tree.leaves(places))
     manager.close()
+
+
+def test_a_checkpoint_that_is_a_link_is_refused(tmp_path):
+    """Catches a manager that stops, or removes another run's checkpoint, when its turn comes."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "2").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="checkpoints/2 is a link; put there what it points to"):
+        checkpoints.open_manager(str(tmp_path / "run"), 3)

@@ -23,6 +23,17 @@ def test_identity_names_what_differs_and_lets_speed_keys_pass():
     assert changes == {"batch_size": (256, 64), "optimizer.b1": (0.9, 0.5)}
 
 
+@pytest.mark.parametrize("before", ["constant", "cosine"])
+@pytest.mark.parametrize("now", ["constant", "cosine"])
+def test_steps_are_identity_where_the_schedule_ends_at_them(before, now):
+    """Catches a learning rate that jumps from near 0 back up, for a few steps more."""
+    a, b = config_lib.default(), config_lib.default()
+    a.steps, b.steps = 1000, 2000
+    a.optimizer.schedule, b.optimizer.schedule = before, now
+    changes = config_lib.identity_changes(to_json(a), to_json(b))
+    assert ("steps" in changes) == ("cosine" in (before, now))
+
+
 @pytest.mark.parametrize("key", list(config_lib.flatten(config_lib.default().to_dict())))
 def test_a_resumed_run_shares_every_key_of_its_identity_and_no_other(key):
     """Catches a key that leaves the identity, so that a run goes on as another one, and a resume

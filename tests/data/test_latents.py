@@ -77,8 +77,12 @@ def test_a_record_comes_back_as_it_was_written(dtype):
     back, label, number = latents.unpack(record)
     assert back.dtype == values.dtype and (label, number) == (70_000, 2**40)
     np.testing.assert_array_equal(back, values)
-    for broken in (record[:-2], record[:9], b"JPEG" + record[4:]):
-        with pytest.raises(ValueError):
+    for broken, message in (
+        (record[:-2], "says that its shape is"),
+        (record[:9], "no record of latents"),
+        (b"JPEG" + record[4:], "no record of latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
             latents.unpack(broken)
 
 

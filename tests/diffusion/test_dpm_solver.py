@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.gaussian import BETAS, COUNTS, START, chain_model, epsilon_of, exact, order_of
+from support.gaussian import (
+    BETAS,
+    COUNTS,
+    START,
+    WIDE,
+    chain_model,
+    epsilon_of,
+    exact,
+    order_of,
+)
 
 from dcae_jax.diffusion import dpm_solver, samplers
 
@@ -24,7 +33,7 @@ def largest_error(objective, sampler, steps):
         samplers.sample, model, objective=objective, sampler=sampler, steps=steps
     )
     log_alpha = np.log(np.cumprod(1 - BETAS[objective])) / 2
-    return np.abs(jax.jit(run)(START) - exact(START, log_alpha[-1], log_alpha[0])).max()
+    return np.abs(jax.jit(run)(WIDE) - exact(WIDE, log_alpha[-1], log_alpha[0])).max()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from support.gaussian import (
     DEVIATION,
     MEAN,
     START,
+    WIDE,
     chain_log_alpha,
     chain_model,
     epsilon_of,
@@ -48,12 +49,74 @@ def test_dormand_prince_has_the_published_coefficients_and_keeps_its_tolerance()
     np.testing.assert_allclose(samplers._A[:6, :5], integrate.RK45.A, rtol=1e-14)
     np.testing.assert_allclose(samplers._A[6, :6], integrate.RK45.B, rtol=1e-14)
     np.testing.assert_allclose(samplers._C[:6], integrate.RK45.C, rtol=1e-14)
+    assert samplers._C[6] == 1 and not np.triu(samplers._A).any()
     error = samplers._A[6] - samplers._ORDER_4
     np.testing.assert_allclose(error, -2 / 3 * integrate.RK45.E, rtol=1e-12, atol=1e-16)
     for rtol, most in ((1e-3, 2e-2), (1e-6, 2e-5), (1e-9, 2e-8)):
         solve = jax.jit(functools.partial(samplers.dopri5, velocity, rtol=rtol, atol=rtol / 1e3))
         off = np.abs(solve(START, None) - (MEAN + DEVIATION * START)).max()
         assert 1e-3 * most < off < most
+
+
+def times_of_dopri5(f, x, rtol, atol, h):
+    """When torchdiffeq's dopri5 evaluates f(x, t), of one number x, from 0 to 1."""
+    a, c, b = integrate.RK45.A, integrate.RK45.C, integrate.RK45.B
+    t, first, times = 0.0, f(x, 0.0), [0.0]
+    while t < 1:
+        k = [first]
+        for i in range(1, 6):
+            k.append(f(x + h * a[i, :i] @ k, t + c[i] * h))
+        new = x + h * b @ k
+        k.append(f(new, t + h))
+        times += [*(t + c[1:] * h), t + h]
+        error = abs(h * (-2 / 3 * integrate.RK45.E) @ k) / (atol + rtol * max(abs(x), abs(new)))
+        if error < 1:
+            x, t, first = new, t + h, k[-1]
+        h *= min(10, max(0.9 * error ** (-1 / 5), 1 if error < 1 else 0.2))
+        h = min(h, 1 - t)
+    return times
+
+
+@pytest.mark.parametrize("wave", [0.0, 60.0])
+def test_dormand_prince_chooses_its_steps_as_torchdiffeq_does(wave):
+    """Catches another safety factor, exponent, bound of growth, first step or tolerance, steps
+    that are taken in spite of their error, and slopes that are not those of the step before."""
+    seen = []
+
+    def model(x, t, _=None):
+        seen.append(float(t[0]))
+        return velocity(x, t) + wide(wave * jnp.sin(2 * wave * t))
+
+    def f(x, t):
+        return float(velocity(np.full((1, 1, 1, 1), x), np.full(1, t)).item()) + wave * np.sin(
+            2 * wave * t
+        )
+
+    with jax.disable_jit():
+        samplers.sample(model, jnp.zeros((1, 1, 1, 1)), objective="flow", steps=1)
+    np.testing.assert_allclose(seen, times_of_dopri5(f, 0.0, 1e-3, 1e-6, 0.01), rtol=1e-6)
+    assert (np.diff(seen) < 0).any() == bool(wave)  # where a step was refused
+
+
+@pytest.mark.parametrize(
+    "objective, sampler",
+    [(o, s) for o, names in samplers.SAMPLERS.items() for s in names if s != "dopri5"],
+)
+def test_steps_are_evaluations_of_the_model(objective, sampler):
+    """Catches an evaluation more or less than asked for, which a compiled loop hides."""
+    calls = []
+
+    def model(x, time, _):
+        calls.append(time)
+        return jnp.concatenate([x] * (1 + (objective == "learned_sigma")), axis=-1)
+
+    keys = samplers.sample_keys(0, jnp.arange(2))
+    x = samplers.initial_noise(keys, (2, 1, 3))
+    for steps in (2, 4):
+        calls.clear()
+        with jax.disable_jit():
+            samplers.sample(model, x, objective=objective, sampler=sampler, steps=steps, keys=keys)
+        assert len(calls) == steps
 
 
 def test_dormand_prince_arrives_whatever_the_company():
@@ -148,8 +211,8 @@ def test_the_last_ancestral_step_adds_no_noise(objective):
         lambda x, keys: samplers.sample(
             model, x, objective=objective, sampler="ddpm", steps=10, keys=keys
         )
-    )(START, samplers.sample_keys(0, jnp.arange(9)))
-    np.testing.assert_allclose(x, np.full_like(START, MEAN), rtol=1e-9)
+    )(WIDE, samplers.sample_keys(0, jnp.arange(9)))
+    np.testing.assert_allclose(x, np.full_like(WIDE, MEAN), rtol=1e-9)
 
 
 def test_a_respaced_chain_is_as_noisy_at_its_steps():
@@ -189,7 +252,7 @@ def network(x, time, labels):
 
 def test_guidance_extrapolates_from_no_label_to_the_label():
     """Catches s for s - 1, two calls for one, and a sigma that is guided as well."""
-    x, time = jnp.asarray(START[:3]), jnp.array([200.0, 500.0, 800.0])
+    x, time = jnp.asarray(WIDE[:3]), jnp.array([200.0, 500.0, 800.0])
     labels, calls = jnp.array([2, 0, 5]), []
 
     def counted(x, time, labels):
@@ -202,13 +265,13 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
 
     cond, uncond = network(x, time, labels), network(x, time, jnp.full(3, 9))
     y = guided(3.0)
-    assert calls == [(6, 1, 1, 1)]
-    np.testing.assert_allclose(y[..., :1], (uncond + 3 * (cond - uncond))[..., :1], rtol=1e-12)
-    np.testing.assert_array_equal(y[..., 1:], cond[..., 1:])
+    assert calls == [(6, 2, 1, 3)]
+    np.testing.assert_allclose(y[..., :3], (uncond + 3 * (cond - uncond))[..., :3], rtol=1e-12)
+    np.testing.assert_array_equal(y[..., 3:], cond[..., 3:])
 
     calls.clear()
     np.testing.assert_array_equal(guided(1.0), cond)
-    assert calls == [(3, 1, 1, 1)]
+    assert calls == [(3, 2, 1, 3)]
     np.testing.assert_allclose(guided(jnp.asarray(1.0)), cond, rtol=1e-12)
     each = guided(jnp.array([1.0, 3.0, 1.0]))
     np.testing.assert_allclose(each, jnp.stack([cond[0], y[1], cond[2]]), rtol=1e-12)
@@ -268,6 +331,7 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
         (dict(objective="flow", sampler="heun", steps=31), "take an even number"),
         (dict(objective="epsilon", steps=0), "steps=0 must be at least 1"),
         (dict(objective="epsilon", sampler="ddpm", steps=1001), "between 2 and 1000"),
+        (dict(objective="epsilon", sampler="ddpm", steps=1), "between 2 and 1000"),
     ],
 )
 def test_settings_that_cannot_be_sampled_are_named(settings, message):

@@ -85,6 +85,7 @@ def test_pairs_are_checked():
         metrics.psnr(np.zeros((2, 8, 8, 3)), np.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match="at least 6x6"):
         metrics.ssim(np.zeros((1, 5, 8, 3)), np.zeros((1, 5, 8, 3)))
+    assert metrics.ssim(np.zeros((1, 6, 6, 3)), np.zeros((1, 6, 6, 3))) == 1
 
 
 def rows(count=60, dim=7, seed=0):
@@ -126,8 +127,11 @@ def test_moments_count_a_padded_batch_once():
 
 def test_moments_of_nothing_are_refused():
     """Fails if a covariance is divided by n - 1 where n is 0."""
-    with pytest.raises(ValueError, match="at least 2 pictures"):
-        metrics.moments_finalize(metrics.moments_init(7))
+    x = rows(2)
+    for few in (metrics.moments_init(7), accumulate([(x[:1], None)])):
+        with pytest.raises(ValueError, match="at least 2 pictures"):
+            metrics.moments_finalize(few)
+    assert_moments(accumulate([(x, None)]), x)
 
 
 def test_moments_do_not_drift():
@@ -135,13 +139,17 @@ def test_moments_do_not_drift():
     x = np.full((1, 4), 0.1, np.float32)
     state = metrics.moments_init(4)
     state["count"], state["sum"] = jnp.float32(1), jnp.full((4,), 2.0**21, jnp.float32)
+    state["outer"] = jnp.full((4, 4), 2.0**18, jnp.float32)
 
     @jax.jit
     def many(state):
         return jax.lax.fori_loop(0, 4000, lambda _, s: metrics.moments_update(s, x), state)
 
-    mu, _ = metrics.moments_finalize(many(state))
-    np.testing.assert_allclose(mu * 4001, 2.0**21 + 4000 * np.float64(x[0]), rtol=1e-7)
+    mu, sigma = metrics.moments_finalize(many(state))
+    total = 2.0**21 + 4000 * np.float64(x[0])
+    np.testing.assert_allclose(mu * 4001, total, rtol=1e-7)
+    outer = 2.0**18 + 4000 * np.float64(x[0, 0]) ** 2
+    np.testing.assert_allclose(sigma * 4000 + np.outer(total, total) / 4001, outer, rtol=1e-6)
 
 
 def test_moments_on_all_devices():

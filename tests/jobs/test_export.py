@@ -92,6 +92,26 @@ def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
     assert status == 0 and "holds no scaling factor" in said
 
 
+def test_the_authors_factor_reaches_diffusers(run_export, tmp_path, monkeypatch):
+    """Catches a factor that is lost where the variant is named, and one that is made up."""
+    small = dataclasses.replace(PUBLISHED, scaling_factor=None)
+    monkeypatch.setitem(dcae.VARIANTS, "f32c32", small)
+    write_folder(tmp_path / "hub", PUBLISHED, random_weights(PUBLISHED), "authors")
+    status, said, out = run_export(
+        tmp_path / "hub", "diffusers", "--config.model.variant=f32c32", out="a"
+    )
+    assert status == 0, said
+    with open(os.path.join(out, "config.json")) as file:
+        assert json.load(file)["scaling_factor"] == 0.4552
+    status, said, out = run_export(
+        tmp_path / "hub", "diffusers", "--config.model.variant=dc-ae-f32c32-in-1.0", out="b"
+    )
+    assert status == process.MISTAKE and "states 0.4552" in said and not os.path.exists(out)
+    file = tmp_path / "hub" / hub.AUTHORS_FILE  # by itself it has no factor
+    status, said, out = run_export(file, "diffusers", "--config.model.variant=f32c32", out="c")
+    assert status == 0 and "is not known, and is written as 1.0" in said
+
+
 # Runs the example on each NAME.npy where this package cannot be imported -> NAME.npz.
 ELSEWHERE = """
 import os, runpy, sys

@@ -32,10 +32,15 @@ PROMISED = {  # the contract of plan.json
 }  # fmt: skip
 
 
-def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch):
-    """Catches a planner that describes another program: without donation, or another layout."""
+def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch, capsys):
+    """Catches a planner that describes another program: without donation, or another layout; and a
+    plan that says nothing for the minutes that it takes."""
     workdir = tmp_path / "plan"
     assert main.main(planning.arguments(workdir)) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{planning.PHASE1} on cpu: topology 1 of 1"
+    assert said[1] == "cpu at 32, batch 8: compiling (program 1 of 1)"
+    assert said[2].startswith("cpu at 32, batch 8: done in ")
     (row,) = json.loads((workdir / plan.PLAN).read_text())
     assert row.keys() >= PROMISED
 

@@ -52,7 +52,11 @@ def _environment():
 
 def _start(workdir, *changes):
     return subprocess.Popen(
-        _command(workdir, *changes), env=_environment(), stderr=subprocess.PIPE, text=True
+        _command(workdir, *changes),
+        env=_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -66,15 +70,20 @@ def _finish(workdir, *changes):
 
 def _interrupt(workdir, after_row, number):
     """Sends a signal after a first checkpoint and the row of `after_row`; returns the status."""
-    process = _start(workdir)
+    # A terminal sends Ctrl-C to all processes of the job.
+    process = _start(workdir, *(["data.workers=1"] if number == signal.SIGINT else []))
     deadline = time.time() + 240
     while time.time() < deadline and process.poll() is None:
         rows = files.read_rows(str(workdir))
         if checkpoints.saved_steps(str(workdir)) and rows and rows[-1]["step"] >= after_row:
             break
         time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert "Traceback" not in said, said[-3000:]
     return process.returncode
 
 
@@ -141,12 +150,12 @@ def test_tensorboard_shows_the_rows(whole):
     assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
     """Catches anything that a checkpoint forgets: moments, averages, data, means of metrics."""
     workdir = tmp_path / "run"
     status = _interrupt(workdir, 10, number)
-    assert status == (preemption.STATUS if number == signal.SIGTERM else -signal.SIGKILL)
+    assert status == (-number if number == signal.SIGKILL else preemption.STATUS)
     steps = checkpoints.saved_steps(str(workdir))
     assert steps and steps[-1] < 40
     said = _finish(workdir)
@@ -163,14 +172,18 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(small, alone, tmp_pat
     assert run_job(train, small, workdir) == train.DONE
     assert files.read_rows(workdir) == before and "is done: step 4 of 4" in caplog.text
     small.steps = 6
+    with pytest.raises(UserError, match="steps was 4, is 6; use another"):  # of a cosine schedule
+        run_job(train, small, workdir)
+    small.allow_change = ("steps",)
     assert run_job(train, small, workdir) == train.DONE
+    assert "learning rate, 0 at step 4, goes on from 0.0004" in caplog.text  # half the peak
     assert [row["step"] for row in files.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_configuration_is_refused_unless_allowed(small, alone, tmp_path, caplog):
     """Catches a run that goes on with another batch size as if nothing had changed."""
     workdir = str(tmp_path / "run")
-    small.steps = 2
+    small.steps, small.optimizer.schedule = 2, "constant"
     run_job(train, small, workdir)
     small.steps, small.batch_size, small.ema_decay = 4, 8, 0.5
     with pytest.raises(UserError, match="batch_size was 4, is 8; ema_decay was 0.99, is 0.5"):
@@ -212,7 +225,7 @@ def test_ten_steps_without_a_finite_loss_stop_the_run(small, alone, tmp_path):
     run_job(train, small, workdir)
     small.steps, small.max_skipped, small.save_every = 40, 3, 100
     small.optimizer.learning_rate = 1e38  # the step after the first overflows
-    small.allow_change = ("optimizer",)
+    small.allow_change = ("optimizer", "steps")
     with pytest.raises(nan_guard.Diverged, match="3 consecutive steps"):
         run_job(train, small, workdir)
     assert checkpoints.saved_steps(workdir) == [2, 4]
@@ -281,7 +294,7 @@ def _terminate_at(workdir, step):
 def test_an_allowed_change_is_recorded(small, alone, tmp_path):
     """Catches a run whose config.json says it always had its last configuration."""
     workdir = tmp_path / "run"
-    small.steps = 2
+    small.steps, small.optimizer.schedule = 2, "constant"
     run_job(train, small, str(workdir))
     small.steps, small.ema_decay = 4, 0.5
     with pytest.raises(UserError, match="ema_decay was 0.99, is 0.5"):

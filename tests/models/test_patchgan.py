@@ -33,6 +33,19 @@ def test_logits_equal_those_of_pytorch(channels, depth, one_device):
     np.testing.assert_allclose(found, want, atol=2e-5 * np.abs(want).max())
 
 
+def test_norms_have_the_eps_of_pytorch(one_device):
+    """Catches another eps of GroupNorm, which images of ordinary contrast hide."""
+    spec = _spec(one_device, 8, 2)
+    model = weights_lib.merge(spec.graphdef, phase3_golden.discriminator_weights(1, 8, 2))
+    x = 3e-3 * np.random.default_rng(0).normal(size=(2, 4, 4, 16)).astype(np.float32)
+    groups = x.reshape(2, 16, 8, 2).astype(np.float64)  # pixels, groups, channels
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    want = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+    norm = model.norms[0]
+    want = want * np.asarray(norm.scale) + np.asarray(norm.bias)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, atol=1e-5)
+
+
 def test_patchgan_has_the_published_size_and_patches(one_device):
     """Catches a layer too many or a stride wrong: 70-pixel patches, 2.77 M weights."""
     spec = _spec(one_device, 64, 3)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What UViT and DiT have in common, against PyTorch's numbers and against themselves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -87,6 +88,27 @@ def test_loops_and_recomputation_change_neither_prediction_nor_gradient(model):
             np.testing.assert_allclose(found[name] / scale, value / scale, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("model", ["uvit", "dit"])
+def test_remat_keeps_less(model):
+    """Catches a remat policy that keeps every activation, which costs time and saves nothing."""
+    arch = dataclasses.replace(arch_of(model), depth=8, latent_size=8)
+    inputs = jnp.zeros((4, 8, 8, arch.latent_channels)), jnp.ones(4), jnp.zeros(4, jnp.int32)
+
+    def temporaries(remat):
+        form = dict(dtype="float32", remat=remat, unroll=False)
+        graph, params, stats = weights_lib.split(
+            weights_lib.abstract(lambda rngs: module_of(model).create(arch, rngs=rngs, **form))
+        )
+
+        def loss(weights):
+            return jnp.mean(jnp.square(weights_lib.merge(graph, weights)(*inputs)))
+
+        program = jax.jit(jax.grad(loss)).lower({**params, **stats}).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=True) < 0.5 * temporaries(remat=False)
+
+
 @pytest.mark.parametrize("model", ["uvit", "dit-p2"])
 def test_bfloat16_stays_close_to_float32(model):
     """Catches a softmax, a norm or the time's features computed in half precision."""
@@ -138,7 +160,8 @@ def test_scores_and_softmax_are_float32():
     want = np.exp(scores[1]) / np.exp(scores).sum()
     assert abs(float(attention(x)[0, 0, 0]) - want) < 2**-8
     program = str(jax.make_jaxpr(attention)(x)).splitlines()
-    assert all("f32" in line and "bf16" not in line for line in program if "= exp " in line)
+    exponentials = [line for line in program if "= exp " in line]
+    assert exponentials and all("f32" in line and "bf16" not in line for line in exponentials)
 
 
 def test_patches_are_cut_and_joined_in_the_same_order():

@@ -22,7 +22,7 @@ def test_a_mistake_in_the_planned_job_comes_back_from_its_process():
     """Catches a job's own error lost in the subprocess, or reported as a crash."""
     settings = Plan(config=planning.PHASE1, overrides=(*planning.SMALL, "mesh.fsdp=3"))
     with pytest.raises(UserError, match="does not fit 8 devices"):
-        compile.compile_in_subprocess(settings, "cpu", 32, 8)
+        compile.compile_in_subprocess(settings, "cpu", 32, 8, "")
 
 
 def test_flops_count_every_microbatch(small, one_device):
@@ -87,7 +87,7 @@ def test_samples_that_do_not_divide_are_refused():
     """Catches a searched batch that does not reach the sampler, or that no run would take."""
     settings = Plan(config=planning.SAMPLE, generator=planning.UVIT, overrides=planning.SAMPLING)
     with pytest.raises(UserError, match="sample.batch_size=12.*try 8 or 16"):
-        compile.compile_in_subprocess(settings, "cpu", 64, 12)
+        compile.compile_in_subprocess(settings, "cpu", 64, 12, "")
 
 
 def test_without_averages_the_state_has_none(small, one_device):

@@ -48,7 +48,7 @@ def test_find_batch_plans_what_it_found(monkeypatch, settings, steps):
     """Catches a search whose result is not the batch of the row, or which compiles it twice."""
     seen = []
 
-    def fake(settings, text, size, batch):
+    def fake(settings, text, size, batch, part):
         seen.append(batch)
         return _facts(topology=text, size=size, batch_size=batch, peak_bytes=batch * 1e9)
 

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import ROOT
 from support.published_weights import SMALL, hollow_file, random_weights, same, write_folder
 
 from dcae_jax.checkpoints import weights as checkpoint_weights
@@ -70,13 +72,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         del args
 
 
-def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
+@pytest.mark.parametrize("form", ["diffusers", "authors"])
+def test_a_hub_name_is_fetched_once_and_then_read_without_network(form, tmp_path, monkeypatch):
     """Catches a second download, a cache of our own, and a traceback or half a minute of retries
     where there is no network."""
     pytest.importorskip("huggingface_hub")
     arch = SMALL["dc-ae-f32c128-1.5"]
     weights = random_weights(arch)
-    write_folder(tmp_path / "hub" / "", arch, weights)
+    # A published name stands for a small model.
+    monkeypatch.setitem(dcae.VARIANTS, "1.5-f32c128", arch)
+    write_folder(tmp_path / "hub" / "", arch, weights, form)
     Hub.folder, Hub.asked = str(tmp_path / "hub"), []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -84,6 +89,9 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
         "import sys\n"
         "from dcae_jax.checkpoints import weights as checkpoint\n"
         "from dcae_jax.errors import UserError\n"
+        "from dcae_jax.models import dcae\n"
+        "from support.published_weights import SMALL\n"
+        "dcae.VARIANTS['1.5-f32c128'] = SMALL['dc-ae-f32c128-1.5']\n"
         "for line in sys.stdin:\n"
         "    try:\n"
         "        w, saved = checkpoint.load_weights(line.strip())\n"
@@ -97,6 +105,7 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]),
     }
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
@@ -111,7 +120,8 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(tmp_path):
         assert load("mit-han-lab/dc-ae-f32c128-1.5-diffusers") == first
         assert len(Hub.asked) == asked
         other = load("mit-han-lab/another")
-        gets = [path for path in Hub.asked if path.endswith(hub.DIFFUSERS_FILE)]
+        wanted = {"diffusers": hub.DIFFUSERS_FILE, "authors": hub.AUTHORS_FILE}[form]
+        gets = [path for path in Hub.asked if path.endswith(wanted)]
         server.shutdown()
         server.server_close()
         again = load("mit-han-lab/dc-ae-f32c128-1.5-diffusers")
@@ -162,6 +172,28 @@ def test_a_download_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert asked == [True, False, True]
 
 
+def test_half_precision_is_fetched_where_there_is_no_other(tmp_path, monkeypatch):
+    """Catches a hub model of half precision that is never found, and twice the bytes of another."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    arch = SMALL["dc-ae-f32c128-1.5"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    half = "diffusion_pytorch_model.fp16.safetensors"
+    asked = []
+
+    def download(name, *, allow_patterns, local_files_only):
+        asked.append(any(fnmatch.fnmatch(half, pattern) for pattern in allow_patterns))
+        assert not any(fnmatch.fnmatch("unet/" + half, pattern) for pattern in allow_patterns)
+        if asked[-1]:
+            save_file(tensors, tmp_path / "hub" / half)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    same(weights, checkpoint_weights.load_weights("somebody/something")[0])
+    assert asked == [False, False, True]
+
+
 # --- files that are not what they claim -----------------------------------------------------------
 
 
@@ -206,6 +238,35 @@ def test_a_damaged_or_hostile_file_is_refused_before_it_is_read(header, words, t
     assert words in message and "\n" not in message and len(message) < 300
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.png", "x.pt"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\x89PNG\r\n\x1a\n", "is a PNG image, not weights"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "is a JPEG image"),
+        (b"<!DOCTYPE html>", "is a web page"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(name, content, words, tmp_path):
+    """Catches an image that is to be fetched again."""
+    if name == "x.pt":
+        pytest.importorskip("torch")
+    (tmp_path / name).write_bytes(content + bytes(100))
+    with pytest.raises(UserError) as caught:
+        checkpoint_weights.load_weights(str(tmp_path / name))
+    message = str(caught.value)
+    assert words in message and "name a .safetensors" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.npz"])
+def test_an_archive_is_told_to_have_its_name(name, tmp_path):
+    """Catches a traceback for a cut .npz, and a PyTorch file under a wrong name fetched again."""
+    np.savez(tmp_path / "whole.npz", a=np.ones(99))
+    (tmp_path / name).write_bytes((tmp_path / "whole.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"is a zip archive \(.*must end in .pt\), not weights"):
+        checkpoint_weights.load_weights(str(tmp_path / name))
+
+
 def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     """Catches a model that is half loaded, and an error that does not say what to do."""
     arch = SMALL["dc-ae-f32c32-sana-1.1"]
@@ -236,6 +297,8 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
         ({}, "no weights: neither"),
         ({"config.json": "{"}, "no readable JSON"),
         ({"config.json": "[1]"}, "no JSON object"),
+        ({"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {}}'}, "weight_map"),
+        ({"phase1/config.json": "{}", "phase3/config.json": "{}"}, "several phases; name one: "),
         ({"a.safetensors": "", "b.safetensors": ""}, "several files of weights (a.safetensors"),
         ({"model.json": '{"kind": "generator"}'}, "kind='generator'"),
         ({"model.json": '{"kind": "autoencoder"}'}, "incomplete export"),
@@ -244,6 +307,7 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
 def test_a_folder_that_holds_no_model_says_what_is_missing(files, words, tmp_path):
     """Catches a KeyError or Orbax's traceback for a folder of something else."""
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as caught:
         checkpoint_weights.load_weights(str(tmp_path))

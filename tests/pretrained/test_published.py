@@ -115,6 +115,48 @@ def test_fine_tuned_weights_carry_their_own_scaling_factor(tmp_path):
     assert dcae.architecture(saved.model) == arch
 
 
+@pytest.mark.parametrize(
+    "beside, variant, factor",
+    [
+        ({"model_name": "dc-ae-f32c32-mix-1.0"}, "", 0.4552),
+        ({"model_name": "dc-ae-f32c32-mix-1.0"}, "f32c32", 0.4552),
+        ({"model_name": "dc-ae-f32c32-mix-1.0"}, "dc-ae-f32c32-mix-1.0", 0.4552),
+        ({"model_name": "dc-ae-f32c32-mix-1.0"}, "dc-ae-f32c32-in-1.0", "states 0.4552; leave"),
+        ({"model_name": "my-model"}, "f32c32", None),
+        ({"model_name": "my-model"}, "dc-ae-f32c32-in-1.0", 0.3189),
+        ({"scaling_factor": 0.7}, "f32c32", 0.7),
+        ({"scaling_factor": 0.7}, "dc-ae-f32c32-in-1.0", "states 0.7; leave"),
+        ({"scaling_factor": 1.0}, "dc-ae-f32c32-in-1.0", 0.3189),
+        ({"scaling_factor": "0.7"}, "f32c32", None),
+    ],
+)
+def test_the_factor_beside_the_weights_goes_before_that_of_a_variant(
+    beside, variant, factor, tmp_path, monkeypatch
+):
+    """Catches the factor lost, or replaced by that of other weights, where a variant is named."""
+    small = dataclasses.replace(SMALL["dc-ae-f32c32-mix-1.0"], scaling_factor=None)
+    monkeypatch.setitem(dcae.VARIANTS, "f32c32", small)
+    form = "authors" if "model_name" in beside else "diffusers"
+    write_folder(tmp_path / "hub", small, random_weights(small), form)
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(beside))
+    if isinstance(factor, str):
+        with pytest.raises(UserError, match=factor):
+            checkpoint_weights.load_weights(str(tmp_path / "hub"), variant=variant)
+        return
+    _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"), variant=variant)
+    assert dcae.architecture(saved.model).scaling_factor == factor
+
+
+def test_a_variant_with_a_factor_gives_way_to_the_folders_own(tmp_path, monkeypatch):
+    """Catches fine-tuned weights that get the factor of the model they began as."""
+    small = SMALL["dc-ae-f32c32-sana-1.1"]
+    monkeypatch.setitem(dcae.VARIANTS, "f32c32-sana", small)
+    arch = dataclasses.replace(small, scaling_factor=0.7)
+    write_folder(tmp_path / "hub", arch, random_weights(arch))
+    _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"), variant="f32c32-sana")
+    assert dcae.architecture(saved.model) == arch
+
+
 def test_half_precision_and_shards_are_read(tmp_path):
     """Catches bfloat16 read as integers, and the first of several files taken for all."""
     arch = SMALL["dc-ae-f32c32-sana-1.1"]
@@ -131,6 +173,69 @@ def test_half_precision_and_shards_are_read(tmp_path):
     read, _ = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}
     same(want, read)
+
+
+@pytest.mark.parametrize("stem", [hub.DIFFUSERS_FILE, hub.AUTHORS_FILE])
+@pytest.mark.parametrize("naming", ["{}.index.fp16.json", "{stem}.fp16.safetensors.index.json"])
+def test_full_precision_goes_before_half(stem, naming, tmp_path, caplog):
+    """Catches half precision that is not found alone, and that wins unsaid beside the full one."""
+    caplog.set_level("INFO")
+    arch = SMALL["dc-ae-f32c32-sana-1.1"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    halves = {n: v.astype(ml_dtypes.bfloat16) for n, v in tensors.items()}
+    bare = stem.removesuffix(".safetensors")
+
+    def write(index, file, content):
+        save_file(content, tmp_path / "hub" / file)
+        index = tmp_path / "hub" / index
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(content, file)}))
+
+    write(naming.format(stem, stem=bare), f"{bare}.fp16-00001-of-00001.safetensors", halves)
+    read, _ = checkpoint_weights.load_weights(str(tmp_path / "hub"))
+    same({k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}, read)
+    assert "read in half precision" in caplog.text
+    caplog.clear()
+    write(f"{stem}.index.json", f"{bare}-00001-of-00001.safetensors", tensors)
+    same(weights, checkpoint_weights.load_weights(str(tmp_path / "hub"))[0])
+    assert "read in full precision, not in half" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["dcae", "sdvae"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "ema."])
+def test_what_wrappers_put_before_names_is_removed(prefix, kind, tmp_path, caplog):
+    """Catches a DistributedDataParallel's or a compiled model's weights refused as another's."""
+    caplog.set_level("INFO")
+    arch = KL if kind == "sdvae" else SMALL["dc-ae-f32c32-sana-1.1"]
+    weights = random_weights(arch)
+    tensors = write_folder(tmp_path / "hub", arch, weights)
+    wrapped = {prefix + name: value for name, value in tensors.items()}
+    if prefix == "ema.":
+        wrapped |= {f"model.{name}": value + 1 for name, value in tensors.items()}
+    save_file(wrapped, tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    same(weights, checkpoint_weights.load_weights(str(tmp_path / "hub"))[0])
+    said = prefix.replace("_orig_mod.", "")
+    assert not said or f"read the tensors named {said}*" in caplog.text
+
+
+def test_an_unknown_prefix_is_called_one(tmp_path):
+    """Catches Stable Diffusion's weights called Flux's for the names before them."""
+    tensors = write_folder(tmp_path / "hub", KL, random_weights(KL))
+    strange = {f"my_vae.{name}": value for name, value in tensors.items()}
+    save_file(strange, tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    with pytest.raises(UserError, match="the names begin with 'my_vae.'; write them without it"):
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
+
+
+def test_quantised_tensors_are_refused_by_name(tmp_path):
+    """Catches a traceback, or codes of quantised weights taken for their values."""
+    arch = SMALL["dc-ae-f32c32-sana-1.1"]
+    tensors = write_folder(tmp_path / "hub", arch, random_weights(arch))
+    tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"].astype(np.int8)
+    save_file(tensors, tmp_path / "hub" / hub.DIFFUSERS_FILE)
+    with pytest.raises(UserError, match="conv_in.bias has dtype int8; convert quantised weights"):
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
 
 
 def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
@@ -163,9 +268,27 @@ def test_a_pickle_of_weights_is_read_and_code_in_it_is_not_run(tmp_path):
     tensors = write_folder(tmp_path / "hub", arch, weights)
     plain = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
     os.remove(tmp_path / "hub" / hub.DIFFUSERS_FILE)
-    for content in (plain, {"state_dict": plain}):
+    wrong = {name: value + 1 for name, value in plain.items()}
+    for content in (
+        plain,
+        {"state_dict": plain},
+        {"model": plain, "optimizer": {}, "epoch": 3},
+        {"params": wrong, "params_ema": {f"module.{name}": v for name, v in plain.items()}},
+        {"model": wrong, "ema": {"module": plain}},
+        {name: torch.nn.Parameter(value) for name, value in plain.items()},
+    ):
         torch.save(content, tmp_path / "hub" / "weights.pt")
         same(weights, checkpoint_weights.load_weights(str(tmp_path / "hub"))[0])
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        name = next(iter(plain))
+        torch.save({**plain, name: plain[name].to(kind)}, tmp_path / "hub" / "weights.pt")
+        with pytest.raises(UserError, match=f"{name} has dtype float8_e.*quantised weights"):
+            checkpoint_weights.load_weights(str(tmp_path / "hub"))
+    itself = {}
+    itself["model"] = itself
+    torch.save(itself, tmp_path / "hub" / "weights.pt")
+    with pytest.raises(UserError, match="is not a state dict"):
+        checkpoint_weights.load_weights(str(tmp_path / "hub"))
 
     class Hostile:
         def __reduce__(self):

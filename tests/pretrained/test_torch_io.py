@@ -117,7 +117,7 @@ def test_command_refuses_wrong_files(tmp_path, capsys):
     save_file(alex, source)
     for message, arguments in {
         "no such file": (tmp_path / "absent.pth", f"--out={out}"),
-        "not readable safetensors": (tmp_path / "bad.safetensors", f"--out={out}"),
+        "no readable safetensors": (tmp_path / "bad.safetensors", f"--out={out}"),
         "must end in .safetensors": (source, f"--out={tmp_path / 'o.npz'}"),
         "create it first": (source, f"--out={tmp_path / 'no' / 'o.safetensors'}"),
         "--out": (source,),

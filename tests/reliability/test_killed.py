@@ -8,7 +8,7 @@ import pytest
 from support import killing
 
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.runtime import preemption
+from dcae_jax.runtime import preemption, process
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,14 @@ def test_sigterm_before_the_first_step_is_resumable(forks, data, tmp_path):
     status, _, said = forks(argv, signals, stderr=f"{workdir}.log", more=more)
     assert status == preemption.STATUS and "the same command" in said, said[-2000:]
     assert checkpoints.saved_steps(str(workdir)) == []
+
+
+@pytest.mark.xdist_group("killed")
+def test_a_second_ctrl_c_ends_at_once(forks, data, tmp_path):
+    """Catches a person who is made to wait for a save that was not wanted."""
+    workdir = tmp_path / "run"
+    argv = killing.arguments(workdir, data, save_every=100)
+    signals = [("step", 10, 0.0, signal.SIGINT)] * 2
+    status, _, said = forks(argv, signals, stderr=f"{workdir}.log")
+    assert status == process.INTERRUPTED and "press it again" in said, said[-2000:]
+    assert "Traceback" not in said and checkpoints.saved_steps(str(workdir)) == []

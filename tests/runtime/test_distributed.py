@@ -5,21 +5,16 @@ import importlib
 import inspect
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from support import CONFIGS, NARROW, ROOT, flags, run_job
-from support.processes import two_processes
+from support import ROOT
+from support.processes import JOINED, free_port, two_processes
 
-from dcae_jax import files
-from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.errors import UserError
-from dcae_jax.jobs import train
 from dcae_jax.runtime import distributed
 
 # --- who is there ---------------------------------------------------------------------------------
@@ -144,12 +139,6 @@ def test_a_reader_of_batches_joins_nothing(monkeypatch):
     distributed.initialize({"coordinator": "h"}, preemptible=True)  # flags that would be refused
 
 
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 # --- real processes -------------------------------------------------------------------------------
 
 ALONE = """
@@ -175,12 +164,12 @@ def _start(script, *arguments, **environment):
 
 def test_a_process_that_does_not_come_is_reported_by_all_that_do():
     """Catches a run that ends by a signal, or waits for ever, and says nothing to anybody."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     processes = {
         # Process 2 gives up after process 0, with which JAX's coordinator goes.
         0: _start(ALONE, address, 0, 6),
         2: _start(ALONE, address, 2, 9),
-        1: _start(ALONE, f"127.0.0.1:{_free_port()}", 1, 3),  # of which process 0 is not there
+        1: _start(ALONE, f"127.0.0.1:{free_port()}", 1, 3),  # of which process 0 is not there
     }
     for number, process in processes.items():
         said = process.communicate(timeout=100)[1]
@@ -206,18 +195,6 @@ def test_a_port_that_is_taken_is_told():
         said = process.communicate(timeout=100)[1]
     assert f"UserError: port {port} of --coordinator: " in said and "take a free one" in said
 
-
-JOINED = """
-import json, logging, sys
-logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
-settings = json.loads(sys.argv[1])
-from dcae_jax.runtime import distributed as hosts
-flags = {"coordinator": settings["address"], "num_processes": "2"}
-flags["process_id"] = str(settings["process"])
-hosts.initialize(flags, preemptible=True)
-hosts.initialize(flags, preemptible=True)
-import jax
-"""
 
 BY_CLUSTER = """
 import json, os, sys
@@ -307,106 +284,3 @@ def test_a_process_that_says_nothing_is_reported():
     began = time.monotonic()
     assert two_processes(SILENT, {}, JOINED)[1] == distributed.FAILED
     assert time.monotonic() - began < 100
-
-
-TRAINING = """
-sys.argv = sys.argv[:1]
-from support import CONFIGS, run_job
-from dcae_jax import config as config_lib
-from dcae_jax.jobs import train
-config = config_lib.load_file(CONFIGS + "/phase1.py", "tiny")
-config.update(settings["config"])
-config.mesh.update(settings["mesh"])
-print(json.dumps(run_job(train, config, settings["workdir"])))
-"""
-
-
-def _train(config, workdir, mesh=None):
-    """Two processes train `config` into `workdir`."""
-    changed = {key: config.to_dict()[key] for key in ("model", "evaluate", "optimizer")}
-    for key in ("resolution", "batch_size", "steps", "log_every", "save_every", "evaluate_every"):
-        changed[key] = config[key]
-    settings = {"config": changed, "workdir": str(workdir), "mesh": mesh or {}}
-    # JSON has no tuples, and the configuration takes nothing else.
-    script = TRAINING.replace('settings["config"]', repr(changed))
-    assert two_processes(script, settings, JOINED) == [0, 0]
-
-
-def _assert_same_rows(rows, wanted):
-    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
-    for row, want in zip(rows, wanted, strict=True):
-        values = {k: v for k, v in want.items() if not k.endswith("_s")}
-        assert row.keys() == want.keys()
-        for key, value in values.items():
-            # A ReLU that opens on one side alone is seen in the norm of the gradients at once.
-            tolerance = 5e-3 if key == "grad_norm" else 2e-4
-            floor = 1e-4 if key.startswith("ssim") else 1e-5  # of 1; an untrained model has 0.03
-            np.testing.assert_allclose(row[key], value, rtol=tolerance, atol=floor, err_msg=key)
-
-
-@pytest.mark.parametrize(
-    "mesh", [{}, pytest.param({"data": 1, "spatial": 4}, marks=pytest.mark.slow)]
-)
-def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp_path):
-    """Catches images read twice or by nobody, an evaluation of one process's share, rows written
-    by both, and a checkpoint that needs as many processes as wrote it."""
-    small.optimizer.eps = 1e-4  # or where a gradient is zero, Adam would step by rounding's sign
-    small.evaluate_every = 2
-    if mesh:
-        small.resolution, small.evaluate.resolutions = 128, (128,)
-    size = small.resolution
-    whole, parts = str(tmp_path / "whole"), tmp_path / "parts"
-    assert run_job(train, small, whole) == train.DONE
-    wanted = files.read_rows(whole)
-    small.steps = 2
-    _train(small, parts, mesh)
-    two = files.read_rows(str(parts))
-    _assert_same_rows(two, wanted[:2])
-    assert f"psnr_{size}" in two[1]
-    assert (parts / "images" / f"step0000002_{size}.png").exists()
-    small.steps = 4
-    assert run_job(train, small, str(parts)) == train.DONE
-    _assert_same_rows(files.read_rows(str(parts)), wanted)
-
-
-@pytest.mark.slow
-def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
-    """Catches processes that stop at different steps, of which one waits for ever."""
-    settings = {
-        **NARROW,
-        "steps": 2000,
-        "log_every": 1,
-        "save_every": 1000,
-        "evaluate_every": 0,
-    }
-    command = [
-        *(sys.executable, "-m", "dcae_jax.main", f"--workdir={tmp_path / 'run'}"),
-        f"--config={os.path.join(CONFIGS, 'phase1.py')}:tiny",
-        *flags(settings),
-        *(f"--coordinator=127.0.0.1:{_free_port()}", "--num_processes=2"),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": ROOT,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
-    }
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_id={i}"], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
-    try:
-        end = time.monotonic() + 300
-        while not files.read_rows(str(tmp_path / "run")) and time.monotonic() < end:
-            time.sleep(0.1)
-        processes[1].send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [75, 75], said[0][-2000:]
-    (step,) = checkpoints.saved_steps(str(tmp_path / "run"))
-    for i, text in enumerate(said):
-        assert f"process {i} of 2 on" in text and "2 of 4 devices" in text
-        assert f"saved at step {step} after a signal" in text

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,14 +111,14 @@ def test_what_a_killed_owner_had_half_written_is_removed(tmp_path):
 def test_the_other_processes_of_one_run_need_no_lock(tmp_path):
     """Catches a distributed run that refuses its own second process."""
     with lease.hold(str(tmp_path), 0), lease.hold(str(tmp_path), 1), lease.hold(str(tmp_path), 2):
-        with pytest.raises(UserError), lease.hold(str(tmp_path), 0):
+        with pytest.raises(UserError, match="is in use by"), lease.hold(str(tmp_path), 0):
             pass
 
 
 def test_a_refused_run_leaves_no_folder_behind(small, alone, tmp_path):
     """Catches an empty workdir for each mistake in a command."""
     small.init_from = str(tmp_path / "none")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=re.escape(small.init_from)):
         run_job(train, small, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -172,6 +173,10 @@ def test_only_this_workdirs_own_halves_are_removed(tmp_path):
         half.parent.mkdir(parents=True)
         half.write_bytes(b"x")
     (workdir / "parts").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="parts is a link"), lease.hold(str(workdir)):
+        pass
+    assert all(half.exists() for half in halves)
+    (workdir / "parts").unlink()
     (workdir / "b.77.tmp").symlink_to(halves[-1])
     (workdir / "d.77.tmp").mkdir()
     with lease.hold(str(workdir / "images")):
@@ -181,6 +186,17 @@ def test_only_this_workdirs_own_halves_are_removed(tmp_path):
     with lease.hold(str(workdir)):  # nobody else has `images` now
         assert [half.exists() for half in halves] == [True, True, False, True]
     assert (workdir / "b.77.tmp").is_symlink() and (workdir / "d.77.tmp").is_dir()
+
+
+@pytest.mark.parametrize("name", lease.OWN)
+def test_a_job_writes_through_no_link(name, tmp_path):
+    """Catches a downloaded workdir whose link makes a run write into, or remove, other files."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link.*in its place"):
+        with lease.hold(str(tmp_path / "run")):
+            pass
+    assert os.listdir(tmp_path / "run") == [name] and not (tmp_path / "elsewhere").exists()
 
 
 def test_a_second_job_leaves_the_owners_record(tmp_path):

@@ -9,6 +9,7 @@ from dcae_jax.diffusion import objectives
 # The data: one number, normally distributed.
 MEAN, DEVIATION = 0.7, 0.5
 START = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
+WIDE = np.tile(START, (1, 2, 1, 3))  # [B, h, w, c] of different sizes
 BETAS = {"epsilon": objectives.scaled_linear_betas(), "learned_sigma": objectives.linear_betas()}
 COUNTS = (120, 240, 480)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of goldens/make_gan.py here: its configuration, weights by our paths, and its result."""
 
+import dataclasses
 import os
 
 import jax
@@ -19,6 +20,7 @@ from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 from support import CONFIGS
 
+WARMUP = 3  # steps of the discriminator alone; the golden's step is the first after them
 VARIANT = dcae_torch.variant_of(make_gan.CONFIG, "diffusers")
 
 
@@ -46,7 +48,7 @@ def config() -> ConfigDict:
     for key in ("l1_weight", "lpips_weight", "gan_weight", "gan_adaptive_max", "gan_learning_rate"):
         c.loss[key] = s[key]
     c.loss.gan_channels, c.loss.gan_layers = make_gan.DISCRIMINATOR
-    c.loss.gan_warmup_steps = c.optimizer.warmup_steps = 0
+    c.loss.gan_warmup_steps, c.optimizer.warmup_steps = WARMUP, 0
     for key in ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm"):
         c.optimizer[key] = s[key]
     return c
@@ -56,7 +58,8 @@ def run(seed: int, mesh: Mesh) -> dict[str, dict[str, np.ndarray]]:
     """One step from the golden's weights, as `golden` has it but by our paths.
 
     The gradients are read off Adam's first moments, (1 - b1) times the gradient after one step.
-    Also 'frozen': {path: whether it is bit-equal to what it was}.
+    Also 'frozen': {path: whether it is bit-equal to what it was}, and 'warming': the metrics of a
+    step before it, in which the GAN loss has no weight yet.
     """
     c = config()
     spec = state_lib.train_spec(c, mesh)
@@ -75,10 +78,13 @@ def run(seed: int, mesh: Mesh) -> dict[str, dict[str, np.ndarray]]:
         "label": np.zeros(c.batch_size, np.int32),
     }
     step = jax.jit(step_lib.make_step(c, spec))
-    after, metrics = step(start, mesh_lib.put_batch(batch, mesh), lpips_weights())
+    inputs = mesh_lib.put_batch(batch, mesh), lpips_weights()
+    _, warming = step(dataclasses.replace(start, step=start.step + WARMUP - 1), *inputs)
+    after, metrics = step(dataclasses.replace(start, step=start.step + WARMUP), *inputs)
     old, new = ({**s.params, **s.stats} for s in (start, after))
     return {
         "metrics": {name: np.asarray(value) for name, value in metrics.items()},
+        "warming": {name: np.asarray(value) for name, value in warming.items()},
         "gradients": _gradients(after.opt_state, c.optimizer.b1),
         "trained": {name: np.asarray(new[name]) for name in spec.trained},
         "frozen": {n: np.array_equal(old[n], new[n]) for n in new if n not in spec.trained},

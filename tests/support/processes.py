@@ -10,14 +10,19 @@ import sys
 from support import ROOT
 
 
+def free_port():
+    """A port that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def two_processes(script, settings, start=None):
     """Runs `script` in two processes of two devices; returns the JSON in the last line of each.
 
     start: code before it, instead of START, which joins them.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings = settings | {"address": f"127.0.0.1:{free.getsockname()[1]}"}
+    settings = settings | {"address": f"127.0.0.1:{free_port()}"}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]),
@@ -60,4 +65,17 @@ from support import CONFIGS, run_job, small_networks
 from dcae_jax import config as config_lib
 from dcae_jax.jobs import evaluate
 from dcae_jax.models import inception, inception_torch
+"""
+
+# Likewise as a job does it.
+JOINED = """
+import json, logging, sys
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stderr)
+settings = json.loads(sys.argv[1])
+from dcae_jax.runtime import distributed as hosts
+flags = {"coordinator": settings["address"], "num_processes": "2"}
+flags["process_id"] = str(settings["process"])
+hosts.initialize(flags, preemptible=True)
+hosts.initialize(flags, preemptible=True)
+import jax
 """

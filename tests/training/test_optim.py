@@ -65,6 +65,9 @@ def test_schedules_warm_up_linearly_and_then_hold_or_fall():
     cosine = optim.schedule(config.optimizer, 110)
     values = [round(float(cosine(s)), 4) for s in (0, 10, 60, 110)]
     assert values == [0.01, 0.1, 0.05, 0.0]
+    config.optimizer.warmup_steps = 110  # of all steps
+    short = optim.schedule(config.optimizer, 110)
+    assert [round(float(short(s)), 4) for s in (0, 110, 111)] == [0.01, 0.1, 0.0]
 
 
 @pytest.mark.parametrize("pattern", ["c.*", "a", "("])

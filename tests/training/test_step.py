@@ -35,6 +35,13 @@ def _run(config, mesh, batches, lpips=None, change=lambda s: s):
     return before, now, metrics
 
 
+def _later(state):
+    """The state of an eighth step, of which three were skipped, two just before."""
+    return dataclasses.replace(
+        state, step=state.step + 7, skipped=state.skipped + 3, skipped_in_row=state.skipped + 2
+    )
+
+
 def _moved(before, after):
     return {k for k in before if np.any(np.asarray(before[k]) != np.asarray(after[k]))}
 
@@ -51,8 +58,8 @@ def test_a_step_moves_everything_and_reduces_the_loss(small, one_device):
 def test_averages_follow_the_published_formula(small, one_device):
     """Catches decay at full strength from the first step, or averages of parameters alone."""
     small.ema_decay, small.ema_warmup = 0.9, 3
-    before, after, _ = _run(small, one_device, [_batch(small)])
-    decay = 0.9 * (1 - np.exp(-1 / 3))
+    before, after, _ = _run(small, one_device, [_batch(small)], change=_later)
+    decay = 0.9 * (1 - np.exp(-5 / 3))  # the fifth step that is applied
     for name, old in {**before.params, **before.stats}.items():
         new = {**after.params, **after.stats}[name]
         want = np.asarray(old) + (1 - decay) * (np.asarray(new) - np.asarray(old))
@@ -67,7 +74,8 @@ def test_frozen_parts_are_bit_identical_statistics_too(small, one_device):
         name for name in before.params if name.startswith("encoder.")
     }
     assert not _moved(before.stats, after.stats)
-    assert all(name.startswith("encoder.") for name in after.ema)
+    frozen = {name for name in {**before.params, **before.stats} if name[:8] != "encoder."}
+    assert after.ema.keys() == {**before.params, **before.stats}.keys() - frozen
 
 
 def test_a_step_that_is_not_finite_changes_only_the_counters(small, one_device):
@@ -191,6 +199,9 @@ def _equals_pytorch(found, want):
             atol = 1e-3 * (np.abs(value).max() if "gradients" in part else 1e-2)
             np.testing.assert_allclose(found[part][name], value, atol=atol, err_msg=name)
     assert all(found["frozen"].values()) and found["frozen"]
+    assert found["warming"]["gan_weight"] == 0
+    total = sum(settings[f"{name}_weight"] * found["warming"][name] for name in ("l1", "lpips"))
+    np.testing.assert_allclose(found["warming"]["loss"], total, rtol=1e-6)
 
 
 def test_a_step_of_phase_3_equals_pytorchs(one_device):
@@ -198,6 +209,17 @@ def test_a_step_of_phase_3_equals_pytorchs(one_device):
     of biases or of the discriminator, the discriminator's side trained on the new weights, Adam's
     settings, statistics of the trained BatchNorm, and anything frozen that moves."""
     _equals_pytorch(phase3_golden.run(0, one_device), phase3_golden.golden())
+
+
+def test_the_discriminators_metrics_by_hand():
+    """Catches logits of 0, which are at chance, counted as right, and sums for means."""
+    real, fake = (jnp.asarray(v).reshape(4, 1, 1, 1) for v in ([2.0, 0, 0, -1], [0.0, -3, 1, 1]))
+    loss, metrics = step_lib.discriminator_loss({}, lambda _, x: x[..., 0], real, fake)
+    assert (
+        float(loss) == float(metrics["gan_d_loss"]) == 0.5 * ((0 + 1 + 1 + 2) + (1 + 0 + 2 + 2)) / 4
+    )
+    assert (float(metrics["logits_real"]), float(metrics["logits_fake"])) == (0.25, -0.25)
+    assert float(metrics["gan_accuracy"]) == 0.5 * (1 + 1) / 4
 
 
 @pytest.mark.torch
@@ -212,9 +234,8 @@ def test_the_logged_learning_rate_is_that_of_applied_steps(small, one_device):
     """Catches a curve that runs ahead of the optimizer's own count after skipped steps."""
     small.optimizer.learning_rate, small.optimizer.warmup_steps = 1.0, 10
     small.optimizer.warmup_from = 0.1
-
-    def later(s):
-        return dataclasses.replace(s, step=s.step + 7, skipped=s.skipped + 3)
-
-    _, _, metrics = _run(small, one_device, [_batch(small)], change=later)
+    _, after, metrics = _run(small, one_device, [_batch(small)], change=_later)
     assert metrics[0]["learning_rate"] == pytest.approx(0.1 + 0.9 * 4 / 10)
+    # A finite step ends the row of skipped ones.
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (8, 3, 0)
+    assert metrics[0]["skipped"] == 3 and metrics[0]["skipped_in_row"] == 0
