@@ -117,7 +117,7 @@ def unknown_key(error: BaseException, argv: Sequence[str]) -> str:
 
 
 def key_flag(argument: str) -> str:
-    """How to write `argument`, '--KEY=VALUE' or so, if its name is nearly a key; else ''."""
+    """The flag to write instead of `argument` ('--KEY=VALUE') if it resembles a key; else ''."""
     name, equals, value = argument.lstrip("-").partition("=")
     near = _nearest(name.replace("-", "_"), cutoff=0.8)
     if not near:
@@ -126,7 +126,7 @@ def key_flag(argument: str) -> str:
 
 
 def _nearest(key: str, cutoff: float) -> list[str]:
-    """The keys most like `key`, the best first."""
+    """The keys closest to `key`, best first."""
     known = identity.flatten(schema.default().to_dict())
     return difflib.get_close_matches(key, known, n=3, cutoff=cutoff)
 
