@@ -78,9 +78,9 @@ def test_a_record_comes_back_as_it_was_written(dtype):
     assert back.dtype == values.dtype and (label, number) == (70_000, 2**40)
     np.testing.assert_array_equal(back, values)
     for broken, message in (
-        (record[:-2], "says that its shape is"),
-        (record[:9], "no record of latents"),
-        (b"JPEG" + record[4:], "no record of latents"),
+        (record[:-2], "does not fit its shape"),
+        (record[:9], "not a record of latents"),
+        (b"JPEG" + record[4:], "not a record of latents"),
     ):
         with pytest.raises(ValueError, match=message):
             latents.unpack(broken)
