@@ -4,7 +4,7 @@
     python -m dcae_jax.main --config=configs/dit.py:xl --workdir=runs/dit \
         --config.data.path=runs/latents
 
-The authors' recipe for s, b, l and xl; with batch_size=1024 they take a learning rate of 2e-4.
+The authors' recipe for s, b, l and xl; with batch_size=1024 they use a learning rate of 2e-4.
 """
 
 from dcae_jax import config as config_lib
@@ -26,7 +26,7 @@ def get_config(variant="xl"):
     config.sample.guidance = 1.3
     config.evaluate_every = 10_000
     if variant == "xl":
-        config.remat = "blocks"  # with 16 samples a chip 2 GB instead of 16 (docs/scaling.md)
+        config.remat = "blocks"  # 16 samples per chip: 2 GB instead of 16 (docs/scaling.md)
     if variant == "tiny":
         config.batch_size = 64
         config.steps = 1500

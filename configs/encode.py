@@ -5,8 +5,8 @@
         --config.init_from=mit-han-lab/dc-ae-f64c128-in-1.0 --config.data.source=folder \
         --config.data.path=/data/imagenet/train
 
-`:VARIANT` says what a file of weights without a config.json is of. `:tiny` takes 200 crops of 64
-pixels from each of the embedded photographs, of which a model of `tiny` gives 4x4 latents.
+`:VARIANT` names the model of a weights file without a config.json. `:tiny` takes 200 crops of 64
+pixels from each of the embedded photographs; the model `tiny` encodes each to 4x4 latents.
 """
 
 from dcae_jax import config as config_lib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a trained autoencoder on a set of images or on one, or scores samples.
+"""Evaluates a trained autoencoder on a data set or one image, or evaluates samples.
 
     python -m dcae_jax.main --config=configs/evaluate.py --workdir=runs/evaluation \
         --config.init_from=runs/phase1 --config.data.source=folder --config.data.path=/data/val

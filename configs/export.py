@@ -4,7 +4,7 @@
     python -m dcae_jax.main --config=configs/export.py --config.init_from=runs/phase3 \
         --config.export.format=diffusers --config.export.out=exports/mine
 
-`:VARIANT` says what a file of weights without a config.json is of.
+`:VARIANT` names the model of a weights file without a config.json.
 """
 
 from dcae_jax import config as config_lib

@@ -5,8 +5,8 @@
         --config.init_from=runs/phase3 --config.data.source=folder --config.data.path=/data/mine \
         --config.loss.lpips_weights=lpips-vgg.safetensors
 
-`:VARIANT,decoder` trains the decoder alone: latents stay valid for a diffusion model. It evaluates
-before the first step, so that one sees whether the model needs it.
+`:VARIANT,decoder` trains only the decoder, so latents stay valid for a diffusion model. The run
+evaluates before the first step, to show whether the model needs fine-tuning.
 """
 
 from dcae_jax import config as config_lib

@@ -4,7 +4,7 @@
     python -m dcae_jax.main --config=configs/mix.py:f64c128,phase1 --workdir=runs/phase1 \
         --config.loss.lpips_weights=lpips-vgg.safetensors
 
-The argument is VARIANT,PHASE. The folders below are examples: put yours in their place, here or
+The argument is VARIANT,PHASE. The folders below are examples: replace them with yours, here or
 with --config.data.parts.
 """
 
@@ -22,7 +22,7 @@ def get_config(argument="f32c32"):
     here = os.path.dirname(os.path.abspath(__file__))
     config = config_lib.load_file(os.path.join(here, f"{phase}.py"), variant)
     config.data.source = "mixture"
-    # Shares of the examples, whatever the sizes of the parts; those of the paper are not published.
+    # Sampling weights, independent of the parts' sizes; the paper does not publish its own.
     config.data.parts = (
         (1.0, "folder", "/data/imagenet/train"),
         (1.0, "folder", "/data/sa1b"),

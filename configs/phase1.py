@@ -15,7 +15,7 @@ def get_config(variant="f32c32"):
     config = config_lib.default()
     config.model.variant = variant
     if variant in ("f64c128", "f128c512"):
-        config.remat = "blocks"  # without, eight images a chip need 17 GB (docs/scaling.md)
+        config.remat = "blocks"  # without it, eight images per chip need 17 GB (docs/scaling.md)
     if variant == "tiny":
         config.steps = 1200
         config.batch_size = 4

@@ -22,7 +22,7 @@ def get_config(variant="f32c32"):
         r"decoder\.project_in\..*",
         r"decoder\.stages\.{deepest}\..*",
     )
-    if variant == "sd-vae-f8":  # other names, and a middle of its own between the stages
+    if variant == "sd-vae-f8":  # other names, and a separate middle between the stages
         config.trainable = (
             r"encoder\.(stages\.{deepest}|middle|norm_out|conv_out)\..*",
             r"(post_)?quant_conv\..*",

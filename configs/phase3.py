@@ -5,7 +5,7 @@
         --config.init_from=runs/phase2 --config.data.source=folder \
         --config.data.path=/data/imagenet/train --config.loss.lpips_weights=lpips-vgg.safetensors
 
-The encoder is not touched: latents stay bit-identical, and a diffusion model on them stays valid.
+The encoder is frozen: latents stay bit-identical, and a diffusion model on them stays valid.
 `:tiny` runs on two CPU cores on the embedded photographs.
 """
 
@@ -16,7 +16,7 @@ def get_config(variant="f32c32"):
     config = config_lib.default()
     config.model.variant = variant
     config.needs_weights = True
-    # Not 0, the stage's upsampling: the blocks' input is then constant, and needs no gradient.
+    # Block 0, the stage's upsampling, stays frozen: the other blocks' input needs no gradient.
     config.trainable = (
         r"decoder\.stages\.{outermost}\.[1-9]\d*\..*",
         r"decoder\.project_out\..*",
@@ -41,7 +41,7 @@ def get_config(variant="f32c32"):
         config.loss.gan_channels = 32
         config.loss.gan_layers = 2
         config.loss.gan_warmup_steps = 80
-        # More than the paper config's share, so that 300 steps show what the GAN adds.
+        # Above the paper config's weight, so that 300 steps show the effect of the GAN.
         config.loss.gan_weight = 1.0
         config.loss.gan_learning_rate = 1e-3
         config.optimizer.learning_rate = 3e-4

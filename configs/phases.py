@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phases 1, 2 and 3, one after another, into WORKDIR/phase1, phase2 and phase3.
+"""Phases 1, 2 and 3, one after another, in WORKDIR/phase1, phase2 and phase3.
 
     python -m dcae_jax.main --config=configs/phases.py:tiny --workdir=runs/tiny
 
-Each phase is the configuration of its own file: --config.phase2.steps=1000 changes one of them.
-The same command resumes the chain wherever it stopped.
+Each phase has the keys of its own file: --config.phase2.steps=1000 changes one of them.
+Rerun the same command to resume the chain.
 """
 
 import os

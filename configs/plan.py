@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training or sampling costs on TPU slices you don't have: memory, FLOPs, chip-hours.
+"""Costs of training or sampling on TPU slices you don't have: memory, FLOPs, chip-hours.
 
     python -m dcae_jax.main --config=configs/plan.py --workdir=plans/phase1 \
         --config.plan.config=configs/phase1.py:f32c32 \
@@ -7,8 +7,8 @@
         --config.plan.topologies="('v5e:2x2','v6e:2x2')"
 
 Prints a table and writes plans/phase1/plan.json. Needs `pip install 'jax[tpu]'`, except for the
-topology cpu. For configs/sample.py, plan.generator names the file that trains its model:
-docs/scaling.md.
+topology cpu. For configs/sample.py, plan.generator names the file that trains its model
+(docs/scaling.md).
 """
 
 from dcae_jax import config as config_lib

@@ -7,8 +7,8 @@
         --config.init_from=runs/uvit --config.sample.format=npz --config.sample.count=50000 \
         --config.sample.batch_size=256
 
-Rerun the same command to resume. `:VARIANT` says whose heads published weights of
-another width have.
+Rerun the same command to resume. `:VARIANT` sets the number of heads of published weights whose
+width is not a variant's.
 """
 
 from dcae_jax import config as config_lib

@@ -4,8 +4,8 @@
     python -m dcae_jax.main --config=configs/usit.py:2b --workdir=runs/usit \
         --config.data.path=runs/latents
 
-As configs/uvit.py but for the objective, the learning rate and the weight decay. `:tiny` is what
-`make demo` trains.
+As configs/uvit.py, except for the objective, the learning rate and the weight decay. `make demo`
+trains `:tiny`.
 """
 
 import os

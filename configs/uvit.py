@@ -24,13 +24,13 @@ def get_config(variant="h"):
     config.optimizer.b1 = 0.99
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.03
-    config.optimizer.decay = (".*",)  # on everything, as the authors do
+    config.optimizer.decay = (".*",)  # every parameter, as the authors do
     config.optimizer.clip_norm = 0.0
     # (step + 1) / 5000 of the learning rate at step 0, 1, ...
     config.optimizer.warmup_steps = 4999
     config.optimizer.warmup_from = 1 / 5000
     if variant in ("h", "2b"):
-        # With 64 samples a chip 2 GB instead of 21 for h, for a fifth more FLOPs (docs/scaling.md).
+        # h, 64 samples per chip: 2 GB instead of 21, for a fifth more FLOPs (docs/scaling.md).
         config.remat = "blocks"
     config.sample.guidance = 1.5
     config.evaluate_every = 10_000

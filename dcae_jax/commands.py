@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sub-commands of `dcae-jax`, for what is not a job with a configuration."""
+"""Sub-commands of `dcae-jax` that are not jobs with a configuration."""
 
 import difflib
 import importlib
@@ -21,5 +21,5 @@ def run(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}."
-        raise UserError(f"{name!r} is no command; {hint} A job starts with --config=FILE")
+        raise UserError(f"{name!r} is not a command; {hint} A job starts with --config=FILE")
     return importlib.import_module(COMMANDS[name]).main(arguments)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs a job on a TPU slice of a GKE cluster with JobSet installed; launch/jobset.yaml is the form.
+# Runs a job on a TPU slice of a GKE cluster with JobSet installed; the template is jobset.yaml.
 #   NAME=run1 IMAGE=REGISTRY/dcae-jax CLAIM=runs launch/gke.sh [--dry-run] \
 #       --config=configs/phase1.py --workdir=/runs/run1
 # CLAIM, a persistent volume claim that all pods can write, is mounted as /runs. --dry-run prints
@@ -8,15 +8,15 @@
 set -euo pipefail
 
 NAME=${NAME:?name of the job}
-IMAGE=${IMAGE:?image made from launch/Dockerfile}
+IMAGE=${IMAGE:?image built from launch/Dockerfile}
 CLAIM=${CLAIM:?persistent volume claim for workdirs}
 ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}  # or tpu-v5p-slice, tpu-v6e-slice
-TOPOLOGY=${TOPOLOGY:-4x4}                         # as the node pool has it
-CHIPS=${CHIPS:-4}                                 # of a host
+TOPOLOGY=${TOPOLOGY:-4x4}                         # of the node pool
+CHIPS=${CHIPS:-4}                                 # per host
 RESTARTS=${RESTARTS:-20}
 DRY=
 if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
-(($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
+(($#)) || { echo "error: no job; pass the flags of python -m dcae_jax.main" >&2 && exit 2; }
 
 HOSTS=$((${TOPOLOGY//x/*} / CHIPS))
 ((HOSTS)) || { echo "error: TOPOLOGY=$TOPOLOGY has fewer chips than CHIPS=$CHIPS" >&2 && exit 2; }

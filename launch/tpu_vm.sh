@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs a job on every worker of a Cloud TPU slice that a queued resource asks for, and again after
-# a preemption. From the root of a clone, whose committed files it copies there:
+# Runs a job on every worker of a Cloud TPU slice, requested as a queued resource, and reruns it
+# after a preemption. Copies the committed files of a clone there; from the clone's root:
 #   NAME=run1 ZONE=us-east5-b BUCKET=my-bucket TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
 #       --config=configs/phase1.py --workdir=bucket/run1
-# BUCKET is mounted as ~/bucket on every worker. The slice stays when the job is done:
+# BUCKET is mounted as ~/bucket on every worker. The slice outlives the job; to delete it:
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
@@ -12,22 +12,22 @@ NAME=${NAME:?name of the slice}
 ZONE=${ZONE:?zone with such TPUs}
 BUCKET=${BUCKET:?Cloud Storage bucket for workdirs}
 TYPE=${TYPE:-v5litepod-16}               # accelerator type
-RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # runtime version that belongs to the type
-SPOT=${SPOT:-yes}                        # cheaper, and can be taken away
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # runtime version for the type
+SPOT=${SPOT:-yes}                        # cheaper, but preemptible
 RESTARTS=${RESTARTS:-20}
-POLL=${POLL:-30}                         # seconds between looks at a resource not yet there
+POLL=${POLL:-30}                         # seconds between polls of a pending resource
 DRY=; if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
-(($#)) || { echo "error: no job; give the flags of python -m dcae_jax.main" >&2 && exit 2; }
+(($#)) || { echo "error: no job; pass the flags of python -m dcae_jax.main" >&2 && exit 2; }
 
 tpu() {
   set -- gcloud compute tpus "$@" --zone="$ZONE" --quiet
   if [[ $DRY ]]; then printf '%q ' "$@" >&2 && echo >&2; else "$@"; fi
 }
-# Empty where there is none; UNKNOWN where the question failed, which is asked again.
+# Empty if there is none; UNKNOWN if the query failed, which is then retried.
 state() { tpu queued-resources list --filter="name~/$NAME\$" --format='value(state.state)' || echo UNKNOWN; }
 worker() { tpu tpu-vm ssh "$NAME" --worker=all --command="$1"; }
 
-ready() {  # waits for the slice; asks for it where there is none, and again where it was taken away
+ready() {  # waits for the slice; requests it if there is none, and again after a preemption
   local now
   while now=$(state) && [[ $now != ACTIVE ]]; do
     case $now in
@@ -53,7 +53,7 @@ for ((run = 0; run <= RESTARTS; run++)); do
     mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET ~/bucket
     ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
     worker "$job"; } || status=$?
-  case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only come again
-  echo "status $status: again" >&2
+  case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only recur
+  echo "status $status: rerunning" >&2
 done
 exit 75

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoencoder of the Python interface: created or loaded; encodes and decodes, in tiles too."""
+"""Python API for autoencoders: create, load, encode and decode, optionally in tiles."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from dcae_jax.runtime import precision
 from dcae_jax.training import state as state_lib
 
 RANGE_TOLERANCE = 1e-3
-NamedArrays = Iterable[tuple[str, AnyArray]]  # weights by path, taken one at a time
+NamedArrays = Iterable[tuple[str, AnyArray]]  # (path, weight) pairs, consumed one at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Autoencoder:
     architecture: AutoencoderArchitecture
     model_config: Model
     mesh: Mesh
-    dtype: str = "float32"  # of the computation, or bfloat16
+    dtype: str = "float32"  # compute dtype: float32 or bfloat16
 
     @property
     def compression(self) -> int:
-        """Pixels per side that one latent position stands for."""
+        """Pixels per side of one latent position."""
         return self.architecture.compression
 
     @property
@@ -55,7 +55,7 @@ class Autoencoder:
 
     @property
     def num_parameters(self) -> int:
-        """Of the trained parameters; running statistics are not counted."""
+        """Number of trained parameters, without running statistics."""
         _, params, _ = weights_lib.split(weights_lib.merge(self.graphdef, self.weights))
         return sum(leaf.size for leaf in params.values())
 
@@ -63,13 +63,13 @@ class Autoencoder:
     def reach(self) -> tuple[int | None, int | None]:
         """Receptive field of (encode, decode): latents on each side; None if global.
 
-        Tiles that overlap by at least twice as much give the same result as the whole image.
+        Tiling is exact if tiles overlap by at least twice as much.
         """
         return models.find(self.model_config).reach(self.architecture)
 
     @property
     def has_posterior(self) -> bool:
-        """Whether the encoder outputs a distribution, of which `encode` takes the mean."""
+        """Whether the encoder outputs a distribution; `encode` then returns its mean."""
         return hasattr(weights_lib.merge(self.graphdef, self.weights), "posterior")
 
     def encode(
@@ -85,17 +85,17 @@ class Autoencoder:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
         H and W are multiples of `compression`. With `tile`, an image of any size is encoded in
-        squares of tile x tile latents that overlap by `overlap` latents (default: a quarter of the
-        tile) and are blended there; the result is a NumPy array. NumPy input is checked in full; a
+        squares of tile x tile latents, which overlap by `overlap` latents (default: a quarter of
+        the tile) and are blended; the result is a NumPy array. NumPy input is checked in full; a
         jax.Array by shape and dtype only, unless `check`. With `sample`, a model with a posterior
-        (sd-vae-f8) returns a sample of it, determined by `seed`, instead of the mean. Raises
-        ValueError, naming the argument.
+        (sd-vae-f8) returns a sample drawn with `seed`, not the mean. Raises ValueError, naming the
+        argument.
         """
         f = self.compression
         if sample:
             if tile or not self.has_posterior:
                 what = "tiles" if tile else "a deterministic encoder"
-                raise ValueError(f"sample=True does not go with {what}; leave it out")
+                raise ValueError(f"sample=True is not supported with {what}; leave it out")
             _check_input("x", x, 3, (f, f), check, limit=1.0)
             return self._encode(self.weights, self._place(x, f), jax.random.key(seed))
         if not tile:
@@ -141,20 +141,20 @@ class Autoencoder:
                 images = weights_lib.merge(self.graphdef, weights).decode(z)
             if self.mesh.shape["spatial"] == 1:
                 return images
-            # Even where the latents have too few rows to split: the images are what takes memory.
+            # Even if the latents have too few rows to shard: the images take the memory.
             place = mesh_lib.image_sharding(self.mesh, images.shape, z.shape[1])
             return jax.lax.with_sharding_constraint(images, place)
 
         return jax.jit(decode)
 
     def _place(self, x: AnyArray, f: int = 1) -> Array:
-        """x on the devices; f of its rows belong to one row of latents."""
+        """x, sharded over the devices. f: rows of x per row of latents."""
         place = mesh_lib.image_sharding(self.mesh, x.shape, x.shape[1] // f)
         return jax.device_put(jnp.asarray(x), place)
 
 
 def _check_shape(name: str, x: AnyArray, channels: int, multiples: tuple[int, int]) -> None:
-    """Raises ValueError unless x is [B, H, W, channels] floating, of sizes that divide."""
+    """Raises ValueError unless x is floating [B, H, W, channels], H and W being multiples."""
     shape = getattr(x, "shape", None)
     if shape is None:
         raise ValueError(f"{name} must be an array, not {type(x).__name__}")
@@ -168,7 +168,7 @@ def _check_shape(name: str, x: AnyArray, channels: int, multiples: tuple[int, in
         if size % multiple:
             low, high = size // multiple * multiple, -(-size // multiple) * multiple
             raise ValueError(
-                f"{name} has {side} {size}, no multiple of {multiple}; pad to {high}"
+                f"{name} has {side} {size}, not a multiple of {multiple}; pad to {high}"
                 + (f" or crop to {low}" if low else "")
             )
 
@@ -182,7 +182,7 @@ def _check_input(
     *,
     limit: float | None,
 ) -> None:
-    """Raises ValueError for a wrong shape or dtype and, of NumPy or with `check`, wrong values."""
+    """Raises ValueError for a bad shape or dtype, and (NumPy input or `check`) for bad values."""
     _check_shape(name, x, channels, multiples)
     if isinstance(x, np.ndarray) or check:
         values = np.asarray(x)
@@ -196,7 +196,7 @@ def _check_input(
 def create_autoencoder(
     variant: str = "f32c32", seed: int = 0, *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> Autoencoder:
-    """An autoencoder with random weights. `variant`: a name in models/dcae.py, or published."""
+    """An autoencoder with random weights. variant: a name in models/dcae.py or a published one."""
     model = Model(variant=variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())
     return build_autoencoder(model, drain(state_lib.random_weights(model, mesh, seed)), mesh, dtype)
@@ -209,14 +209,14 @@ def load_autoencoder(
     weights: str = "ema",
     variant: str = "",
 ) -> Autoencoder:
-    """The autoencoder in `path`: ours, or weights that were published for PyTorch.
+    """Loads the autoencoder in `path`: ours, or weights published for PyTorch.
 
     path: a workdir or one of its `checkpoints/<step>`, an export, a folder of diffusers or of
     DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
-    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 has matrix products
-    of full precision on every device. weights: 'ema' or 'raw', of a workdir. variant: what a file's
-    weights are of; a published name sets the scaling factor too. Raises UserError, a ValueError,
-    when there is nothing to load.
+    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 uses full-precision
+    matrix products on every device. weights: 'ema' or 'raw', for a workdir. variant: the model of
+    a bare weights file; a published name also sets the scaling factor. Raises UserError (a
+    ValueError) if there is nothing to load.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())
@@ -224,7 +224,7 @@ def load_autoencoder(
 
 
 def abstract_autoencoder(model: Model, mesh: Mesh, dtype: str | None = None) -> Autoencoder:
-    """The autoencoder of config.model with shapes for weights. Raises UserError for the dtype."""
+    """The autoencoder of config.model, its weights as shapes. Raises UserError for a bad dtype."""
     dtype = mesh_lib.compute_dtype(checked_dtype(dtype), mesh)
     graphdef, params, stats = weights_lib.split(state_lib.abstract_model(model, mesh, dtype=dtype))
     arch = models.find(model).architecture(model)
@@ -235,16 +235,16 @@ def abstract_autoencoder(model: Model, mesh: Mesh, dtype: str | None = None) -> 
 def build_autoencoder(
     model: Model, weights: NamedArrays, mesh: Mesh, dtype: str | None = None
 ) -> Autoencoder:
-    """The autoencoder of config.model with `weights`, on every device of the mesh.
+    """The autoencoder of config.model with `weights`, replicated over the mesh.
 
-    Raises UserError for the dtype, and for weights of another model.
+    Raises UserError for a bad dtype and for weights of another model.
     """
     abstract = abstract_autoencoder(model, mesh, dtype)
     return dataclasses.replace(abstract, weights=place_weights(weights, abstract.weights, mesh))
 
 
 def checked_dtype(dtype: str | None) -> str:
-    """config.dtype of a library call's `dtype`. Raises UserError."""
+    """The value of config.dtype for an API call's `dtype`. Raises UserError."""
     choices = ("auto", "float32", "bfloat16")
     if dtype and dtype not in choices:
         raise UserError(f"dtype={dtype!r} is not known; choose one of {', '.join(choices)}")
@@ -255,16 +255,16 @@ def checked_dtype(dtype: str | None) -> str:
 
 
 def drain(weights: dict[str, Array] | dict[str, np.ndarray]) -> NamedArrays:
-    """The pairs of a dict that its caller has done with: it is emptied as they are taken.
+    """Yields the pairs of a dict and removes each one, so the dict ends up empty.
 
-    So each array is freed once it is placed, and no model is in memory twice.
+    Each array is freed once it is placed, and the model is never in memory twice.
     """
     for name in list(weights):
         yield name, weights.pop(name)
 
 
 def replicated_shapes(abstract: Weights, mesh: Mesh) -> Weights:
-    """The shapes `abstract` with a sharding: whole on every device of the mesh."""
+    """The shapes `abstract`, with a sharding that replicates them over the mesh."""
     where = mesh_lib.replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract
@@ -274,11 +274,11 @@ def replicated_shapes(abstract: Weights, mesh: Mesh) -> Weights:
 def place_weights(weights: NamedArrays, abstract: Weights, mesh: Mesh) -> Weights:
     """Float32 copies of `weights`, taken one at a time, replicated on the mesh.
 
-    Raises UserError unless names and shapes are those of `abstract`.
+    Raises UserError unless names and shapes match `abstract`.
     """
     placed = {}
     for name, value in weights:
-        # A copy, since a device array may alias a host array, and a file's pages can change.
+        # A copy: a device array may alias host memory, and a mapped file can change.
         value = np.array(value, np.float32, order="C")
         placed[name] = mesh_lib.host_to_global(value, mesh_lib.replicated(mesh)).block_until_ready()
     state_lib.check_weights(placed, abstract)

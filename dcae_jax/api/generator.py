@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generator of the Python interface: a diffusion model that samples images."""
+"""Python API for diffusion models: load a generator and sample images."""
 
 import dataclasses
 import functools
@@ -29,18 +29,18 @@ from dcae_jax.training import state as state_lib
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """How samples are drawn, labels aside. Raises UserError, naming the argument."""
+    """Sampling settings, except labels. Raises UserError, naming the argument."""
 
-    guidance: float = 1.0  # scale of classifier-free guidance; 1 is none
-    steps: int = 30  # evaluations of the model
+    guidance: float = 1.0  # scale of classifier-free guidance; 1: no guidance
+    steps: int = 30  # model evaluations
     seed: int = 0
     sampler: str = ""  # one of samplers.SAMPLERS; '': the objective's default
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels (1: pure noise) at which to guide
-    first: int = 0  # image i is sample first + i of the seed, whatever the batch
+    first: int = 0  # image i is sample first + i of the seed, for any batch size
 
     def __post_init__(self):
         if not (np.isfinite(self.guidance) and self.guidance >= 0):
-            raise UserError(f"guidance={self.guidance} must be a number of at least 0; 1 is none")
+            raise UserError(f"guidance={self.guidance} must be finite and >= 0; 1 is no guidance")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"interval={self.interval} must be 0 <= low <= high <= 1")
         if not (0 <= self.seed and 0 <= self.first):
@@ -51,7 +51,7 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A diffusion model with the autoencoder of its latents, on the devices of a mesh."""
+    """A diffusion model and the autoencoder of its latents, on the devices of a mesh."""
 
     graphdef: nnx.GraphDef
     weights: Weights  # parameters by path, float32
@@ -96,17 +96,17 @@ class Generator:
     ) -> np.ndarray:
         """Images [B, H, W, 3] uint8 of the classes `labels` [B].
 
-        guidance: scale of classifier-free guidance, 1 being none, within `interval` of the noise
-        level (1: pure noise). steps: evaluations of the model. sampler: one of
-        `samplers.SAMPLERS`, '' being the objective's default. Image i is sample first + i of the
-        seed, whatever the batch. A sample that is not finite is a black image, with a warning.
-        Raises ValueError, naming the argument.
+        guidance: scale of classifier-free guidance (1: none), applied at noise levels within
+        `interval` (1: pure noise). steps: model evaluations. sampler: one of `samplers.SAMPLERS`;
+        '' is the objective's default. Image i is sample first + i of the seed, for any batch size.
+        A non-finite sample becomes a black image, with a warning. Raises ValueError, naming the
+        argument.
         """
         settings = SampleSettings(guidance, steps, seed, sampler, interval, first)
         images, finite = self._run(labels, settings, decode=True)
         bad = np.flatnonzero(~finite)
         if bad.size:
-            logging.warning("not finite, and so black: samples %s", (first + bad[:8]).tolist())
+            logging.warning("non-finite samples returned black: %s", (first + bad[:8]).tolist())
         return images
 
     def sample_latents(
@@ -160,15 +160,15 @@ class Generator:
         return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
     def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Labels [B] as an array of integers. Raises UserError unless the model has them all."""
+        """Labels [B] as an integer array. Raises UserError for a label that the model lacks."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(f"labels must be whole numbers [B], not {labels.dtype} {labels.shape}")
+            raise UserError(f"labels must be integers [B], not {labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() > self.num_classes:
             wrong = labels[(labels < 0) | (labels > self.num_classes)][0]
             raise UserError(
-                f"labels={wrong} is no class; there are 0 to {self.num_classes - 1}, and "
-                f"{self.num_classes} for none"
+                f"labels={wrong} is not a class; give 0 to {self.num_classes - 1}, or "
+                f"{self.num_classes} for unconditional"
             )
         return labels
 
@@ -192,7 +192,7 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """The static arguments of a sampling program; one is compiled for each value."""
+    """Static arguments of a sampling program, compiled once per value."""
 
     objective: str
     sampler: str
@@ -202,11 +202,11 @@ class _Static:
     shape: tuple[int, int, int]  # of the latents
     none: int  # the unconditional label
     scaling_factor: float
-    dtype: str  # of the computation
-    decode: bool  # to images; else returns latents
+    dtype: str  # compute dtype
+    decode: bool  # to images; else return latents
 
 
-@functools.lru_cache(maxsize=8)  # a training run samples many times, and compiles once
+@functools.lru_cache(maxsize=8)  # a training run samples many times but compiles once
 def _sample_fn(
     graphdef: nnx.GraphDef, decoder: nnx.GraphDef, mesh: Mesh, static: _Static
 ) -> jax.stages.Wrapped:
@@ -261,19 +261,19 @@ def load_generator(
     variant: str = "",
     resolution: int = 0,
 ) -> Generator:
-    """The diffusion model in `path` with its autoencoder: ours, or published UViT, USiT or DiT.
+    """Loads the diffusion model in `path` with its autoencoder: ours, or published UViT, USiT, DiT.
 
     path: a workdir, one of its `checkpoints/<step>`, an export, or published weights. autoencoder:
-    its autoencoder, for `load_autoencoder`; '' takes the one that the model was trained on, or
-    that its published name says. resolution: pixels per side, for published weights that do not
-    say it (a DiT without its position table). The rest as in `load_autoencoder`. Raises UserError,
-    a ValueError, also if the model was trained on latents of another autoencoder.
+    a path for `load_autoencoder`; '' takes the one that the model was trained on, or that its
+    published name implies. resolution: pixels per side, for published weights that do not store it
+    (a DiT without its position table). For the rest see `load_autoencoder`. Raises UserError (a
+    ValueError), also if the model was trained on latents of another autoencoder.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
     where = autoencoder or saved.diffusion.autoencoder
     if not where:
         raise UserError(f"{path!r} does not say which autoencoder it is for; give autoencoder=")
-    # `weights` says which of the diffusion model's; those of the autoencoder made the latents.
+    # `weights` is for the diffusion model; the autoencoder's are those that made the latents.
     made_by = (saved.latents or {}).get("weights", "ema")
     inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh, weights=made_by)
     if saved.latents:
@@ -282,7 +282,7 @@ def load_generator(
         )
     model = saved.model
     if not model.latent_size and not resolution:
-        raise UserError(f"{path!r} does not say for which size it is; give resolution=")
+        raise UserError(f"{path!r} does not store its resolution; give resolution=")
     model = dataclasses.replace(
         model,
         latent_size=model.latent_size or resolution // inner.compression,
@@ -290,8 +290,8 @@ def load_generator(
     )
     if not model.scaling_factor:
         raise UserError(
-            f"{path!r} and its autoencoder {where!r} name no scaling factor; give the published "
-            "name of the autoencoder, which has one"
+            f"{path!r} and its autoencoder {where!r} have no scaling factor; give the published "
+            "name of the autoencoder, which sets one"
         )
     abstract = abstract_generator(model, saved.diffusion, inner, dtype)
     placed = autoencoder_lib.place_weights(
@@ -303,15 +303,15 @@ def load_generator(
 def abstract_generator(
     model: Model, diffusion: Diffusion, autoencoder: Autoencoder, dtype: str | None = None
 ) -> Generator:
-    """The diffusion model of config.model, on the autoencoder's mesh, with shapes for weights.
+    """The diffusion model of config.model, on the autoencoder's mesh, its weights as shapes.
 
-    Raises UserError where its latents are not those of the autoencoder.
+    Raises UserError if its latents do not fit the autoencoder.
     """
     arch, mesh = state_lib.architecture(model, diffusion), autoencoder.mesh
     if arch.latent_channels != autoencoder.latent_channels:
         raise UserError(
-            f"the model makes latents of {arch.latent_channels} channels, the autoencoder has "
-            f"{autoencoder.latent_channels}; name the autoencoder that it was trained on"
+            f"the model's latents have {arch.latent_channels} channels, the autoencoder's "
+            f"{autoencoder.latent_channels}; give the autoencoder that the model was trained on"
         )
     compute = autoencoder_lib.checked_dtype(dtype)
     abstract = state_lib.abstract_model(model, mesh, diffusion, dtype=compute)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding and decoding of images that exceed memory, in overlapping tiles that are blended.
+"""Tiled encoding and decoding of images that exceed memory, blending overlapping tiles.
 
-All tiles have one size, so that one compiled program serves them. Sizes are in latents, so that the
-result has the right size at every compression. The last tiles of a row or column are shifted back
-to end at the image's border.
+All tiles have the same size and share one compiled program. Sizes are in latents, so the result
+has the right size at every compression. The last tiles of a row or column are shifted back to end
+at the image's border.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ class Tiles:
     """Sizes in latents."""
 
     size: int
-    overlap: int  # of neighbours, at least
-    margin: int  # at each inner border, of weight 0
+    overlap: int  # of neighbours, minimum
+    margin: int  # of weight 0, at each inner border
 
 
 def plan(tile: int, overlap: int | None, reach: int | None) -> Tiles:
     """Checks the sizes. Raises ValueError, naming the argument.
 
-    reach: latents on each side that an output depends on, None if on all. If the overlap covers it
-    from both sides, outputs affected by a tile's border get weight 0, and tiling is exact; else the
+    reach: latents on each side that an output depends on; None: all. If the overlap is at least
+    twice this, outputs affected by a tile's border get weight 0, and tiling is exact; else the
     whole overlap is blended.
     """
     for name, value, low in (("tile", tile, 1), ("overlap", overlap, 0)):
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if value is not None and not (integer and value >= low):
-            raise ValueError(f"{name}={value!r}: give a whole number of latents, at least {low}")
+            raise ValueError(f"{name}={value!r} must be an integer (latents), at least {low}")
     overlap = tile // 4 if overlap is None else overlap
     if overlap >= tile:
         raise ValueError(f"overlap={overlap} must be less than tile={tile}, both in latents")
@@ -49,9 +49,9 @@ def run(
     scales: tuple[int, int],
     channels: int,
 ) -> np.ndarray:
-    """`function`, [B, h, w, *] -> [B, h', w', channels], on each tile of x and blended: float32.
+    """Applies `function`, [B, h, w, *] -> [B, h', w', channels], to tiles of x; blends in float32.
 
-    scales: positions per side that one latent stands for, in x and in the result.
+    scales: positions per side of one latent, in x and in the result.
     """
     before, after = scales
     rows, columns = (_axis(size // before, tiles, after) for size in x.shape[1:3])
@@ -79,7 +79,7 @@ def run(
 def _axis(size: int, tiles: Tiles, scale: int) -> list[tuple[int, int, np.ndarray]]:
     """(first latent, latents, weight of each output position) of the tiles along one axis.
 
-    Weights rise linearly over the overlap, and are 1 up to the image's own borders.
+    Weights rise linearly over the overlap; at the image's own borders they are 1.
     """
     length = min(tiles.size, size)
     starts = list(range(0, size - length, max(length - tiles.overlap, 1))) + [size - length]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules across keys that need values alone: neither a model nor data nor devices."""
+"""Checks across keys that need only their values: no model, data or devices."""
 
 from dcae_jax.config.schema import Config
 from dcae_jax.errors import UserError, nearest_multiples
@@ -15,8 +15,8 @@ def check(config: Config) -> None:
         value = getattr(config.evaluate, key)
         if config.job != "evaluate" and value:
             raise UserError(
-                f"evaluate.{key}={value!r} is of the job evaluate; leave it empty "
-                f"in the job {config.job}, and use configs/evaluate.py"
+                f"evaluate.{key}={value!r} is for the job evaluate (configs/evaluate.py); "
+                f"leave it empty in the job {config.job}"
             )
     if config.job == "train" and config.data.source == "latents" and not config.objective:
         raise UserError(
@@ -25,8 +25,7 @@ def check(config: Config) -> None:
         )
     if config.init_parts and not config.init_from:
         raise UserError(
-            f"init_parts={config.init_parts} are to be filled from init_from, which is empty; "
-            "set both or neither"
+            f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"
         )
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
@@ -43,9 +42,9 @@ def check(config: Config) -> None:
 
 
 def check_resolution(size: int, compression: int, key: str) -> None:
-    """Raises UserError, naming the nearest sizes, unless the model can halve `size` evenly."""
+    """Raises UserError, with the nearest sizes, unless `size` is a multiple of `compression`."""
     if size < compression or size % compression:
         raise UserError(
-            f"{key}={size} is no multiple of the model's f={compression}; "
+            f"{key}={size} is not a multiple of the model's f={compression}; "
             f"try {nearest_multiples(size, compression)}"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a resumed run must share with the run it continues."""
+"""Keys that a resumed run must share with the run it continues."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ IDENTITY = (
     "objective",
     "label_dropout",
 )
-# ... except these, which change how fast the same batches arrive.
+# ... except these, which only change how fast the same batches are read.
 NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")
 SCHEDULE = "optimizer.schedule"
 

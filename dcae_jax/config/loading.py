@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files: loading them, and errors of the flags library in one line."""
+"""Config files: loading, and one-line errors of the flags library."""
 
 import difflib
 import importlib.util
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from dcae_jax.config import identity, schema
 from dcae_jax.errors import UserError
 
-PHASES = ("phase1", "phase2", "phase3")  # of the job `phases`, in order; folders, too
+PHASES = ("phase1", "phase2", "phase3")  # of the job `phases`, in order; also their folders
 
 # The folder of the configuration files: within a wheel, or beside the package in a clone.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,15 +25,15 @@ SHIPPED = next(
     "configs",
 )
 
-# What parsing raises for a user's mistakes.
+# Exceptions that parsing raises for a user's mistakes.
 MISTAKES = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
 
 def locate(file: str) -> str:
-    """`file`, a path with :VARIANT, or the file of this name in SHIPPED if there is no such path.
+    """`file` (PATH or PATH:VARIANT), or the file of this name in SHIPPED if PATH does not exist.
 
-    A wheel's user has no folder configs/, which pages and messages name: both 'phase1.py' and
-    'configs/phase1.py' are found.
+    Docs and messages name configs/, a folder that a wheel's user does not have: both 'phase1.py'
+    and 'configs/phase1.py' are found.
     """
     path, colon, variant = file.partition(":")
     name = path.removeprefix("configs/")
@@ -44,7 +44,7 @@ def locate(file: str) -> str:
 
 
 def locate_in(argv: Sequence[str]) -> list[str]:
-    """`argv` with the file of its --config located."""
+    """`argv` with its --config file located."""
     located, is_file = [], False
     for argument in argv:
         flag, equals, file = argument.partition("=")
@@ -59,7 +59,7 @@ def locate_in(argv: Sequence[str]) -> list[str]:
 
 
 def load_file(path: str, variant: str | None = None) -> ConfigDict:
-    """The ConfigDict that the file `path` makes, for a job that runs other jobs."""
+    """The ConfigDict of the file `path`, for a job that runs other jobs."""
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None or not os.path.exists(path):
         raise UserError(f"no config file {path}")
@@ -79,7 +79,7 @@ def parse_file(file: str, overrides: Sequence[str]) -> ConfigDict:
     flag = config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
     try:
         values(argv)
-        _ = flag.value.job  # a file that could not be loaded says why when it is read
+        _ = flag.value.job  # the first access raises the error of a file that did not load
         return flag.value
     except UserError:
         raise
@@ -88,11 +88,10 @@ def parse_file(file: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def explain(error: BaseException, argv: Sequence[str]) -> str:
-    """The reason of an error of the flags library, on one line.
+    """The cause of an error of the flags library, in one line.
 
-    A config file's own mistake is wrapped in the library's; the innermost says what is wrong. A
-    key of `argv` that does not exist is answered with the nearest ones, and a flag that is a key
-    with the flag to write.
+    The library wraps a config file's own error; the innermost one is the cause. For an unknown key
+    in `argv`, suggests the nearest keys; for a flag that is a key, the flag to write.
     """
     if unknown := unknown_key(error, argv):
         return unknown
@@ -104,11 +103,11 @@ def explain(error: BaseException, argv: Sequence[str]) -> str:
 
 
 def unknown_key(error: BaseException, argv: Sequence[str]) -> str:
-    """What to write instead of a key that does not exist; '' if that is not the error."""
+    """The message for an unknown key, with suggestions; '' for any other error."""
     inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
     if not isinstance(inner, KeyError):
         return ""
-    last = str(inner.args[0]).split("'")[1]  # all that the library tells
+    last = str(inner.args[0]).split("'")[1]  # the library reports no more
     keys = [a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
     key = next((key for key in keys if last in key.split(".")), last)
     if key in schema.known_keys(schema.Config):
@@ -118,7 +117,7 @@ def unknown_key(error: BaseException, argv: Sequence[str]) -> str:
 
 
 def key_flag(argument: str) -> str:
-    """How to write `argument`, '--KEY=VALUE' or so, if its name is nearly a key; else ''."""
+    """The flag to write instead of `argument` ('--KEY=VALUE') if it resembles a key; else ''."""
     name, equals, value = argument.lstrip("-").partition("=")
     near = _nearest(name.replace("-", "_"), cutoff=0.8)
     if not near:
@@ -127,7 +126,7 @@ def key_flag(argument: str) -> str:
 
 
 def _nearest(key: str, cutoff: float) -> list[str]:
-    """The keys most like `key`, the best first."""
+    """The keys closest to `key`, best first."""
     known = identity.flatten(schema.default().to_dict())
     return difflib.get_close_matches(key, known, n=3, cutoff=cutoff)
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def validate(config: ConfigDict | Config) -> Config:
-    """The frozen configuration. Raises UserError for impossible types and values."""
+    """The frozen configuration. Raises UserError for wrong types and invalid values."""
     if not isinstance(config, Config):
         config = _section(Config, config.to_dict(), "")
     checks.check(config)
@@ -27,20 +27,20 @@ def validate(config: ConfigDict | Config) -> Config:
 
 
 def validate_phases(chain: ConfigDict) -> dict[str, Config]:
-    """{phase: its frozen configuration} of the job `phases`. Raises UserError."""
+    """{phase: frozen configuration} of the job `phases`. Raises UserError."""
     return {phase: validate(cast(ConfigDict, chain[phase])) for phase in PHASES}
 
 
 def model_section(saved: Any) -> Model:
-    """The section from what a JSON file has as `model`. Raises UserError.
+    """The section `model` of a JSON file. Raises UserError.
 
-    The file may come from anyone: unknown keys, wrong types and impossible sizes are errors.
+    The file is untrusted: unknown keys, wrong types and out-of-range sizes are errors.
     """
     if not isinstance(saved, dict):
-        raise UserError(f"model is {str(saved)[:40]!r}, not an object of keys")
+        raise UserError(f"model is {str(saved)[:40]!r}, not an object")
     for name in saved:
         if name not in known_keys(Model):
-            raise UserError(f"model.{str(name)[:40]} is no key of this version")
+            raise UserError(f"model.{str(name)[:40]} is not a key of this version")
     return _section(Model, dataclasses.asdict(Model()) | saved, "model.")
 
 
@@ -69,7 +69,7 @@ def _section(section: type[T], values: Mapping[str, Any], prefix: str) -> T:
 
 def _value(name: str, value: Any, kind: Any, default: Any, rules: Mapping[str, Any]) -> Any:
     """`value` as the type of its key: lists become tuples, ints floats. Raises UserError."""
-    mistyped = f"must be of the kind of {default!r} ({type(default).__name__})"
+    mistyped = f"must have the type of the default {default!r} ({type(default).__name__})"
     if isinstance(default, tuple):
         if not isinstance(value, tuple | list):
             raise UserError(f"{name}={_short(value)} {mistyped}")
@@ -92,7 +92,7 @@ def _short(value: Any) -> str:
 
 
 def _problem(name: str, value: Any, kind: Any, rules: Mapping[str, Any]) -> str:
-    """What is wrong with a single value, with the remedy; '' if nothing is."""
+    """The error of a single value, with the remedy; '' if the value is valid."""
     if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
         choices = ", ".join(typing.get_args(kind))
         return f"{name}={value!r} is not known; choose one of {choices}"
@@ -110,29 +110,29 @@ def _problem(name: str, value: Any, kind: Any, rules: Mapping[str, Any]) -> str:
     if ge is not None and value < ge:
         return f"{name}={value} is too small; it must be at least {ge}"
     if isinstance(value, int) and le is None and value > INT_MAX:
-        return f"{name}={value} is too large; the most is {INT_MAX}"
+        return f"{name}={value} is too large; it must be at most {INT_MAX}"
     return ""
 
 
 def _tuple_problem(name: str, value: tuple, kind: Any, rules: Mapping[str, Any]) -> str:
-    """Likewise of a tuple whose entries are of the type `kind`."""
+    """The same for a tuple with entries of type `kind`."""
     if rules["length"] and len(value) not in rules["length"]:
         return f"{name}={value!r} must be two numbers"
     for entry in value:
         if kind is str:
             if not isinstance(entry, str) or not entry:
-                return f"{name}={value!r}: {entry!r} is no text; write ('...',)"
+                return f"{name}={value!r}: {entry!r} must be a non-empty string, as in ('...',)"
         elif kind in (int, float):
             right = isinstance(entry, int | kind) and not isinstance(entry, bool)
             if not right or not rules["ge"] <= entry <= rules["le"]:
-                what = "whole numbers" if kind is int else "numbers"
+                what = "an int" if kind is int else "a number"
                 bounds = f"[{rules['ge']}, {rules['le']}]"
-                return f"{name}={value!r}: {entry!r} is none of {what} in {bounds}"
+                return f"{name}={value!r}: {entry!r} must be {what} in {bounds}"
         else:
             parts = typing.get_args(kind)
             fits = isinstance(entry, tuple) and len(entry) == len(parts)
             if kind == tuple[str, str] and not (fits and all(isinstance(p, str) for p in entry)):
-                return f"{name}: {entry!r} is no pair (path pattern, rule)"
+                return f"{name}: {entry!r} must be a pair (path pattern, rule)"
             if not fits or (parts[0] is float and isinstance(entry[0], str)):
                 return f"{name}: {entry!r} must be (weight, source, path)"
     return ""

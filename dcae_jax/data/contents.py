@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source holds, told without reading an image."""
+"""Identity of a source's contents, computed without reading an image."""
 
 import hashlib
 import itertools
@@ -11,7 +11,7 @@ from dcae_jax import files as files_lib
 from dcae_jax.config.schema import Data
 from dcae_jax.data.sources import Folder, ImageSource, Mixture, Subset, Tfds
 
-# Of config.data, what determines the images of a source.
+# Keys of config.data that determine the images of a source.
 IDENTITY = {
     "photos": (),
     "folder": ("path",),
@@ -21,7 +21,7 @@ IDENTITY = {
 
 
 def identity(data: Data, source: ImageSource) -> dict[str, Any]:
-    """What determines the images of `source`, which `encoding_source` opened, by key."""
+    """Everything that determines the images of `source` (of `encoding_source`), by key."""
     values = {"images": len(source), "names and sizes of the files": index(source)}
     for key in ("source", *IDENTITY[data.source]):
         value = getattr(data, key)
@@ -30,9 +30,9 @@ def identity(data: Data, source: ImageSource) -> dict[str, Any]:
 
 
 def index(source: ImageSource) -> str:
-    """sha256 of the names and sizes of the files of `source`, those held out included.
+    """sha256 of the names and sizes of all files of `source`, held-out ones included.
 
-    No image is read: a file that changes and keeps its size goes unnoticed.
+    No image is read, so an edit that keeps a file's size goes unnoticed.
     """
     digest = hashlib.sha256()
     for line in _index(source):
@@ -57,9 +57,9 @@ def _index(source: ImageSource) -> Iterator[str]:
 
 
 def _sizes(source: Folder) -> Iterator[int | None]:
-    """Bytes of each file; in threads, since a network disk takes its time for each of a million.
+    """Size of each file in bytes, read in threads: a million files on a network disk are slow.
 
-    None of a link that leads nowhere, which is an unreadable record like others.
+    None for a dangling link, which counts as an unreadable record.
     """
 
     def some(first: int) -> list[int | None]:

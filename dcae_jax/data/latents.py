@@ -2,10 +2,9 @@
 """Latents on disk: a folder of ArrayRecord shards, and a manifest that describes them.
 
 One record is one crop of an image: a header (HEADER) and the values [flips, h, w, c] in C order,
-both little-endian. `flips` is 2 where the latents of the mirrored crop follow those of the crop,
-else 1. Values are stored as the encoder returns them, unscaled. A JSON file beside each shard holds
-its sums, from which the manifest's statistics are computed. docs/latents.md lists the keys of the
-manifest.
+both little-endian. `flips` is 2 if the mirrored crop's latents follow the crop's, else 1. Values
+are stored as the encoder returns them, unscaled. A JSON file beside each shard holds its sums; the
+manifest's statistics are computed from these. docs/latents.md lists the keys of the manifest.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from dcae_jax import files
 from dcae_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-IDENTITY = "encode.json"  # of the job that writes the shards, there from its start
+IDENTITY = "encode.json"  # identity of the job that writes the shards, written at its start
 FORMAT = 1
 WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; latents hardly compress
 EXTENSION = ".array_record"
@@ -41,19 +40,19 @@ FLOAT16_MAX = 65504
 
 
 def pack(values: np.ndarray, label: int, number: int) -> bytes:
-    """A record. values: [flips, h, w, c] of one of DTYPES; number: of the crop among all."""
+    """Packs a record. values: [flips, h, w, c], one of DTYPES; number: global crop number."""
     code = CODES.index(values.dtype.name)
     return HEADER.pack(MAGIC, code, *values.shape, label, number) + values.tobytes()
 
 
 def unpack(record: bytes) -> tuple[np.ndarray, int, int]:
-    """(values [flips, h, w, c], label, number of the crop) of a record. Raises ValueError."""
+    """Unpacks a record to (values [flips, h, w, c], label, crop number). Raises ValueError."""
     if len(record) < HEADER.size or not record.startswith(MAGIC):
-        raise ValueError("no record of latents")
+        raise ValueError("not a record of latents")
     _, code, *shape, label, number = HEADER.unpack_from(record)
     dtype = DTYPES[CODES[code]]
     if len(record) != HEADER.size + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"a record of {len(record)} bytes says that its shape is {shape}")
+        raise ValueError(f"a record of {len(record)} bytes does not fit its shape {shape}")
     return np.frombuffer(record, dtype, offset=HEADER.size).reshape(shape), label, number
 
 
@@ -62,7 +61,7 @@ def unpack(record: bytes) -> tuple[np.ndarray, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file to write, and the crops in it, of those to encode: first, ..., last - 1."""
+    """A file to write. It holds crops first, ..., last - 1 of those to encode."""
 
     file: str
     first: int
@@ -71,7 +70,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class ShardSums:
-    """What the JSON file beside a whole shard says of it."""
+    """Contents of the JSON file beside a complete shard."""
 
     file: str
     records: int
@@ -79,8 +78,8 @@ class ShardSums:
     sha256: str
     sum: list[float]  # [c] over the stored values of its records
     sum_of_squares: list[float]  # [c]
-    unreadable: list[int]  # numbers of the images left out, one entry for each crop
-    largest_label: int  # -1 without records
+    unreadable: list[int]  # numbers of the images left out, one entry per crop
+    largest_label: int  # -1 if there are no records
 
 
 def shard_name(number: int, shards: int) -> str:
@@ -88,7 +87,7 @@ def shard_name(number: int, shards: int) -> str:
 
 
 def plan_shards(crops: int, shard_size: int) -> list[Shard]:
-    """`crops` crops in shards of `shard_size`; the last one may be smaller."""
+    """Splits `crops` crops into shards of `shard_size`; the last one may be smaller."""
     count = math.ceil(crops / shard_size)
     return [
         Shard(shard_name(s, count), s * shard_size, min((s + 1) * shard_size, crops))
@@ -110,8 +109,8 @@ def write_shard(
     """Writes `batches` as `shard`, and its sums beside it. Raises UserError.
 
     batches: (crop numbers [B]; label, mask and unreadable [B] of `pipeline.fixed_crops`; latents
-    [B, flips, h, w, c]). name: the image of a crop, by number, for messages. If `batches` raises,
-    nothing is left.
+    [B, flips, h, w, c]). name: maps a crop number to its image's name, for messages. If `batches`
+    raises, no file is left behind.
     """
     path = os.path.join(workdir, shard.file)
     total, squares = np.zeros(channels), np.zeros(channels)
@@ -126,7 +125,7 @@ def write_shard(
                     number, label = int(numbers[row]), int(batch["label"][row])
                     _check(values[row], label, name(number))
                     writer.write(pack(values[row], label, number))
-                    # One record at a time, so that no sum depends on the size of the batches.
+                    # One record at a time, so that the sums do not depend on the batch size.
                     exact = values[row].astype(np.float64).reshape(-1, channels)
                     total, squares = total + exact.sum(0), squares + (exact**2).sum(0)
                     records, largest = records + 1, max(largest, label)
@@ -140,7 +139,7 @@ def write_shard(
             unreadable=unreadable,
             largest_label=largest,
         )
-        # Before the shard gets its name, from where on it counts.
+        # Written before the shard is renamed: a shard counts once it has its final name.
         files.write_json(_sums_file(path), dataclasses.asdict(sums))
     return sums
 
@@ -151,16 +150,16 @@ def _check(values: np.ndarray, label: int, name: str) -> None:
     if not np.isfinite(wide).all():
         if values.dtype == np.float16 and not np.isnan(wide).any():
             raise UserError(
-                f"encode.dtype='float16' ends at {FLOAT16_MAX}, and the latents of {name} go "
-                "beyond; use --config.encode.dtype=bfloat16"
+                f"encode.dtype='float16' overflows above {FLOAT16_MAX}, and the latents of {name} "
+                "do; use --config.encode.dtype=bfloat16"
             )
         raise UserError(f"the latents of {name} are not finite; the autoencoder's weights are bad")
     if label < 0:
-        raise UserError(f"{name} has the label {label}: encode a split whose images have labels")
+        raise UserError(f"{name} has label {label}; encode a split whose images have labels")
 
 
 def read_sums(workdir: str, shard: Shard) -> ShardSums | None:
-    """The sums of a shard; None unless the shard is there, whole."""
+    """The sums of a shard; None unless the shard is complete."""
     path = os.path.join(workdir, shard.file)
     sums = files.read_json(_sums_file(path))
     return ShardSums(**sums) if sums and files.size(path) == sums["bytes"] else None
@@ -172,16 +171,16 @@ def read_all_sums(workdir: str, shards: Sequence[Shard]) -> list[ShardSums]:
     missing = [shard.file for shard, found in zip(shards, sums, strict=True) if found is None]
     if missing:
         raise UserError(
-            f"{workdir} lacks {len(missing)} shards that were written ({missing[0]}); name a "
-            "folder that all processes share, and run the command again"
+            f"{workdir} lacks {len(missing)} shards that were written ({missing[0]}); use a "
+            "folder that all processes share, and rerun the command"
         )
     return [found for found in sums if found is not None]
 
 
 def summary(shards: Sequence[ShardSums], positions: int) -> dict[str, Any]:
-    """The keys of the manifest that the shards determine: count, statistics, shards.
+    """Manifest keys computed from the shards: count, statistics, shards.
 
-    positions: latent positions of a record, all variants together.
+    positions: latent positions per record, summed over flips.
     """
     count = sum(shard.records for shard in shards)
     n = positions * count
@@ -204,12 +203,12 @@ def summary(shards: Sequence[ShardSums], positions: int) -> dict[str, Any]:
 
 
 def check_identity(workdir: str, identity: Mapping[str, Any]) -> bool:
-    """Whether `workdir` has this identity already. Raises UserError if it holds other latents."""
+    """Whether `workdir` already has this identity. Raises UserError if it holds other latents."""
     before = files.read_json(os.path.join(workdir, IDENTITY))
     begun = any(name == MANIFEST or name.endswith(EXTENSION) for name in files.listdir(workdir))
     if begun and before is None:
         raise UserError(
-            f"{workdir} holds latents or records, and no {IDENTITY} that says which; use "
+            f"{workdir} holds latents or records but no {IDENTITY} to identify them; use "
             "another --workdir"
         )
     if begun and before != identity:
@@ -233,7 +232,7 @@ class Latents:
 
     path: str
     manifest: dict[str, Any]
-    records: Sequence[bytes]  # of all shards, whose files are opened when they are read
+    records: Sequence[bytes]  # of all shards; a file is opened when it is first read
 
     def __len__(self) -> int:
         return len(self.records)
@@ -242,7 +241,7 @@ class Latents:
         """([flips, h, w, c] in the stored dtype, unscaled; label). Raises ValueError."""
         values, label, _ = unpack(self.records[i])
         if values.shape != self.shape or values.dtype.name != self.manifest["dtype"]:
-            raise ValueError(f"latents {values.dtype} {values.shape} are not those of the manifest")
+            raise ValueError(f"latents {values.dtype} {values.shape} do not match the manifest")
         return values, label
 
     def name(self, i: int) -> str:
@@ -264,25 +263,25 @@ class Latents:
 
 
 def latents(path: str) -> Latents:
-    """The latents that the job `encode` wrote to `path`. Raises UserError unless all are there."""
-    again = "run the command of the job encode again, which completes it"
+    """The latents that the job `encode` wrote to `path`. Raises UserError if any are missing."""
+    again = "rerun the command of the job encode to complete it"
     try:
         manifest = files.read_json(os.path.join(path, MANIFEST))
     except ValueError as error:
         raise UserError(f"data.path={path!r}: {MANIFEST} is not JSON; {again}") from error
     if manifest is None and IDENTITY in files.listdir(path):
-        raise UserError(f"data.path={path!r} is not encoded to the end; {again}")
+        raise UserError(f"data.path={path!r} is not fully encoded; {again}")
     if manifest is None:
         raise UserError(
             f"data.path={path!r} holds no latents: it has no {MANIFEST}; make them with "
             "configs/encode.py, and name its workdir"
         )
     if not isinstance(manifest, dict) or manifest.get("kind") != "latents":
-        raise UserError(f"data.path={path!r} holds no latents: {MANIFEST} is of something else")
+        raise UserError(f"data.path={path!r} holds no latents: {MANIFEST} is for something else")
     if manifest["format"] != FORMAT:
         raise UserError(
-            f"data.path={path!r} has latents of format {manifest['format']}, this program reads "
-            f"{FORMAT}; encode again"
+            f"data.path={path!r} has latents of format {manifest['format']}, but this version "
+            f"reads {FORMAT}; encode again"
         )
     shards = []
     for shard in manifest["shards"]:
@@ -296,7 +295,7 @@ def latents(path: str) -> Latents:
                 f"{shard['bytes']:,}; {again}"
             )
         if shard["records"]:
-            # With the range in its name, a file is not opened to count its records.
+            # With the range in the name, Grain does not open the file to count its records.
             shards.append(f"{file}[0:{shard['records']}]")
     records = cast(Sequence[bytes], grain.sources.ArrayRecordDataSource(shards))
     if len(records) != manifest["count"]:

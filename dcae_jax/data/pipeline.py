@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: Grain pipelines over a source of images, whose state is one number.
+"""Batches: Grain pipelines over a source, whose only state is one integer.
 
-Example i of a run is a function of (seed, i) alone: which epoch it falls in, which record it
-reads, how it is cropped. The position of the data is the global index i of the next example, so
-that a run continues with the same batches on any number of hosts, workers and threads.
+Example i of a run is a function of (seed, i) alone: its epoch, its record and its crop. The state
+is the global index i of the next example, so a run resumes with the same batches on any number of
+hosts, workers and threads.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from dcae_jax.errors import UserError
 Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]  # Examples, stacked
 
-TRIES = 8  # records tried for one example before giving up
+TRIES = 8  # records tried per example
 GOLDEN = (5**0.5 - 1) / 2
-BAD_FRACTION, BAD_AFTER = 0.01, 200  # above this fraction of at least so many records: an error
+BAD_FRACTION, BAD_AFTER = 0.01, 200  # an error above this fraction, after this many records
 
 
 # --- training: an endless stream of batches -------------------------------------------------------
@@ -39,10 +39,10 @@ def resolution_at(seed: int, sizes: tuple[int, ...], step: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """(global index, record) -> example. A record that cannot be read is replaced.
+    """(global index, record) -> example. An unreadable record is replaced.
 
-    Failures travel with the example ('unreadable', record numbers, -1 where none), since the
-    process that reads is not the one that counts.
+    Failures travel with the example ('unreadable': record numbers, padded with -1), since worker
+    processes read but the main process counts.
     """
 
     source: ImageSource | Latents
@@ -57,12 +57,12 @@ class _Load:
         for attempt in range(TRIES):
             try:
                 return {**self._read(index, record), "unreadable": unreadable}
-            except Exception:  # whatever a decoder raises, the record is of no use
+            except Exception:  # whatever a decoder raises, the record is unusable
                 unreadable[attempt] = record
-                # The index counts through the epochs, so this is hash(seed, epoch, index, try).
+                # The index keeps counting across epochs, so each epoch draws another record.
                 rng = np.random.default_rng((self.seed, 3, index, attempt))
                 record = int(rng.integers(len(self.source)))
-        # Nothing could be read. This example only carries the failures, and is then dropped.
+        # No record could be read. This example only reports the failures; `take` then raises.
         blank: Example = {"label": np.int32(0), "unreadable": unreadable}
         if isinstance(self.source, Latents):
             return {**blank, "latent": self.source.blank()}
@@ -75,7 +75,7 @@ class _Load:
         rng = np.random.default_rng((self.seed, 2, index))
         if isinstance(self.source, Latents):
             values, label = self.source[record]
-            # The crop, or its mirror image where both are stored.
+            # The crop, or its mirror image if both are stored.
             variant = rng.integers(len(values)) if self.data.flip else 0
             return {"latent": values[variant], "label": np.int32(label)}
         size = self._size(index)
@@ -85,7 +85,7 @@ class _Load:
 
 @dataclasses.dataclass
 class Unreadable:
-    """Counts records that could not be read, logs each once; too many are an error."""
+    """Counts unreadable records and logs each once; too many are an error."""
 
     name: Callable[[int], str]  # of a record
     seen: set[int] = dataclasses.field(default_factory=set)
@@ -93,7 +93,7 @@ class Unreadable:
     failed: int = 0
 
     def take(self, batch: Batch) -> Batch:
-        """A training batch without its 'unreadable', which is counted. Raises UserError."""
+        """Counts and removes the 'unreadable' of a training batch. Raises UserError."""
         report = batch.pop("unreadable")
         bad = report[report >= 0].tolist()
         none_left = bool((report >= 0).all(-1).any())
@@ -101,9 +101,10 @@ class Unreadable:
         return batch
 
     def count(self, read: int, bad: list[int], fate: str, none_left: bool = False) -> None:
-        """Adds `read` attempts, of which those on the records `bad` failed. Raises UserError.
+        """Adds `read` attempts, including the failed ones on records `bad`. Raises UserError.
 
-        fate: what became of them, for the log. none_left: for an example no record was found.
+        fate: what happens to the failed records, for the log. none_left: an example has no
+        readable record.
         """
         self.read += read
         self.failed += len(bad)
@@ -121,13 +122,13 @@ class Unreadable:
 
 
 def _record_order(source: ImageSource | Latents, seed: int) -> grain.MapDataset[int]:
-    """Global index -> record: each epoch in a new order; each part of a mixture in its own."""
+    """Global index -> record, reshuffled each epoch; parts of a mixture shuffle independently."""
     if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     parts, first = [], 0
     for number, part in enumerate(source.parts):
         records = grain.MapDataset.range(first, first + len(part))
-        # With one seed, parts of one length would be drawn in one order, in step.
+        # With a shared seed, parts of equal length would be drawn in the same order.
         own = int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) if number else seed
         parts.append(records.seed(own).shuffle().repeat())
         first += len(part)
@@ -147,12 +148,13 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This process's slices of the global batches, from the example with global index `start`.
 
-    batch_size: B, global; sizes: of images, one drawn per batch. A batch: image [B / processes,
-    size, size, 3] uint8, label [B / processes] int32. Of latents, instead of image: latent
-    [B / processes, h, w, c] in the stored dtype, unscaled. Process p gets rows p * B / processes
-    onwards of each global batch. Raises UserError when too many records cannot be read.
+    batch_size: B, global. sizes: pixels per side, one drawn per batch. A batch: image
+    [B / processes, size, size, 3] uint8, label [B / processes] int32. For latents, latent
+    [B / processes, h, w, c] in the stored dtype, unscaled, replaces image. Process p gets rows
+    p * B / processes onwards of each global batch. Raises UserError if too many records are
+    unreadable.
     """
-    # A run that goes on with another batch size starts between two batches of that size.
+    # `start` need not be a multiple of batch_size: a resumed run may have changed the latter.
     load = _Load(source, data, seed, batch_size, start % batch_size, sizes)
     examples = _record_order(source, seed).map_with_index(load.example)[start:]
     batches = examples.batch(batch_size // processes)[process::processes]
@@ -164,18 +166,18 @@ def training_batches(
 def _read_ahead(
     batches: grain.MapDataset[Batch], threads: int, ahead: int, workers: int
 ) -> Iterable[Batch]:
-    """Iterates over `batches`, `ahead` of them read in advance (by each of the processes)."""
+    """Iterates over `batches`, reading `ahead` of them in advance (per worker process)."""
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     stream = batches.to_iter_dataset(options)
     if not workers:
         return stream
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also in a notebook
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, even in a notebook
     return stream.mp_prefetch(grain.MultiprocessingOptions(workers), _ignore_interrupts)
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:
-    """In a worker: leaves Ctrl-C, which a terminal sends to all processes, to the job."""
+    """In a worker: ignores Ctrl-C, which a terminal sends to all processes; the job handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -184,7 +186,7 @@ def _ignore_interrupts(worker: int, workers: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Crops:
-    """Crop i of those with these numbers. Numbers below 0, and unreadable images, have mask 0."""
+    """i -> crop numbers[i]. Negative numbers and unreadable images have mask 0."""
 
     source: Source
     numbers: np.ndarray
@@ -225,10 +227,10 @@ def fixed_crops(
     threads: int = 4,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """The crops of these numbers, in order; a number below 0 is padding, with mask 0.
+    """Batches of the crops `numbers`, in order; a negative number is padding, with mask 0.
 
-    numbers: a multiple of batch_size of them. Crop n is of image n % len(source): ADM's centre crop
-    with crops = 1, else a random crop whose position n determines. A batch: image
+    numbers: [N], N a multiple of batch_size. Crop n is of image n % len(source): ADM's centre crop
+    if crops = 1, else a random crop whose position is determined by n. A batch: image
     [B, size, size, 3] uint8, label [B] int32, mask [B] float32, unreadable [B] (the number of the
     image, or -1).
     """
@@ -253,8 +255,8 @@ def evaluation_batches(
 
     A batch: image [B / processes, size, size, 3] uint8, label, mask [B / processes] float32. The
     last batch is padded with images of mask 0. With crops > 1 each image is cropped that many times
-    at fixed random positions, not once in the centre. `count` > 0 takes so many crops, spread over
-    the source.
+    at fixed random positions, not once in the centre. `count` > 0 takes that many crops, spread
+    over the source.
     """
     numbers = spread(len(source), evaluated(source, count, crops))
     local = batch_size // processes
@@ -271,18 +273,18 @@ def evaluation_batches(
 
 
 def evaluated(source: Source, count: int, crops: int = 1) -> int:
-    """How many crops of `source` are read: `count` at most, 0 for all."""
+    """Number of crops to read from `source`: at most `count`; 0 means all."""
     total = len(source) * crops
     return min(total, count) if count else total
 
 
 def spread(images: int, count: int) -> np.ndarray:
-    """`count` crop numbers, rising, that are spread evenly over the images; see `fixed_crops`.
+    """`count` ascending crop numbers, spread evenly over the images; see `fixed_crops`.
 
-    Sources are sorted by class, and a mixture by part, so that the first ones are of few kinds.
-    count > images takes the next crop of all images before the next one of any. Within its share
-    of the images a number is placed by multiples of the golden ratio: at equal distances, images
-    whose classes take turns would be of few classes too.
+    Sources are sorted by class, and mixtures by part, so the first images cover few classes. With
+    count > images, every image is cropped once before any is cropped twice. The remaining numbers
+    split the images into equal intervals; multiples of the golden ratio place each number in its
+    interval. With equal spacing, a source whose classes alternate would yield few classes.
     """
     whole, rest = divmod(count, images)
     i = np.arange(rest)
@@ -292,5 +294,5 @@ def spread(images: int, count: int) -> np.ndarray:
 
 
 def padded(numbers: np.ndarray, multiple: int) -> np.ndarray:
-    """`numbers`, padded with -1 to a multiple."""
+    """`numbers` [N], padded with -1 to a multiple of `multiple`."""
     return np.pad(numbers, (0, -len(numbers) % multiple), constant_values=-1)

@@ -22,12 +22,12 @@ from dcae_jax.config.schema import Data
 from dcae_jax.data.transforms import to_rgb
 from dcae_jax.errors import UserError
 
-# What is opened, whatever a file is called. Pillow's other readers are not for strangers' files:
-# that of EPS, for one, starts Ghostscript.
+# Formats that are opened, whatever the file extension. Pillow's other readers are unsafe for
+# untrusted files: the EPS reader, for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
-NO_LABEL = -1  # which the job `encode` refuses; an autoencoder needs no labels
+NO_LABEL = -1  # an error in the job `encode`; autoencoders need no labels
 
 # Photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = (
@@ -57,7 +57,7 @@ class Source(Protocol):
         ...
 
     def name(self, i: int) -> str:
-        """Of image i, for messages."""
+        """Name of image i, for messages."""
         ...
 
 
@@ -66,20 +66,20 @@ class ImageSource(Source, Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the labels 0, 1, ...; () where the source does not know them."""
+        """Names of the labels 0, 1, ...; () if unknown."""
         ...
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
-        """As source[i], or smaller, its short side `least` pixels or more; 0: full size.
+        """Like source[i], but may be smaller: short side >= `least` pixels; 0: full size.
 
-        A JPEG decoder that halves an image skips most of its work.
+        A JPEG decodes much faster at a reduced size.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """The embedded photographs; a dozen, kept decoded. The label is the photograph."""
+    """The embedded photographs, about a dozen, kept decoded. Each one is its own class."""
 
     images: tuple[Image.Image, ...]
     class_names: tuple[str, ...]
@@ -102,7 +102,7 @@ def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
     """The photographs that ship inside scikit-image and scikit-learn."""
     images = []
     for package, name in files:
-        # The folder is found without importing the package, which takes seconds.
+        # Finds the folder without importing the package, which would take seconds.
         spec = importlib.util.find_spec(package.split(".")[0])
         assert spec is not None and spec.origin is not None
         folder = os.path.join(os.path.dirname(spec.origin), *package.split(".")[1:])
@@ -113,9 +113,9 @@ def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Image files; the label is the rank of the first folder below the root.
+    """Image files; a file's label is the rank of its top-level folder below the root.
 
-    Without such folders it is 0; of a file beside them it is NO_LABEL.
+    Without such folders, every label is 0; a file beside them has NO_LABEL.
     """
 
     root: str
@@ -147,14 +147,14 @@ def folder(path: str) -> Folder:
         raise UserError(f"data.path={path!r} does not exist; name a folder of images")
     files = sorted(file for file in files_lib.walk(path) if file.lower().endswith(EXTENSIONS))
     if not files:
-        raise UserError(f"data.path={path!r} holds no image ({' '.join(EXTENSIONS)})")
+        raise UserError(f"data.path={path!r} holds no images ({' '.join(EXTENSIONS)})")
     classes = sorted({file.split(os.sep)[0] for file in files if os.sep in file})
     return Folder(path, tuple(files), tuple(classes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """A split of a prepared TensorFlow data set, read as ArrayRecord without TensorFlow."""
+    """A split of a prepared TFDS data set, read as ArrayRecord without TensorFlow."""
 
     records: Sequence[Mapping[str, Any]]  # encoded images, labels
     title: str
@@ -183,9 +183,9 @@ def tfds(name: str, split: str, data_dir: str = "") -> Tfds:
     try:
         builder = tensorflow_datasets.builder(name, data_dir=data_dir or None)
         raw = {"image": tensorflow_datasets.decode.SkipDecoding()}
-        # A decorator hides the parameters of the method.
+        # A decorator hides the method's parameters.
         records = builder.as_data_source(split, decoders=raw)  # pyright: ignore[reportCallIssue]
-    except Exception as error:  # tfds raises many kinds for "not there"
+    except Exception as error:  # tfds raises many types for a missing data set
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"data.name={name!r}, split {split!r} cannot be read ({reason}); prepare it first "
@@ -225,9 +225,9 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources one after the other; training draws from each by its weight.
+    """Concatenated sources; training draws from each by its weight.
 
-    The labels of a part are those after the labels of the parts before it.
+    A part's labels are offset by the number of classes in the parts before it.
     """
 
     parts: tuple[ImageSource, ...]
@@ -237,7 +237,7 @@ class Mixture:
         return sum(map(len, self.parts))
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """(number of the part, record there)."""
+        """(part number, record number within the part)."""
         for number, part in enumerate(self.parts):
             if i < len(part):
                 return number, i
@@ -246,7 +246,7 @@ class Mixture:
 
     @functools.cached_property
     def _classes(self) -> tuple[tuple[str, ...], ...]:
-        """The classes of each part; of one that knows none, the part itself."""
+        """Class names per part; a part without class names is one class."""
         return tuple(p.class_names or (f"part {n}",) for n, p in enumerate(self.parts))
 
     @property
@@ -259,7 +259,7 @@ class Mixture:
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         number, record = self._locate(i)
         image, label = self.parts[number].read(record, least)
-        if label < 0:  # NO_LABEL, also of the images of a test split
+        if label < 0:  # NO_LABEL, which images of a test split have too
             return image, label
         return image, sum(map(len, self._classes[:number])) + label
 
@@ -274,7 +274,7 @@ Use = Literal["train", "held out", "evaluate", "encode"]
 
 
 def training_source(data: Data) -> ImageSource:
-    """The images that config.data names, without those held out. Raises UserError."""
+    """The training images of config.data, without held-out ones. Raises UserError."""
     return _images(data, "train")
 
 
@@ -284,12 +284,12 @@ def held_out_source(data: Data) -> ImageSource:
 
 
 def evaluation_source(data: Data) -> ImageSource:
-    """What the job `evaluate` reads: the whole folder or split; else what is held out."""
+    """Images for the job `evaluate`: the whole folder or split; else the held-out ones."""
     return _images(data, "evaluate")
 
 
 def encoding_source(data: Data) -> ImageSource:
-    """What the job `encode` reads: everything; of the photographs, those to train on."""
+    """Images for the job `encode`: all of them; for the photographs, the training ones."""
     return _images(data, "encode")
 
 
@@ -305,7 +305,7 @@ def _images(data: Data, use: Use) -> ImageSource:
         return tfds(data.name, split, data.data_dir)
     if data.source == "latents":
         raise UserError(
-            f"data.source='latents' ({data.path!r}) has no images; name those with "
+            f"data.source='latents' ({data.path!r}) has no images; set "
             "data.source=folder, tfds, photos or mixture"
         )
     if data.held_out_path and use == "held out":
@@ -323,8 +323,8 @@ def _check_labels(source: Folder) -> None:
     beside = [file for file in source.files if os.sep not in file] if source.class_names else []
     if beside:
         raise UserError(
-            f"data.path={source.root!r} has {len(beside)} images beside its class folders, which "
-            f"have no label ({beside[0]}); move them into a class folder, or elsewhere"
+            f"data.path={source.root!r} has {len(beside)} images beside its class folders, without "
+            f"a label ({beside[0]}); move them into a class folder, or elsewhere"
         )
 
 
@@ -337,8 +337,8 @@ def _mixture(data: Data, use: Use) -> Mixture:
         raise UserError("data.parts is empty; give (weight, source, path) for each part")
     if data.held_out_path:
         raise UserError(
-            f"data.held_out_path={data.held_out_path!r} is not for a mixture, whose parts hold out "
-            "data.held_out each; leave it out"
+            f"data.held_out_path={data.held_out_path!r} does not apply to a mixture: each part "
+            "holds out data.held_out; leave it out"
         )
     parts, weights = [], []
     for entry in data.parts:
@@ -358,22 +358,23 @@ def _mixture(data: Data, use: Use) -> Mixture:
 
 
 def _hold_out(source: Folder, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Records (to train on, held out): the latter hash lowest by name, so that a file stays where
-    it is when others are added."""
+    """(training records, held-out records). Held out are the files whose names hash lowest, so
+    that a file keeps its side when others are added."""
     ranks = [int.from_bytes(hashlib.sha256(f.encode()).digest()[:8], "big") for f in source.files]
     order = np.argsort(np.array(ranks, np.uint64), kind="stable")
     held = min(max(1, math.ceil(fraction * len(source))), len(source) - 1)
     if held < 1:
         raise UserError(
-            f"data.path={source.root!r} holds one image: too few to hold any out for evaluation; "
-            "add images, or set data.held_out=0 to evaluate on what is trained on"
+            f"data.path={source.root!r} holds one image, too few to hold any out for evaluation; "
+            "add images, or set data.held_out=0 to evaluate on the training images"
         )
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def _draft(image: Image.Image, least: int) -> Image.Image:
-    """An opened JPEG set to be decoded at 1/2, 1/4 or 1/8, its short side `least` or more; others
-    as they are, and with least=0."""
+    """Sets an opened JPEG to decode at 1/2, 1/4 or 1/8 size, with a short side >= `least`.
+
+    Other formats are unchanged, and so is a JPEG if least=0."""
     if least:
         image.draft(None, (least, least))
     return image

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image transforms: RGB conversion, ADM's centre crop, random crops, augmentation.
 
-Also the one way from uint8 levels to the range [-1, 1] of the models, and back.
+Also the only conversions between uint8 levels and the models' range [-1, 1].
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from dcae_jax.config.schema import Data
 
-if TYPE_CHECKING:  # the processes that read images need no jax
+if TYPE_CHECKING:  # reader processes do not import jax
     import jax
 
     Array = TypeVar("Array", np.ndarray, jax.Array)
 
-MOST_PIXELS = 2**26  # of an image while it is resized: a sliver 1 x 30,000 is no photograph
+MOST_PIXELS = 2**26  # of a resized image: a 1 x 30,000 sliver would become huge
 
 
 def to_float(levels: Array) -> Array:
@@ -39,17 +39,17 @@ def to_levels(x: Array) -> Array:
 
 
 def to_uint8(x: Array) -> Array:
-    """Images in [-1, 1] -> uint8, as `to_levels` rounds. Non-finite values are undefined."""
+    """Images in [-1, 1] -> uint8, rounded by `to_levels`. Non-finite values are undefined."""
     return to_levels(x).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB: EXIF orientation applied, alpha over white, 16 bits rounded to 8."""
     try:
-        ImageOps.exif_transpose(image, in_place=True)  # the other form copies every image
-    except OSError:  # of the pixels, which are read here
+        ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies every image
+    except OSError:  # broken pixel data, which is read here
         raise
-    except Exception:  # of broken EXIF, which Pillow reports in many ways: the pixels are good
+    except Exception:  # broken EXIF, for which Pillow raises many types; the pixels are good
         image.load()
     if image.mode.startswith("I"):  # convert() would clip at 255 instead of scaling
         levels = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) + 128) // 257
@@ -97,12 +97,12 @@ def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     shape = (round(image.width * scale), round(image.height * scale))
     if shape[0] * shape[1] > MOST_PIXELS:
-        raise ValueError(f"an image of {image.width}x{image.height} is too long to be enlarged")
+        raise ValueError(f"an image of {image.width}x{image.height} is too elongated to enlarge")
     return image.resize(shape, Image.Resampling.BICUBIC)
 
 
 def least_side(data: Data, size: int) -> int:
-    """Short side in pixels at which an image may be decoded without loss to `augment`; 0: full.
+    """Smallest short side, in pixels, that an image may be decoded at for `augment`; 0: full.
 
     ADM's crop halves an image down to this anyway. For random_resized, the smallest crop keeps
     twice the pixels per side that it needs, before the bicubic filter.
@@ -123,7 +123,7 @@ def _rotated_side(degrees: float) -> float:
 
 def augment(image: Image.Image, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
     """A training example [size, size, 3] uint8, cropped and augmented as config.data says."""
-    # A rotated square needs a larger one to be cut from, or its corners would be empty.
+    # A rotated square is cut from a larger one, or its corners would be empty.
     angle = rng.uniform(-data.rotation, data.rotation) if data.rotation else 0.0
     outer = math.ceil(size * _rotated_side(angle))
     if data.crop == "center":

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second half of `make demo`: latents of the photographs, a tiny UViT on them, its samples.
+"""Second half of `make demo`: latents of the photographs, a tiny UViT trained on them, samples.
 
-The label is the photograph, the objective SiT's (configs/usit.py:tiny). Whether samples fall into
-the class that was asked for is measured by the nearest neighbour in the autoencoder's latents,
-beside crops that training did not see.
+Each photograph is a class; the objective is SiT's (configs/usit.py:tiny). Whether a sample belongs
+to its class is measured by its nearest neighbour in the autoencoder's latents, and compared with
+held-out crops.
 """
 
 import dataclasses
@@ -21,26 +21,26 @@ from dcae_jax.data import latents, pipeline, sources, transforms
 from dcae_jax.jobs import encode, train
 
 RUN = "usit"  # folder of the diffusion model's run
-NEIGHBOURS = 200  # crops per class: as neighbours, and held out
-SAMPLED = 50  # per class
-SHOWN = (3, 9)  # of each class on the page: crops, and samples
+NEIGHBOURS = 200  # crops per class: training crops to search, and as many held out
+SAMPLED = 50  # samples per class
+SHOWN = (3, 9)  # (crops, samples) per class on the page
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What the page shows of the diffusion model."""
+    """Diffusion results for the page."""
 
     classes: tuple[str, ...]
     known: int  # crops per class that training saw
     grid: np.ndarray  # [*, *, 3] uint8: a row per class, crops and then samples
     held_out: float  # fraction of held-out crops whose nearest training crop is of their class
-    sampled: float  # likewise of samples
+    sampled: float  # the same fraction of samples
 
 
 def make(workdir: str) -> int:
-    """Encodes crops into WORKDIR/latents and trains on them in WORKDIR/usit. -> exit status.
+    """Encodes crops to WORKDIR/latents, trains on them in WORKDIR/usit; returns the exit status.
 
-    What an earlier call finished is left alone.
+    Work that an earlier call finished is not repeated.
     """
     config = _config("encode.py", init_from=os.path.join(workdir, PHASES[-1]))
     status = encode.run(config, os.path.join(workdir, "latents"))
@@ -58,7 +58,7 @@ def _config(file: str, **changes: Any) -> Config:
 
 
 def evaluate(workdir: str) -> Samples:
-    """Samples from WORKDIR/usit, beside crops."""
+    """Samples from WORKDIR/usit and their scores, with crops for comparison."""
     model = generator.load_generator(os.path.join(workdir, RUN))
     config = _config("usit.py")
     known = latents.latents(os.path.join(workdir, "latents"))
@@ -82,7 +82,7 @@ def evaluate(workdir: str) -> Samples:
 
 
 def held_out(model: generator.Generator, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, labels) of `count` crops from number `first`, which training did not see."""
+    """(latents, labels) of `count` crops from number `first` on, unseen in training."""
     numbers = np.arange(first, first + count)
     batches = pipeline.fixed_crops(
         sources.photos(), numbers, size=model.resolution, batch_size=model.num_classes, crops=2
@@ -92,9 +92,9 @@ def held_out(model: generator.Generator, first: int, count: int) -> tuple[np.nda
 
 
 def nearest(known: np.ndarray, labels: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """The labels of the nearest of `known` to each of z [N, h, w, c].
+    """Labels [N] of the nearest neighbours of z [N, h, w, c] in `known`.
 
-    Compared by the mean over positions and the deviation of each channel.
+    Compares each channel's mean and standard deviation over positions.
     """
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: autoencoder and diffusion on the embedded photographs, and one page to show them.
+"""`make demo`: an autoencoder and a diffusion model of the embedded photographs, and a page.
 
     dcae-jax demo --workdir=demo-run
 
-The page, WORKDIR/index.html, needs nothing beside it: curves, a table and images.
+The page, WORKDIR/index.html, is self-contained: curves, a table and images.
 """
 
 import base64
@@ -35,7 +35,7 @@ PCA_PATCHES = 20_000
 
 
 def run(workdir: str) -> int:
-    """Trains, evaluates and writes the page; what an earlier call finished is not repeated."""
+    """Trains, evaluates and writes the page; work that an earlier call finished is not repeated."""
     began = time.perf_counter()
     given = config_lib.load_file(os.path.join(config_lib.SHIPPED, "phases.py"), "tiny")
     phases = config_lib.validate_phases(given)
@@ -49,7 +49,7 @@ def run(workdir: str) -> int:
     page = write_page(workdir, rows, grids, samples, time.perf_counter() - began)
     logging.info(
         "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
-        "(%.2f times as often)\n\nthe page with curves and images: %s",
+        "(%.2f times as often)\n\npage with curves and images: %s",
         text,
         samples.held_out,
         samples.sampled,
@@ -89,14 +89,14 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]
 
 
 def columns(images: list[np.ndarray]) -> list[np.ndarray]:
-    """[photographs, and what each phase makes of them] with four times what the last changed."""
+    """Photographs, each phase's reconstructions, and four times the change of the last phase."""
     return [*images, files.difference(*images[-2:])]
 
 
 def pca_scores(
     config: Config, source: sources.ImageSource, f: int, channels: int
 ) -> dict[str, float]:
-    """What a linear autoencoder of the same latent size reaches: PCA on patches of f x f pixels.
+    """Scores of the best linear autoencoder of the same latent size: PCA on f x f patches.
 
     Fitted in closed form on patches of the training photographs.
     """
@@ -161,7 +161,7 @@ def write_page(
     uvit = files.read_rows(os.path.join(workdir, diffusion.RUN))
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
-        "what phase 3 changed, on grey: the texture that it learned</p>"
+        "the change of phase 3, on grey: the texture that it learned</p>"
         + _png(grid, "reconstructions")
         for size, grid in grids.items()
     )
@@ -194,25 +194,25 @@ td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
 img {{ max-width: 100%; margin-right: 1rem }} .cap {{ color: #555 }}
 </style></head><body>
 <h1>A deep compression autoencoder, trained in three phases</h1>
-<p>The model <code>tiny</code> (16 pixels per side to one latent position of 32 channels), on the
+<p>The model <code>tiny</code> (16 pixels per side of a latent position, 32 channels), on the
 photographs that ship inside scikit-image and scikit-learn. Two of them, a flower and a cat, are
 held out; all figures and images below are on fixed crops of those two. {note}</p>
-<h2>Reconstruction of what it never saw</h2>{table}
+<h2>Reconstruction of held-out images</h2>{table}
 <p>PSNR in dB and SSIM, higher is better. Phase 1 trains everything at low resolution; phase 2 the
 middle of the model at higher resolution; phase 3 the decoder's head with a discriminator, which
-trades some PSNR for texture. PCA is the best <em>linear</em> autoencoder with as many numbers,
-solved in closed form: the mark that a few minutes of training are to be read against.</p>
+trades some PSNR for texture. PCA, solved in closed form, is the best <em>linear</em> autoencoder
+of the same latent size: the baseline for a few minutes of training.</p>
 <h2>Curves</h2>{curves}
 <h2>Images</h2>{images}
 <h2>Diffusion on its latents</h2>
-<p>A tiny UViT has learned, with SiT's objective, the latents of {known} crops of each photograph,
-4x4 positions for 64x64 pixels; the label is the photograph. A row is a class, from the top:
-{classes}. On the left {crops} crops as the autoencoder gives them back, on the right samples with
+<p>A tiny UViT is trained with SiT's objective on the latents of {known} crops of each photograph,
+4x4 positions for 64x64 pixels; each photograph is a class. Rows are classes, from the top:
+{classes}. Left: {crops} crops as the autoencoder reconstructs them. Right: samples with
 guidance.</p>
 {samples}
 <p>The nearest neighbour among {neighbours} training crops per class, in the autoencoder's latents,
-is of the same class for {held_out:.1%} of the crops that training did not see, and for
-{sampled:.1%} of the samples: {ratio:.2f} times as often.</p>{uvit}
+has the same class for {held_out:.1%} of the crops unseen in training, and for {sampled:.1%} of
+the samples: {ratio:.2f} times as often.</p>{uvit}
 </body></html>
 """
 
@@ -232,7 +232,7 @@ def _png(pixels: np.ndarray, alt: str) -> str:
 
 
 def _image(kind: str, data: bytes, alt: str) -> str:
-    """An image of which the page has the bytes."""
+    """An image embedded in the page as base64."""
     text = base64.b64encode(data).decode()
     return f'<img src="data:image/{kind};base64,{text}" alt="{html.escape(alt)}">'
 
@@ -247,7 +247,7 @@ def _curve(workdir: str, key: str, title: str) -> str:
 
 
 def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> str:
-    """Curves over steps, (name, points) each, as an image within the page; '' without points."""
+    """(name, points) curves over steps, as an embedded image; '' if there are no points."""
     if not any(points for _, points in lines):
         return ""
     from matplotlib.figure import Figure
@@ -266,7 +266,7 @@ def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; exit status as of a job."""
+    """The command line. Returns the exit status, like a job."""
     parser = process.parser("dcae-jax demo", __doc__)
     parser.add_argument("--workdir", default="demo-run", help="folder for the runs and the page")
     process.set_up_logging()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `encode`: images -> shards of latents, their statistics and a manifest.
 
-Of the crops to encode, number s * shard_size onwards form shard s, which one process encodes on its
-own devices and renames when it is whole; a JSON file beside it holds its sums. The manifest is made
-of those files alone, so that a run interrupted anywhere ends with the same bytes. docs/latents.md
-has the format.
+Shard s holds shard_size crops, from number s * shard_size on. One process encodes it on its own
+devices and renames it when it is complete; a JSON file beside it holds its sums. The manifest is
+computed from those files alone, so an interrupted run ends with the same bytes. docs/latents.md
+describes the format.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from dcae_jax.runtime import distributed, lease, precision, preemption
 from dcae_jax.runtime import mesh as mesh_lib
 
 DONE = 0
-RMS_RANGE = (0.5, 2.0)  # of scaled latents; outside, the scaling factor is of another model
+RMS_RANGE = (0.5, 2.0)  # of scaled latents; outside it, the scaling factor looks wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the job reads and never changes."""
+    """The inputs of the job."""
 
     config: Config
     workdir: str
@@ -53,22 +53,22 @@ class Job:
     identity: dict[str, Any]
 
     def image(self, number: int) -> str:
-        """The name of the image that crop `number` is of."""
+        """Name of the image of crop `number`."""
         return self.source.name(number % len(self.source))
 
 
 class _Stopped(Exception):
-    """SIGTERM came: the shard at hand is abandoned."""
+    """SIGTERM arrived: the current shard is abandoned."""
 
 
 def run(config: Config, workdir: str) -> int:
-    """The job `encode`. Returns 0 when done, 75 when stopped by SIGTERM after a whole shard."""
+    """The job `encode`. Returns 0 when done, 75 when stopped by SIGTERM, to be resumed."""
     if not config.init_from:
         raise UserError(
             "init_from is empty; set --config.init_from to the autoencoder: a workdir, an export "
             "or published weights"
         )
-    # A process encodes its shards alone, so no batch is ever split over the devices of another.
+    # Each process encodes its own shards, so a batch is never sharded over several processes.
     sizes = MeshSizes()
     if config.mesh != sizes:
         raise UserError(
@@ -93,7 +93,7 @@ def run(config: Config, workdir: str) -> int:
                 encode_shards(job, stopped.is_set)
             interrupted = distributed.any_process(stopped.is_set())
         if interrupted:
-            logging.info("stopped after a signal; the same command resumes")
+            logging.info("stopped by a signal; rerun the same command to resume")
             return preemption.STATUS
         if jax.process_index() == 0:
             finish(job)
@@ -104,7 +104,7 @@ def run(config: Config, workdir: str) -> int:
 def identify(
     config: Config, model: autoencoder.Autoencoder, source: sources.ImageSource
 ) -> dict[str, Any]:
-    """All that the latents depend on, by key: shards of two different ones are never mixed."""
+    """Everything the latents depend on, by key; shards of different identities are never mixed."""
     values = {
         "format": latents.FORMAT,
         "weights": checkpoint_weights.checksum(model.weights),
@@ -119,19 +119,19 @@ def identify(
 
 
 def claim(workdir: str, identity: dict[str, Any]) -> None:
-    """Makes `workdir` this job's. Raises UserError if another one wrote shards there."""
+    """Claims `workdir` for this job. Raises UserError if another job wrote shards there."""
     if not latents.check_identity(workdir, identity) and jax.process_index() == 0:
         files.write_json(os.path.join(workdir, latents.IDENTITY), identity)
     distributed.barrier("workdir claimed")
     if not latents.check_identity(workdir, identity):
         raise UserError(
-            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote; name a "
+            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote; use a "
             "folder that all processes share"
         )
 
 
 def encode_shards(job: Job, stopped: Callable[[], bool]) -> None:
-    """Writes this process's shards that are not there. Raises UserError, and _Stopped."""
+    """Writes the missing shards of this process. Raises UserError and _Stopped."""
     tally = pipeline.Unreadable(job.source.name)
     mine = job.shards[jax.process_index() :: jax.process_count()]
     todo = []
@@ -144,7 +144,7 @@ def encode_shards(job: Job, stopped: Callable[[], bool]) -> None:
     if not todo:
         return
     if len(todo) < len(mine):
-        logging.info("resuming: %d of %d shards are there", len(mine) - len(todo), len(mine))
+        logging.info("resuming: %d of %d shards are complete", len(mine) - len(todo), len(mine))
     local = job.config.encode.batch_size // jax.process_count()
     crops = pipeline.spread(len(job.source), job.shards[-1].last)
     numbers = [pipeline.padded(crops[s.first : s.last], local).reshape(-1, local) for s in todo]
@@ -155,7 +155,7 @@ def encode_shards(job: Job, stopped: Callable[[], bool]) -> None:
         channels = job.model.latent_channels
         sums = latents.write_shard(job.workdir, shard, channels, batches, job.image)
         rate = sums.records / (time.perf_counter() - began)
-        logging.info("%s: %d crops, %.1f a second", shard.file, sums.records, rate)
+        logging.info("%s: %d crops, %.1f crops/s", shard.file, sums.records, rate)
 
 
 def encode_fn(model: autoencoder.Autoencoder, dtype: str) -> Callable[[Weights, Array], Array]:
@@ -174,7 +174,7 @@ def _encoded(
 ) -> Iterator[tuple[np.ndarray, pipeline.Batch, np.ndarray]]:
     """(numbers [B], batch, latents [B, flips, h, w, c]) of the crops `numbers` [batches, B].
 
-    Batches are fetched one behind the devices. Raises UserError, and _Stopped after `stopped()`.
+    Fetches a batch while the devices run the next. Raises UserError, and _Stopped on `stopped()`.
     """
     config, model = job.config, job.model
     batches = pipeline.fixed_crops(
@@ -204,7 +204,7 @@ def _encoded(
 
 
 def finish(job: Job) -> None:
-    """Writes the manifest. Raises UserError if a shard is missing or few images were read."""
+    """Writes the manifest. Raises UserError if a shard or too many of the images are missing."""
     sums = latents.read_all_sums(job.workdir, job.shards)
     unreadable = [record for shard in sums for record in shard.unreadable]
     tally = pipeline.Unreadable(job.source.name, seen=set(unreadable))
@@ -216,11 +216,11 @@ def finish(job: Job) -> None:
     rms, factor = manifest["rms"], manifest["scaling_factor_multiplies_latent"]
     shape = "{count} crops x {flips}, {latent_size}x{latent_size}x{latent_channels}"
     shape, origin = shape.format(**manifest), manifest["scaling_from"]
-    logging.info("%s: %s, rms %.4f, times %.5f (%s)", job.workdir, shape, rms, factor, origin)
+    logging.info("%s: %s, rms %.4f, scaling %.5f (%s)", job.workdir, shape, rms, factor, origin)
     if not RMS_RANGE[0] <= rms * factor <= RMS_RANGE[1]:
         logging.warning(
-            "latents times the scaling factor %.5f have an rms of %.3g, not about 1: is it of "
-            "this model, and are these images like those it was trained on?",
+            "latents times the scaling factor %.5f have an rms of %.3g, not about 1: check that "
+            "the factor is this model's, and that the images resemble its training data",
             factor,
             rms * factor,
         )

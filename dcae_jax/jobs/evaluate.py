@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job `evaluate`: scores of reconstructions, of one image, or of samples."""
+"""The job `evaluate`: scores reconstructions of a data set or one image, or samples."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def run(config: Config, workdir: str) -> int:
 
 
 def _evaluate_model(config: Config, workdir: str) -> None:
-    """Scores of a model's reconstructions, of one image or of a data set."""
+    """Scores a model's reconstructions of one image or a data set."""
     settings, data = config.evaluate, config.data
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
@@ -74,7 +74,7 @@ def _evaluate_model(config: Config, workdir: str) -> None:
 
 
 def resolve(config: Config) -> Config:
-    """`config` with what the protocol fixes. Raises UserError where keys contradict it.
+    """`config` with the protocol's settings. Raises UserError if keys contradict them.
 
     Empty evaluate.resolutions become the protocol's, or config.resolution.
     """
@@ -87,8 +87,8 @@ def resolve(config: Config) -> Config:
         )
     if settings.samples and config.init_from:
         raise UserError(
-            f"evaluate.samples={settings.samples!r} and init_from={config.init_from!r} are two "
-            "jobs; give one of them"
+            f"evaluate.samples={settings.samples!r} and init_from={config.init_from!r} exclude "
+            "each other; give one of them"
         )
     if name or not settings.samples:  # samples have a size of their own
         config = config_lib.replace(
@@ -128,7 +128,7 @@ def resolve(config: Config) -> Config:
 
 
 def _evaluate_samples(config: Config, workdir: str) -> None:
-    """Scores of samples alone, and against a reference."""
+    """Scores samples, against a reference if one is given."""
     settings, data = config.evaluate, config.data
     if not settings.inception_weights:
         file = networks.FILES["inception"]
@@ -142,9 +142,9 @@ def _evaluate_samples(config: Config, workdir: str) -> None:
     size = width
     if width != height or tuple(settings.resolutions) not in ((), (size,)):
         raise UserError(
-            f"evaluate.samples={settings.samples!r} has images of {width}x{height}, which is not "
-            f"evaluate.resolutions={settings.resolutions or 'a square'}; judge them as they were "
-            "sampled"
+            f"evaluate.samples={settings.samples!r} has images of {width}x{height}, not of "
+            f"evaluate.resolutions={settings.resolutions or '() (square)'}; evaluate them at the "
+            "size they were sampled at"
         )
     if settings.reference:
         samples_lib.array_names(settings.reference, "evaluate.reference")
@@ -157,7 +157,7 @@ def _evaluate_samples(config: Config, workdir: str) -> None:
             settings, data, mesh, metric_networks, size, workdir
         )
     else:
-        logging.info("evaluate.reference is empty: the Inception score alone")
+        logging.info("evaluate.reference is empty: computing only the Inception score")
     samples = samples_lib.statistics(settings, data, mesh, metric_networks, source, size)
     if jax.process_index() == 0:
         scores = samples_lib.sample_scores(samples, reference)
@@ -167,7 +167,7 @@ def _evaluate_samples(config: Config, workdir: str) -> None:
 
 
 def _write(config: Config, workdir: str, step: int, results: Mapping[int, Summary]) -> None:
-    """WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
+    """Writes WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
     scores = {
         str(size): {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
         for size, r in results.items()
@@ -181,7 +181,7 @@ def _write(config: Config, workdir: str, step: int, results: Mapping[int, Summar
 def _warn_of_count(protocol: str, count: int, what: str) -> None:
     if count != PROTOCOL_COUNT:
         logging.warning(
-            "%s has %s %s, there are %s: no published figure compares with this",
+            "%s needs %s %s, but got %s: the scores are not comparable with published ones",
             protocol,
             f"{PROTOCOL_COUNT:,}",
             what,
@@ -190,7 +190,7 @@ def _warn_of_count(protocol: str, count: int, what: str) -> None:
 
 
 def step_of(path: str) -> int:
-    """The step of the checkpoint that `init_from` = path names; 0 where there is none."""
+    """The step of the checkpoint in `path` (init_from); 0 if there is none."""
     path = os.path.abspath(os.path.expanduser(path))
     match = re.search(rf"/{checkpoints.FOLDER}/(\d+)$", path)
     return int(match[1]) if match else max(checkpoints.saved_steps(path), default=0)
@@ -199,7 +199,7 @@ def step_of(path: str) -> int:
 def _evaluate_image(
     path: str, model: autoencoder.Autoencoder, metric_networks: MetricNetworks, workdir: str
 ) -> None:
-    """One image at its own size: padded to a multiple of f by reflection, then cropped back."""
+    """Scores one image at its own size: padded by reflection to a multiple of f, then cropped."""
     pixels = read_image(path)
     height, width = pixels.shape[:2]
     pad = [(0, -size % model.compression) for size in (height, width)]
@@ -224,7 +224,7 @@ def _evaluate_image(
         files.write_png(os.path.join(workdir, "images", f"{name}.png"), image)
     files.write_json(os.path.join(workdir, RESULTS), {"results": {path: scores}})
     logging.info(
-        "%s: %s; pictures in %s/images",
+        "%s: %s; images in %s/images",
         path,
         ", ".join(f"{name.upper()} {value:.4f}" for name, value in scores.items()),
         workdir,
@@ -239,4 +239,4 @@ def read_image(path: str) -> np.ndarray:
         raise
     except Exception as error:  # whatever a decoder raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"data.path={path!r} cannot be read ({reason}); name a picture") from error
+        raise UserError(f"data.path={path!r} cannot be read ({reason}); name an image") from error

@@ -27,19 +27,19 @@ from dcae_jax.pretrained import export_formats
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.training import state as state_lib
 
-# The numbers do not depend on the number of devices.
+# The exported numbers do not depend on the number of devices.
 ONE_DEVICE = MeshSizes(data=1, fsdp=1, tensor=1, spatial=1)
 
 
 def run(config: Config, workdir: str) -> int:
-    """Runs the job. Raises UserError for what the format cannot express."""
+    """Runs the job. Raises UserError for a model that the format cannot express."""
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to the weights to export")
     out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
     if os.path.islink(out):
         raise UserError(f"export.out={out!r} is a link; name a folder that is new or empty")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"export.out={out!r} is there and not empty; name another folder")
+        raise UserError(f"export.out={out!r} exists and is not empty; name another folder")
     files.check_folder(out)
     if checkpoint_weights.kind_of(config.init_from) == "generator":
         writer = functools.partial(write_generator, config, _load_generator(config))
@@ -62,9 +62,9 @@ def run(config: Config, workdir: str) -> int:
 
 
 def write(config: Config, weights: Arrays, folder: str) -> float:
-    """Writes `weights` of config.model to `folder` as config.export.format says, and reads it back.
+    """Writes `weights` of config.model to `folder` in config.export.format, and reads them back.
 
-    Returns the largest difference: of weights, or of what the exported program computes.
+    Returns the largest difference: of the weights, or of the exported program's outputs.
     """
     arch = models.find(config.model).architecture(config.model)
     mesh = mesh_lib.make_mesh(ONE_DEVICE, jax.devices()[:1])
@@ -86,8 +86,8 @@ def write(config: Config, weights: Arrays, folder: str) -> float:
 def _write_stablehlo(
     config: Config, mesh: Mesh, weights: Arrays, meta: dict[str, Any], folder: str
 ) -> float:
-    """The program is platform-independent: it uses the grouped depthwise form and, unless
-    config.dtype says otherwise, float32.
+    """Writes a platform-independent program: grouped depthwise convolutions, and float32 unless
+    config.dtype is set. Returns the largest difference of its outputs.
     """
     if config.dtype == "auto":
         config = config_lib.replace(config, dtype="float32")
@@ -102,14 +102,14 @@ def _write_stablehlo(
 
 def _equal(worst: float) -> float:
     if worst:
-        raise RuntimeError(f"what was read back differs by {worst:.3g}; nothing was kept")
+        raise RuntimeError(f"the export differs by {worst:.3g} when read back; nothing was kept")
     return worst
 
 
 def _autoencoder_meta(
     model: Model, arch: AutoencoderArchitecture, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """model.json of an autoencoder."""
+    """The contents of an autoencoder's model.json."""
     return {
         "kind": "autoencoder",
         "variant": model.variant,
@@ -166,7 +166,7 @@ def _load_generator(config: Config) -> generator.Generator:
 def write_generator(config: Config, model: generator.Generator, folder: str) -> float:
     """Writes a diffusion model with its autoencoder to `folder`, and reads both back.
 
-    Returns the largest difference of weights.
+    Returns the largest difference of the weights.
     """
     weights, inner = (
         {name: np.asarray(value) for name, value in part.items()}
@@ -188,7 +188,7 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
     back, saved = checkpoint_weights.load_weights(folder, kind="generator")
     again = state_lib.architecture(saved.model, saved.diffusion)
     if (saved.diffusion.objective, again) != (model.objective, model.architecture):
-        raise RuntimeError(f"read back as another model, {saved}; nothing was kept")
+        raise RuntimeError(f"the export reads back as another model, {saved}; nothing was kept")
     worst = export_formats.max_difference(weights, back)
     if saved.diffusion.autoencoder:
         read, _ = checkpoint_weights.load_weights(saved.diffusion.autoencoder)
@@ -214,7 +214,7 @@ def _write_generator_orbax(
         "resolution": model.resolution,
         "num_classes": model.num_classes,
         "scaling_factor_multiplies_latent": model.scaling_factor,
-        "scaling": "the model sees latents times this; decode takes its samples over this",
+        "scaling": "the model's latents are the encoder's times this; divide before decoding",
         "latents": {
             "autoencoder": os.path.join(os.curdir, checkpoint_weights.AUTOENCODER),
             "encoder_checksum": checkpoint_weights.encoder_checksum(inner),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run does besides stepping: evaluation, checkpoints, a profile, a progress bar.
+"""Hooks of a training run: evaluation, profiler trace, progress bar.
 
-What an evaluation needs is opened before anything is compiled, so that a missing file ends the
-run at once.
+An evaluation opens its files before anything is compiled, so a missing file ends the run at once.
 """
 
 import contextlib
@@ -50,11 +49,11 @@ class Step:
 class Hook:
     """A function called after some steps, in the order of the loop's list."""
 
-    every: tuple[int, ...]  # intervals, any of which makes it due; 0: never
+    every: tuple[int, ...]  # due at multiples of any of these; 0: never
     call: Callable[[Step], object]
     on_stop: bool = False  # also due when a signal ends the run
-    off_clock: bool = False  # its time is left out of the step's
-    recheck_stop: bool = False  # a signal that comes meanwhile counts for the hooks after it
+    off_clock: bool = False  # its time does not count as step time
+    recheck_stop: bool = False  # hooks after it see a signal that arrived meanwhile
 
     def due(self, step: Step) -> bool:
         regular = any(interval and step.number % interval == 0 for interval in self.every)
@@ -73,20 +72,20 @@ class Hook:
 
 # --- evaluation -----------------------------------------------------------------------------------
 
-# (step, its state, writer, whether a signal came) -> True if it ran to the end.
+# (step, its state, writer, whether a signal arrived) -> True if it ran to the end.
 Evaluate = Callable[[int, TrainState, MetricWriter, Callable[[], bool]], bool]
 
 
 def evaluation(run: Run) -> Evaluate:
-    """The evaluation of a run's averaged weights. Raises UserError."""
+    """The evaluation of a run's EMA weights. Raises UserError."""
     return _samples(run) if run.latents else _reconstructions(run)
 
 
 def _reconstructions(run: Run) -> Evaluate:
-    """Scores on the held-out images, into the row of the step."""
+    """Scores the held-out images, into the row of the step."""
     config, mesh = run.config, run.mesh
     held_out = sources.held_out_source(config.data)
-    assert held_out is not None  # that is for latents
+    assert held_out is not None  # None is for latents
     metric_networks = networks.load_networks(config.evaluate, mesh)
 
     def evaluate(
@@ -120,7 +119,7 @@ def _reconstructions(run: Run) -> Evaluate:
 
 
 def _samples(run: Run) -> Evaluate:
-    """Samples of the same noise and labels at every step, as a grid."""
+    """Samples a grid, from the same noise and labels at every step."""
     assert run.latents is not None
     config, mesh = run.config, run.mesh
     autoencoder = autoencoder_lib.load_autoencoder(
@@ -156,7 +155,7 @@ def _samples(run: Run) -> Evaluate:
 
 
 def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
-    """Whether checkpoint `step` was saved by a signal that cut its evaluation short."""
+    """Whether a signal interrupted the evaluation due at checkpoint `step`."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
     if due and config.objective:
         return not files.exists(_samples_file(workdir, step))
@@ -169,7 +168,7 @@ def _samples_file(workdir: str, step: int) -> str:
 
 
 def _compare_with_start(workdir: str, scores: dict[str, float]) -> None:
-    """Logs which figures rose and which fell since the evaluation before the first step."""
+    """Logs which scores got worse or better since the evaluation before the first step."""
     rows = files.read_rows(workdir)
     before = rows[0] if rows and rows[0]["step"] == 0 else {}
     pairs = {name: (before[name], score) for name, score in scores.items() if name in before}
@@ -178,9 +177,9 @@ def _compare_with_start(workdir: str, scores: dict[str, float]) -> None:
 
 
 def changes(pairs: dict[str, tuple[float, float]]) -> str:
-    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', whichever way a score counts.
+    """'worse: psnr_64 24.1 -> 23.8 (-0.3); better: ...', by whether a score is better low or high.
 
-    A score that did not change is not listed.
+    Unchanged scores are not listed.
     """
     sides: dict[str, list[str]] = {"worse": [], "better": []}
     for name, (before, after) in pairs.items():
@@ -207,13 +206,13 @@ def profile(steps: tuple[int, ...], workdir: str) -> Iterator[Callable[[int], No
     try:
         yield before
     finally:
-        if steps:  # also where the run ends before the last step of the window
-            with contextlib.suppress(RuntimeError):  # there is none
+        if steps:  # even if the run ends before the last step of the window
+            with contextlib.suppress(RuntimeError):  # no trace is running
                 jax.profiler.stop_trace()
 
 
 def progress_bar(total: int, start: int) -> Any:
-    """A bar when a person watches; otherwise the log lines are enough."""
+    """A progress bar on process 0 if stderr is a terminal; otherwise log lines are enough."""
     from tqdm.auto import tqdm
 
     watched = sys.stderr.isatty() and jax.process_index() == 0
@@ -221,7 +220,7 @@ def progress_bar(total: int, start: int) -> Any:
 
 
 def bar_tracker(bar: Any) -> Tracker:
-    """A tracker: the loss and the speed on the bar, or in a log line where there is no bar."""
+    """A tracker that shows the loss and the speed on the bar, or logs them if there is none."""
 
     def track(step: int, row: Mapping[str, float]) -> None:
         shown = {name: f"{row[name]:.4g}" for name in ("loss", "images_per_s") if name in row}

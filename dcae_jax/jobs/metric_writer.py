@@ -15,17 +15,17 @@ from dcae_jax import files
 Means = dict[str, clu_metrics.Metric]
 Tracker = Callable[[int, Mapping[str, float]], None]  # takes a row: (step, {name: value})
 
-# Not averaged between two rows: the last value counts.
+# Not averaged between rows: a row holds the last value.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
 
 
 def empty_means(metrics: Mapping[str, Any]) -> Means:
-    """Running means over no step, of a train step's metrics."""
+    """Empty running means of a train step's metrics."""
     return {name: _metric(name).empty() for name in metrics if name != "finite"}
 
 
 def add_metrics(means: Means, metrics: Mapping[str, jax.Array]) -> Means:
-    """Running means with one step more; a skipped step's values do not count."""
+    """The running means with one more step; a skipped step's values do not count."""
     finite = metrics["finite"][None] > 0
     return {
         name: mean.merge(
@@ -38,7 +38,7 @@ def add_metrics(means: Means, metrics: Mapping[str, jax.Array]) -> Means:
 
 
 def compute(means: Means) -> dict[str, float]:
-    """The running means as host numbers, NaN where no step counted."""
+    """The running means as host floats; NaN if no step counted."""
     return {name: float(np.asarray(mean.compute())) for name, mean in jax.device_get(means).items()}
 
 
@@ -54,7 +54,7 @@ class Clock:
         self._since = time.perf_counter()
 
     def lap(self, step: int) -> dict[str, float]:
-        """The figures of the steps since the last lap, up to `step`."""
+        """Seconds per step and images per second since the last lap, up to `step`."""
         now = time.perf_counter()
         seconds, count = now - self._since, step - self._step
         self._since, self._step = now, step
@@ -68,10 +68,10 @@ class Clock:
 
 
 class MetricWriter:
-    """Hands the row of a step to the trackers, and keeps the running means of the next one.
+    """Keeps the running means and hands each row to the trackers.
 
-    A row is written one step late, by `flush`: its numbers are read when the devices have the next
-    step to work on. Owns the pending row, the means and the TensorBoard file.
+    `flush` writes a row one step late: its values are read once the devices have the next step
+    queued. Owns the pending row, the means and the TensorBoard file.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MetricWriter:
         empty: Callable[[], Means],
         trackers: Sequence[Tracker] = (),
     ):
-        """start: the last step already done. means: the running means at that step.
+        """start: the last finished step. means: the running means at that step.
 
         trackers: called with each row, on process 0, after metrics.jsonl and TensorBoard.
         """
@@ -112,17 +112,17 @@ class MetricWriter:
         self.means = self._accumulate(self.means, metrics)
 
     def row(self, step: int) -> None:
-        """Makes the running means the row of `step`, and starts new ones."""
+        """Makes the running means the row of `step` and resets them."""
         self._pending = (step, self.means, self.clock.lap(step))
         self.means = self._empty()
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds an evaluation's figures to the row of `step`, which may be written already."""
+        """Adds an evaluation's scores to the row of `step`, which may already be written."""
         self._scores = dict(values)
         self._pending = self._pending or (step, {}, {})
 
     def flush(self) -> None:
-        """Writes the pending row, waiting for its numbers."""
+        """Writes the pending row; blocks until its values are ready."""
         if self._pending is None:
             return
         (step, means, times), scores = self._pending, self._scores
@@ -132,7 +132,7 @@ class MetricWriter:
         if means or step == 0:
             values = compute(means) | times | scores
             files.append_row(self.workdir, step, values)
-        else:  # of a step whose row an earlier process wrote
+        else:  # an earlier process wrote the row of this step
             values = scores
             files.merge_row(self.workdir, step, values)
         for name, value in values.items():
@@ -141,6 +141,6 @@ class MetricWriter:
             track(step, values)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows [H, W, 3] uint8 in TensorBoard."""
+        """Writes an image [H, W, 3] uint8 to TensorBoard."""
         if self._events is not None:
             self._events.add_image(name, pixels, step, dataformats="HWC")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops a run whose steps are no longer finite, and keeps the batch where that began."""
+"""Stops a run after consecutive non-finite steps, and saves the batch of the first."""
 
 import collections
 import logging
@@ -13,14 +13,14 @@ from dcae_jax import files
 from dcae_jax.errors import MachineError
 
 FOLDER = "diverged"
-# Steps are read this late, so that the devices always have work queued.
+# A step is read this many steps late, so that the devices always have work queued.
 LAG = 2
 
 Batch = dict[str, np.ndarray]
 
 
 class Diverged(MachineError):
-    """Too many consecutive steps were not finite."""
+    """Too many consecutive non-finite steps."""
 
 
 class NanGuard:
@@ -33,17 +33,17 @@ class NanGuard:
 
     @property
     def skipping(self) -> bool:
-        """Whether the last step that was looked at had no effect."""
+        """Whether the last step checked was skipped."""
         return self._first is not None
 
     def add(self, step: int, skipped_in_row: jax.Array, batch: Batch) -> None:
-        """Takes a step with its host batch, and looks at the one of LAG steps ago."""
+        """Queues a step with its host batch; checks the one LAG steps ago. Raises Diverged."""
         self._in_flight.append((step, skipped_in_row, batch))
         while len(self._in_flight) > LAG:
             self._look(*self._in_flight.popleft())
 
     def drain(self) -> None:
-        """Looks at all steps, waiting for the devices. Raises Diverged."""
+        """Checks all queued steps; blocks on the devices. Raises Diverged."""
         while self._in_flight:
             self._look(*self._in_flight.popleft())
 
@@ -58,16 +58,16 @@ class NanGuard:
         if count >= self._limit:
             where = write_batch(self._workdir, *self._first)
             raise Diverged(
-                f"stopped at step {step}: loss or gradients were not finite {count} times in a "
-                f"row; the last checkpoint is good: look at the first such batch, {where}, or "
-                "lower optimizer.learning_rate"
+                f"stopped at step {step}: loss or gradients were not finite for {count} "
+                f"consecutive steps; the last checkpoint is good: inspect the first bad batch, "
+                f"{where}, or lower optimizer.learning_rate"
             )
 
 
 def write_batch(workdir: str, step: int, batch: Batch) -> str:
-    """WORKDIR/diverged/step<step>.npz, as PNG too where it has images; returns the path.
+    """Writes WORKDIR/diverged/step<step>.npz, and a PNG if it has images; returns the path.
 
-    Of a distributed run each process writes its own rows.
+    In a distributed run, each process writes its own rows.
     """
     name = f"step{step:07d}"
     if jax.process_count() > 1:

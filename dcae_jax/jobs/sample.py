@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `sample`: images from a diffusion model, as a grid, as files or as one .npz.
 
-Sample i depends on (seed, i) alone: not on the batch, nor on where an earlier run stopped.
+Sample i depends on (seed, i) alone, not on the batch size or on where an earlier run stopped.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from dcae_jax.runtime import mesh as mesh_lib
 if TYPE_CHECKING:
     import tqdm
 
-SETTINGS = "sample.json"  # in the workdir before the first sample
+SETTINGS = "sample.json"  # written before the first sample
 PARTS, IMAGES = "parts", "images"  # folders: batches drawn so far; the files of format png
-PART = re.compile(r"\d{6,}-\d{6,}\.npy")  # of PARTS: the first sample, and the first of the next
+PART = re.compile(r"\d{6,}-\d{6,}\.npy")  # in PARTS: first sample-first of the next batch
 # Written last: the samples, or the labels of the files of format png.
 RESULTS = {"grid": "samples.png", "npz": "samples.npz", "png": "labels.json"}
-STREAM = 5  # of the random numbers that draw labels
+STREAM = 5  # random stream of the labels
 
 
 def run(config: Config, workdir: str) -> int:
@@ -64,7 +64,7 @@ def run(config: Config, workdir: str) -> int:
 def _draw_all(settings: Sample, seed: int, model: Generator, workdir: str) -> int:
     done = os.path.join(workdir, RESULTS[settings.format])
     if files_lib.exists(done):
-        logging.info("%s is there already: %d samples", done, settings.count)
+        logging.info("%s already exists: %d samples", done, settings.count)
         return 0
     with preemption.flag(all_processes=True) as stopped, _progress_bar(settings.count) as bar:
         for numbers in _batches(settings):
@@ -75,7 +75,7 @@ def _draw_all(settings: Sample, seed: int, model: Generator, workdir: str) -> in
             if jax.process_index() == 0:
                 _save(settings, workdir, numbers, images)
             if stopped.is_set() and numbers[-1] + 1 < settings.count:
-                logging.info("stopped by a signal; the same command goes on")
+                logging.info("stopped by a signal; rerun the same command to resume")
                 return preemption.STATUS
     if jax.process_index() == 0:
         _finish(settings, labels_of(settings, seed, model, range(settings.count)), workdir)
@@ -111,7 +111,7 @@ def labels_of(settings: Sample, seed: int, model: Generator, numbers: Sequence[i
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-    """Images [N, H, W, 3] uint8, row by row, as one image that is about square."""
+    """Tiles images [N, H, W, 3] uint8, row by row, into one roughly square image."""
     columns = math.ceil(math.sqrt(len(images)))
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
     rows = np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:])
@@ -127,7 +127,7 @@ def _claim(config: Config, model: Generator, workdir: str) -> None:
     settings = {
         "sample": {key: value for key, value in sample.items() if key != "batch_size"},
         "seed": config.seed,
-        "resolution": model.resolution,  # which some models' weights leave open
+        "resolution": model.resolution,  # not stored with every model's weights
         "weights": checkpoint_weights.checksum(model.weights),
         "autoencoder": checkpoint_weights.checksum(model.autoencoder.weights),
         "scaling_factor_multiplies_latent": model.scaling_factor,
@@ -146,7 +146,7 @@ def _claim(config: Config, model: Generator, workdir: str) -> None:
     if moved != before:
         differ = [key for key in moved if moved[key] != before.get(key)]
         raise UserError(
-            f"{workdir} holds other samples: {', '.join(differ)} differ from those of {SETTINGS}; "
+            f"{workdir} holds other samples: {', '.join(differ)} differ from {SETTINGS}; "
             "use another --workdir"
         )
 
@@ -195,7 +195,7 @@ def _finish(settings: Sample, labels: np.ndarray, workdir: str) -> None:
 
 
 def _remove_parts(folder: str) -> None:
-    """Removes the files of batches, also those of an earlier batch size, and nothing else."""
+    """Removes only the batch files, including those of an earlier batch size."""
     for name in os.listdir(folder):
         if PART.fullmatch(name):
             os.remove(os.path.join(folder, name))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports how far a run is, from what its workdir holds; changes nothing there.
+"""Reports the progress of a run from its workdir, without changing anything there.
 
     dcae-jax status runs/phase1      one run
     dcae-jax status runs/tiny        a chain of phases, or any folder of workdirs
 
-Of training: step, newest row of metrics.jsonl, checkpoints and whether they are whole. Of `encode`
-and `sample`: what is written so far. Of all: whether a job runs there now, and how to resume it.
+For training: step, newest row of metrics.jsonl, checkpoints and their damage. For `encode` and
+`sample`: what is written so far. For all: whether a job is running there, and how to resume it.
 """
 
 import os
@@ -23,10 +23,10 @@ from dcae_jax.errors import UserError
 from dcae_jax.jobs import evaluate, plan, sample
 from dcae_jax.runtime import lease, process
 
-Lines = list[tuple[str, str]]  # (what, how it stands)
+Lines = list[tuple[str, str]]  # (item, its status)
 RESUME = "to resume"
 STATE_NONE = ("state", "not started")
-# Of jobs whose workdir has nothing before it is done: job -> file.
+# Jobs that write nothing to the workdir before they are done: job -> result file.
 RESULTS = {
     "evaluate": evaluate.RESULTS,
     "plan": plan.PLAN,
@@ -37,16 +37,16 @@ RESULTS = {
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status. Raises UserError for a folder without a run."""
     parser = process.parser("dcae-jax status", __doc__)
-    parser.add_argument("workdir", help="of a job, or a folder with several")
+    parser.add_argument("workdir", help="workdir of a job, or a folder of several")
     workdir = os.path.normpath(os.path.expanduser(parser.parse_args(arguments).workdir))
     sys.stdout.write(report(workdir))
     return process.DONE
 
 
 def report(workdir: str) -> str:
-    """Blocks of lines, one for each run in `workdir`. Raises UserError if there is none."""
+    """Blocks of lines, one per run in `workdir`. Raises UserError if there is none."""
     if not os.path.isdir(workdir):
-        raise UserError(f"{workdir!r} is no folder; name the --workdir of a job")
+        raise UserError(f"{workdir!r} is not a folder; name the --workdir of a job")
     if found := describe(workdir):
         return _block(workdir, found)
     inside = {name: describe(os.path.join(workdir, name)) for name in files.listdir(workdir)}
@@ -59,7 +59,7 @@ def report(workdir: str) -> str:
 
 
 def _join(workdir: str, runs: dict[str, Lines]) -> None:
-    """Makes the phases in `runs` one chain, which is resumed as a whole. Changes `runs`."""
+    """Joins the phases in `runs` into one chain, resumed as a whole. Modifies `runs`."""
     for phase in PHASES:
         lines = [line for line in runs.get(phase, [STATE_NONE]) if line[0] != RESUME]
         runs[phase] = lines
@@ -70,7 +70,7 @@ def _join(workdir: str, runs: dict[str, Lines]) -> None:
 
 
 def _resume(workdir: str) -> tuple[str, str]:
-    return RESUME, f"run the same command again, with --workdir={workdir}"
+    return RESUME, f"rerun the same command, with --workdir={workdir}"
 
 
 def _block(title: str, lines: Lines) -> str:
@@ -79,7 +79,7 @@ def _block(title: str, lines: Lines) -> str:
 
 
 def describe(workdir: str) -> Lines | None:
-    """How the run in `workdir` stands, None if none was ever there."""
+    """Status of the run in `workdir`; None if there never was one."""
     owner = lease.holder(workdir)
     found = [of_job(workdir) for of_job in (_training, _encoding, _sampling, _finished)]
     lines = [line for of_job in found if of_job for line in of_job[0]]
@@ -93,13 +93,13 @@ def describe(workdir: str) -> Lines | None:
     return [*lines, ("state", "stopped"), _resume(workdir)]
 
 
-# --- (lines, whether it is done) of a job, None where `workdir` is of no such job -----------------
+# --- (lines, whether it is done) of a job; None if `workdir` has no such job ----------------------
 
 
 def _training(workdir: str) -> tuple[Lines, bool] | None:
     record = files.read_object(os.path.join(workdir, checkpoints.CONFIG)) or {}
     config = record.get("config")
-    if not isinstance(config, dict):  # of published weights
+    if not isinstance(config, dict):  # published weights
         return None
     rows, steps = files.read_rows(workdir), checkpoints.saved_steps(workdir)
     row = rows[-1] if rows else {"step": 0}
@@ -108,7 +108,7 @@ def _training(workdir: str) -> tuple[Lines, bool] | None:
     lines = [
         ("job", f"train: {_model(config)}"),
         ("step", f"{max(row['step'], *steps, 0)} of {config['steps']}"),
-        ("newest row", f"of step {row['step']}: {', '.join(values)}" if rows else "none"),
+        ("newest row", f"step {row['step']}: {', '.join(values)}" if rows else "none"),
         ("checkpoint", saved),
     ]
     return lines, whole >= config["steps"]
@@ -123,15 +123,15 @@ def _model(config: dict[str, Any]) -> str:
 
 
 def _checkpoints(workdir: str, steps: list[int]) -> tuple[str, int]:
-    """(the newest checkpoints down to the first whole one, its step; -1 if there is none)."""
+    """(newest checkpoints, down to the first intact one; its step, or -1 if there is none)."""
     said = []
     for step in reversed(steps):
         folder = checkpoints.step_folder(workdir, step)
         wrong = integrity.damage(folder)
         if not wrong:
-            return "; ".join([*said, f"of step {step}, whole"]), step
-        if os.path.isdir(folder):  # else its run has removed it meanwhile
-            said.append(f"of step {step}, damaged ({wrong})")
+            return "; ".join([*said, f"step {step}, intact"]), step
+        if os.path.isdir(folder):  # else its run has just removed it
+            said.append(f"step {step}, damaged ({wrong})")
     return "; ".join(said) or "none", -1
 
 

@@ -142,7 +142,9 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
                 owed = not run_evaluation(start, state)
                 writer.flush()
         if train_steps is None or owed:
-            logging.info("stopped by a signal before step %d; the same command resumes", start + 1)
+            logging.info(
+                "stopped by a signal before step %d; rerun the same command to resume", start + 1
+            )
             return preemption.STATUS
 
         process, processes = mesh_lib.process_batch_slice(run.mesh)
@@ -172,7 +174,9 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
             # After the last step's evaluation a signal changes nothing: the run is done.
             if step.stopping and not (step.last and evaluated == number):
                 manager.wait_until_finished()
-                logging.info("saved at step %d after a signal; the same command resumes", number)
+                logging.info(
+                    "saved at step %d after a signal; rerun the same command to resume", number
+                )
                 return preemption.STATUS
     return DONE
 

@@ -2,10 +2,10 @@
 """Lists the models that --config=FILE:VARIANT can name.
 
     dcae-jax models                  autoencoders and diffusion models, with their parameters
-    dcae-jax models --diffusion      diffusion models alone
+    dcae-jax models --diffusion      diffusion models only
 
-Parameters of a diffusion model are of one for the latents of f32c32 at 512 pixels (16x16x32, a
-token each) and the 1000 classes of ImageNet.
+Parameters of a diffusion model are counted for f32c32 latents at 512 pixels (16x16x32, one token
+per position) and ImageNet's 1000 classes.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderModule, BackboneModule
 from dcae_jax.runtime import process
 
-# What the parameters of a backbone are counted for.
+# Latents for which the parameters of a backbone are counted.
 LATENTS = Model(latent_size=16, latent_channels=32, num_classes=1000)
 
 
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status. Raises UserError."""
     parser = process.parser("dcae-jax models", __doc__)
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--autoencoders", action="store_true", help="list autoencoders alone")
-    kinds.add_argument("--diffusion", action="store_true", help="list diffusion models alone")
+    kinds.add_argument("--autoencoders", action="store_true", help="list only autoencoders")
+    kinds.add_argument("--diffusion", action="store_true", help="list only diffusion models")
     given = parser.parse_args(arguments)
     if not given.diffusion:
         head = ["autoencoder", "parameters", "f", "channels", "scaling factor", "published as"]
@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
-    """A row for each variant of an autoencoder's file and for each name it is published under.
+    """Rows for an autoencoder module: one per published name, or one for an unpublished variant.
 
-    f: pixels per latent position, along each side. The scaling factor is that of the weights
-    published under the name; '-' where they have none.
+    f: pixels per side of a latent position. The scaling factor is that of the published weights;
+    '-' if there is none.
     """
     bases = {name: base for name, (base, _) in getattr(module, "PUBLISHED", {}).items()}
     rows: list[list[object]] = []
@@ -64,7 +64,7 @@ def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
 
 
 def backbone_rows(module: BackboneModule) -> list[list[object]]:
-    """A row for each variant of a backbone's file."""
+    """One row per variant of a backbone module."""
     rows: list[list[object]] = []
     for name, row in module.VARIANTS.items():
         config = dataclasses.replace(LATENTS, variant=name)

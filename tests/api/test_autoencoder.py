@@ -46,7 +46,7 @@ def test_encode_and_decode_have_the_promised_shapes(ae):
         (np.zeros((1, 32, 32, 3), np.int32), "dtype int32"),
         (np.zeros((32, 32, 3), np.float32), "shape (32, 32, 3)"),
         (np.zeros((1, 32, 32, 4), np.float32), "[B, H, W, 3]"),
-        (np.zeros((1, 40, 32, 3), np.float32), "height 40, no multiple of 16; pad to 48"),
+        (np.zeros((1, 40, 32, 3), np.float32), "height 40, not a multiple of 16; pad to 48"),
         (np.full((1, 32, 32, 3), np.nan, np.float32), "not finite"),
         (np.full((1, 32, 32, 3), 255.0, np.float32), "reaches 255; scale it to [-1, 1]"),
         ("photo.jpg", "must be an array"),

@@ -61,9 +61,9 @@ def test_samples_on_eight_devices_are_those_of_one(generator_run, alone):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"labels": [0, 4]}, "labels=4 is no class; there are 0 to 2, and 3 for none"),
+        ({"labels": [0, 4]}, "labels=4 is not a class; give 0 to 2, or 3 for unconditional"),
         ({"labels": [-1]}, "labels=-1"),
-        ({"labels": [0.5]}, "labels must be whole numbers"),
+        ({"labels": [0.5]}, "labels must be integers"),
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"steps": 0}, "steps=0"),
         ({"seed": -1}, "seed=-1"),

@@ -176,7 +176,7 @@ def test_the_interface_takes_tiles_and_refuses_what_cannot_be():
         (functools.partial(ae.encode, x, tile=-1), "tile=-1"),
         (functools.partial(ae.encode, x, tile=2.5), "tile=2.5"),
         (functools.partial(ae.encode, x, tile=4, overlap=-1), "overlap=-1"),
-        (functools.partial(ae.encode, x[:, :70], tile=4), "height 70, no multiple of 16"),
+        (functools.partial(ae.encode, x[:, :70], tile=4), "height 70, not a multiple of 16"),
         (functools.partial(ae.encode, x * 255, tile=4), "scale it to"),
         (functools.partial(ae.decode, z[..., :3], tile=4), "give [B, H, W, 32]"),
     ):

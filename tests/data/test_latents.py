@@ -78,9 +78,9 @@ def test_a_record_comes_back_as_it_was_written(dtype):
     assert back.dtype == values.dtype and (label, number) == (70_000, 2**40)
     np.testing.assert_array_equal(back, values)
     for broken, message in (
-        (record[:-2], "says that its shape is"),
-        (record[:9], "no record of latents"),
-        (b"JPEG" + record[4:], "no record of latents"),
+        (record[:-2], "does not fit its shape"),
+        (record[:9], "not a record of latents"),
+        (b"JPEG" + record[4:], "not a record of latents"),
     ):
         with pytest.raises(ValueError, match=message):
             latents.unpack(broken)
@@ -169,7 +169,7 @@ def _unfinished(path):
     "damage, words",
     [
         (lambda path: os.remove(os.path.join(path, latents.MANIFEST)), "configs/encode.py"),
-        (_unfinished, "not encoded to the end; run the command"),
+        (_unfinished, "not fully encoded; rerun the command"),
         (lambda path: os.remove(os.path.join(path, latents.shard_name(2, 3))), "lacks the shard"),
         (_truncate, "latents-00001-of-00003.array_record has"),
         (_edit(count=11), "10 crops, manifest.json says 11"),

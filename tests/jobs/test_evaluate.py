@@ -136,7 +136,7 @@ def test_a_protocol_fixes_its_keys_and_warns_of_another_set(evaluate_config, cap
     resolved = evaluate.resolve(config_lib.validate(evaluate_config))
     assert resolved.evaluate.resolutions == (512,) and evaluate_config.evaluate.resolutions == ()
     evaluate._warn_of_count("imagenet-512", 10, "images")
-    assert "50,000 images, there are 10" in caplog.text
+    assert "50,000 images, but got 10" in caplog.text
     assert resolved.dtype == "float32"
     evaluate_config.dtype = "bfloat16"
     with pytest.raises(UserError, match="dtype='bfloat16' contradicts evaluate.protocol="):

@@ -37,8 +37,8 @@ def test_a_run_that_is_done(generator_run):
     """Catches a finished run that is offered to be resumed, and figures of another step."""
     found = _lines(generator_run)
     assert found["state"] == "done" and status.RESUME not in found
-    assert found["step"] == "4 of 4" and found["checkpoint"] == "of step 4, whole"
-    assert re.match(r"of step 4: .*\bloss \d", found["newest row"])
+    assert found["step"] == "4 of 4" and found["checkpoint"] == "step 4, intact"
+    assert re.match(r"step 4: .*\bloss \d", found["newest row"])
     assert found["job"] == "train: uvit tiny, objective epsilon"
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it(longer):
     content[-1] ^= 1
     array.write_bytes(content)
     said = _lines(longer)["checkpoint"]
-    assert said.startswith("of step 4, damaged (") and said.endswith("); of step 2, whole")
+    assert said.startswith("step 4, damaged (") and said.endswith("); step 2, intact")
 
 
 def test_a_run_that_is_running_names_its_owner(longer, tmp_path):

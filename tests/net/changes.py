@@ -33,12 +33,23 @@ WORDS = (
         "{'data': -1, 'fsdp': 1, 'spatial': 2, 'tensor': 1}",
         "{'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 2}",
     ),
-    # Clearer words.
+    # Messages in the field's words.
     ("is no file of dcae_jax/models with a model", "is not a model file in dcae_jax/models"),
     ("; leave 0", "; leave it at 0"),
     ("_weights='/none' is no file;", "_weights='/none' is not a file;"),
     ("must be as encoder_block_out_channels", "must equal encoder_block_out_channels"),
     ("these are the weights of no variant known here", "these weights match no known variant"),
+    ("is none of whole numbers in", "must be an int in"),
+    ("is no text; write ('...',)", "must be a non-empty string, as in ('...',)"),
+    ("is no pair (path pattern, rule)", "must be a pair (path pattern, rule)"),
+    ("is too large; the most is", "is too large; it must be at most"),
+    ("is no multiple of the model's f", "is not a multiple of the model's f"),
+    ("has no images; name those with data.source", "has no images; set data.source"),
+    ("is there and not empty; name", "exists and is not empty; name"),
+    (
+        "is of the job evaluate; leave it empty in the job train, and use configs/evaluate.py",
+        "is for the job evaluate (configs/evaluate.py); leave it empty in the job train",
+    ),
 )
 # safetensors are read by the library of that name, whose reasons are its own: REASON.
 REASONS = (

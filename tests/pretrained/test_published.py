@@ -57,7 +57,7 @@ def test_stable_diffusions_posterior_is_sampled_by_seed(tmp_path, one_device):
     )
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0.1 and np.abs(one - mean).max() > 0.1
-    with pytest.raises(ValueError, match="does not go with tiles"):
+    with pytest.raises(ValueError, match="is not supported with tiles"):
         ae.encode(x, sample=True, tile=1)
     tiny = dcae_jax.create_autoencoder("tiny", mesh=one_device)
     with pytest.raises(ValueError, match="deterministic encoder"):

@@ -93,7 +93,7 @@ def _model(**changes):
         (_model(encoder_depths=[10**9] * 6), "model.encoder_depths"),
         (_model(latent_channels=10**12), "model.latent_channels"),
         (_model(scaling_factor=float("nan")), "model.scaling_factor"),
-        (_model(__class__="x"), "model.__class__ is no key"),
+        (_model(__class__="x"), "model.__class__ is not a key"),
     ],
 )
 def test_a_configuration_that_cannot_be(tmp_path, saved, words):

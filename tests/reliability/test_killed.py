@@ -44,7 +44,7 @@ def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
     signals = [(place, count, delay, signal.SIGTERM) for delay in (0.0, 0.02, 0.05, 0.2)]
     status, begun, said = forks(argv, signals, stderr=f"{workdir}.log")
     assert status == preemption.STATUS, said[-3000:]
-    assert "the same command resumes" in said
+    assert "rerun the same command to resume" in said
     (*_, saved) = checkpoints.saved_steps(str(workdir))
     assert begun <= saved <= begun + 1
     status, _, said = forks(argv, stderr=f"{workdir}.log")
