@@ -137,13 +137,13 @@ def _interrupted(*_):
     "command, module, function",
     [
         (None, train, "run"),
-        (lambda: checkpoints_command.main(["check", "run"]), checkpoints_command, "_check"),
+        (lambda: checkpoints_command.main(["check", "run"]), checkpoints_command, "check"),
         (
             lambda: torch_io.main(["vgg.pth", "--out=x.safetensors"]),
             torch_io,
             "convert_metric_network",
         ),
-        (lambda: page.command(["demo", "--workdir=run"]), page, "run"),
+        (lambda: page.main(["--workdir=run"]), page, "run"),
     ],
 )
 def test_ctrl_c_is_one_line_and_status_130(

@@ -58,7 +58,7 @@ def test_the_lock_has_every_requirement_and_no_host():
     assert entries and all("--hash=sha256:" in rest for _, _, rest in entries)
     locked = {name.lower().replace("_", "-") for name, _, _ in entries}
     extras = PROJECT["optional-dependencies"]
-    for group in (PROJECT["dependencies"], extras["demo"], extras["hub"], extras["dev"]):
+    for group in (PROJECT["dependencies"], extras["hub"], extras["dev"]):
         for requirement in group:
             name = re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
             assert name in locked or name == "dcae-jax", f"{requirement}: run `make lock`"

@@ -312,6 +312,7 @@ def test_another_batch_size_with_several_resolutions_goes_on(small, alone, tmp_p
     device out of memory names: lower batch_size."""
     workdir = str(tmp_path / "run")
     small.resolutions, small.steps = (16, 32), 2
+    small.optimizer.schedule = "constant"  # whose steps may change
     run_job(train, small, workdir)
     small.steps, small.batch_size, small.allow_change = 8, 3, ("batch_size",)
     assert run_job(train, small, workdir) == train.DONE
@@ -321,7 +322,7 @@ def test_another_batch_size_with_several_resolutions_goes_on(small, alone, tmp_p
 def test_a_change_that_no_checkpoint_can_follow_is_one_line(small, alone, tmp_path):
     """Catches Orbax's traceback where allow_change lets the parts of the state differ."""
     workdir = str(tmp_path / "run")
-    small.steps = 2
+    small.steps, small.optimizer.schedule = 2, "constant"
     run_job(train, small, workdir)
     small.steps, small.trainable = 4, (r"decoder\..*",)
     small.allow_change = ("trainable",)
@@ -333,6 +334,7 @@ def test_images_that_changed_between_kill_and_resume_are_told(small, alone, fold
     """Catches a run that goes on with another data set under the same path."""
     workdir = str(tmp_path / "run")
     small.data.source, small.data.path, small.steps = "folder", folder, 2
+    small.optimizer.schedule = "constant"  # whose steps may change
     run_job(train, small, workdir)
     inputs = json.loads((tmp_path / "run" / "config.json").read_text())["inputs"]
     first = sorted(os.listdir(folder))[0]

@@ -59,6 +59,7 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
     by both, and a checkpoint that needs as many processes as wrote it."""
     small.optimizer.eps = 1e-4  # or where a gradient is zero, Adam would step by rounding's sign
     small.evaluate_every = 2
+    small.optimizer.schedule = "constant"  # whose steps may change
     if mesh:
         small.resolution, small.evaluate.resolutions = 128, (128,)
     size = small.resolution

@@ -23,6 +23,7 @@ TIMES = ("_s", "_per_s")
 SETTINGS = {
     **NARROW,
     "steps": 24,
+    "optimizer.schedule": "constant",  # whose steps may change when a run resumes
     "log_every": 3,
     "save_every": 4,
     "evaluate_every": 8,
