@@ -21,7 +21,7 @@ def test_a_variant_fixes_what_its_latents_would():
     """Catches a size multiplied by the compression, classes that are not ImageNet's by default,
     and a factor other than the published one, or 0 where none is published."""
     assert LatentSpec.of_variant("dc-ae-f64c128-in-1.0", 512, 0) == LatentSpec(8, 128, 1000, 0.2889)
-    assert LatentSpec.of_variant("tiny", 64, 7) == LatentSpec(4, 16, 7, 1.0)
+    assert LatentSpec.of_variant("tiny", 64, 7) == LatentSpec(4, 32, 7, 1.0)
     with pytest.raises(UserError, match="resolution=96 is not a multiple of 64"):
         LatentSpec.of_variant("f64c128", 96, 0)
 

@@ -71,7 +71,7 @@ def test_every_moment_of_a_crash_is_safe(
         run_job(encode, encode_config, str(tmp_path))
     (tmp_path / f"{latents.MANIFEST}.99.tmp").write_text("{")
     monkeypatch.setattr(files, "write_json", write_json)
-    with pytest.raises(UserError, match="is not fully encoded"):
+    with pytest.raises(UserError, match="is not fully encoded|holds no latents"):
         latents.latents(str(tmp_path))
     assert run_job(encode, encode_config, str(tmp_path)) == encode.DONE
     encoding.assert_same_files(encoded, tmp_path)

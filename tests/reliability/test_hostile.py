@@ -87,7 +87,7 @@ def _model(**changes):
         (_model(name="../../evil"), "not a model file in dcae_jax/models"),
         (_model(name="layers"), "not a model file in dcae_jax/models"),
         (_model(name="os"), "not a model file in dcae_jax/models"),
-        (_model(variant=3), "model.variant=3 must be"),
+        (_model(variant=3), "model.variant=3 must have"),
         (_model(widths="wide"), "model.widths"),
         (_model(widths=[10**9] * 6), "model.widths"),
         (_model(encoder_depths=[10**9] * 6), "model.encoder_depths"),
