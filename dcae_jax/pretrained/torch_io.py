@@ -100,7 +100,9 @@ KINDS = {
 def _refuse_other_kinds(path: str | Path) -> None:
     """Raises UserError for a file that is unreadable because it is something else."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(8)
+        head = file.read(9)
+        if head[8:] == b"{":  # safetensors: the size of its header may begin as other files do
+            return
         kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
         if kind:
             raise UserError(f"{path} is {kind}, not weights; name a .safetensors or a .pt file")

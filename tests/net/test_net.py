@@ -22,6 +22,7 @@ import compare  # noqa: E402
 from cases import CASES  # noqa: E402
 
 RECORD = HERE / "recorded.json"
+OTHER = HERE / "other.json"
 SHOWN = 12  # differences
 
 
@@ -51,7 +52,17 @@ def test_gives_what_was_recorded(name, results):
     recorded = json.loads(RECORD.read_text())
     assert name in recorded, f"{name} is not recorded"
     exact = os.environ.get("DCAE_NET_EXACT", "") == "1"
-    lines = compare.differences(changes.today(name, recorded[name]), results[name], exact)
+    # Where a ReLU is open on one side alone, kinds of processors differ by more than the bounds: the
+    # recorded code gave other.json on another one. The result must be one of the two.
+    records = [recorded[name], json.loads(OTHER.read_text()).get(name)]
+    lines = min(
+        (
+            compare.differences(changes.today(name, record), results[name], exact)
+            for record in records
+            if record
+        ),
+        key=len,
+    )
     if lines:
         more = [f"... {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         said = "\n".join([*lines[:SHOWN], *more])
