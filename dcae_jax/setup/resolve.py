@@ -103,7 +103,7 @@ def check_training(config: Config, mesh: Mesh) -> None:
         least = patchgan.smallest_input(config.loss.gan_layers)
         if min(sizes) < least:
             raise UserError(
-                f"loss.gan_layers={config.loss.gan_layers} needs pictures of {least} pixels; "
+                f"loss.gan_layers={config.loss.gan_layers} needs images of {least} pixels; "
                 "use fewer layers or a higher resolution"
             )
     mesh_lib.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")

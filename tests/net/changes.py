@@ -37,6 +37,7 @@ WORDS = (
     # Messages in the field's words.
     ("is no file of dcae_jax/models with a model", "is not a model file in dcae_jax/models"),
     ("; leave 0", "; leave it at 0"),
+    ("gan_layers=4 needs pictures of", "gan_layers=4 needs images of"),
     ("_weights='/none' is no file;", "_weights='/none' is not a file;"),
     ("must be as encoder_block_out_channels", "must equal encoder_block_out_channels"),
     ("these are the weights of no variant known here", "these weights match no known variant"),

@@ -52,8 +52,8 @@ def test_gives_what_was_recorded(name, results):
     recorded = json.loads(RECORD.read_text())
     assert name in recorded, f"{name} is not recorded"
     exact = os.environ.get("DCAE_NET_EXACT", "") == "1"
-    # Where a ReLU is open on one side alone, kinds of processors differ by more than the bounds: the
-    # recorded code gave other.json on another one. The result must be one of the two.
+    # A ReLU that is open on one side alone shows beyond the bounds. The recorded code gave
+    # other.json on another kind of processor; the result must be one of the two.
     records = [recorded[name], json.loads(OTHER.read_text()).get(name)]
     lines = min(
         (
