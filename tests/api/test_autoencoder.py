@@ -108,7 +108,7 @@ def test_grids_show_the_difference_and_survive_odd_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"tile": -1}, "tile=-1: give a whole number"),
+        ({"tile": -1}, "tile=-1 must be an integer"),
         ({"tile": 2, "overlap": 2}, "overlap=2 must be less than tile=2"),
     ],
 )
