@@ -118,6 +118,14 @@ def _copy_step(origin: str, workdir: str, step: int) -> bool:
     return True
 
 
+def _copy(source: str, workdir: str) -> list[int]:
+    try:
+        return copy(source, workdir)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MachineError(f"not copied ({reason}); fix this and rerun the command") from error
+
+
 def check(workdir: str) -> bool:
     """Whether all checkpoints of a workdir are whole; prints a line for each. Raises UserError."""
     workdir, worst = os.path.expanduser(workdir), ""
@@ -144,11 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("check takes one folder, copy takes two")
         if given.action == "check":
             return process.DONE if check(given.source) else process.FAILED
-        steps = copy(given.source, given.workdir)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        line = f"not copied ({reason}); see to it and run the same again"
-        return process.failure(MachineError(line))
+        steps = _copy(given.source, given.workdir)
     except (Exception, KeyboardInterrupt) as error:
         return process.failure(error)
     sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dtype=float32 means for matrix products and convolutions: the one place that decides it.
+"""Matmul precision of float32, decided in one place.
 
 By default XLA multiplies float32 in TF32 on GPUs (10 bits of mantissa) and in bfloat16 on TPUs (7).
 Whatever is reported, stored or compared is computed with float32's own 23; training is not.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reads by path, told by digests: its content may change between a kill and a resume."""
+"""Digests of what a run reads by path, which may change between a kill and a resume."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
 
     Of images the names and sizes of the files, of latents the manifest, which has digests of the
     shards and of the encoder: no data set is read. Keys begin with those of the sections, so that
-    allow_change='data' allows all of data. Evaluation's files determine no weight and are left out.
+    allow_change='data' allows all of data. Weights of evaluation's networks change no run: left out.
     """
     found = {}
     if isinstance(source, Latents):
