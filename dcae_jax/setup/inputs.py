@@ -20,7 +20,7 @@ def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
 
     Of images the names and sizes of the files, of latents the manifest, which has digests of the
     shards and of the encoder: no data set is read. Keys begin with those of the sections, so that
-    allow_change='data' allows all of data. Weights of evaluation's networks change no run: left out.
+    allow_change='data' allows all of data. Weights of metric networks are left out.
     """
     found = {}
     if isinstance(source, Latents):
