@@ -5,7 +5,8 @@
         --config.data.source=folder --config.data.path=/data/imagenet/train \
         --config.loss.lpips_weights=lpips-vgg.safetensors
 
-`:tiny` runs on two CPU cores on the embedded photographs, with no file to download.
+`:tiny` runs on two CPU cores on the embedded photographs, with no file to download. `:small` is
+what the weights that ship were trained with (docs/results.md).
 """
 
 from dcae_jax import config as config_lib
@@ -34,4 +35,24 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (64, 256)
         config.evaluate.count = 64
         config.evaluate.crops = 32
+    if variant == "small":
+        config.data.source = "folder"
+        config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
+        config.data.held_out_path = "photos/held_out"
+        config.steps = 8000
+        config.batch_size = 64
+        config.loss.lpips_weight = 0.0
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.b2 = 0.99
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 200
+        config.optimizer.weight_decay = 0.01
+        config.ema_decay = 0.999
+        config.ema_warmup = 200
+        config.log_every = 50
+        config.save_every = 2000
+        config.evaluate_every = 1000
+        config.evaluate.resolutions = (256, 512)
+        config.evaluate.count = 0
+        config.evaluate.crops = 8
     return config

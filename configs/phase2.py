@@ -53,4 +53,24 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (64, 256)
         config.evaluate.count = 64
         config.evaluate.crops = 32
+    if variant == "small":
+        config.data.source = "folder"
+        config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
+        config.data.held_out_path = "photos/held_out"
+        config.resolutions = (256, 512, 512)
+        config.batch_size = 32
+        config.steps = 1000
+        config.loss.lpips_weight = 0.0
+        config.optimizer.learning_rate = 3e-4
+        config.optimizer.b2 = 0.99
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 50
+        config.ema_decay = 0.999
+        config.ema_warmup = 100
+        config.log_every = 50
+        config.save_every = 1000
+        config.evaluate_every = 250
+        config.evaluate.resolutions = (256, 512)
+        config.evaluate.count = 0
+        config.evaluate.crops = 8
     return config

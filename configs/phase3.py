@@ -54,4 +54,23 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (64, 256)
         config.evaluate.count = 64
         config.evaluate.crops = 32
+    if variant == "small":
+        config.data.source = "folder"
+        config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
+        config.data.held_out_path = "photos/held_out"
+        config.steps = 1500
+        config.batch_size = 64
+        config.loss.lpips_weight = 0.0
+        config.loss.gan_weight = 0.5
+        config.loss.gan_warmup_steps = 300
+        config.loss.gan_learning_rate = 2e-4
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.warmup_steps = 50
+        config.ema_decay = 0.999
+        config.ema_warmup = 100
+        config.log_every = 50
+        config.save_every = 1500
+        config.evaluate_every = 500
+        config.evaluate.count = 0
+        config.evaluate.crops = 8
     return config

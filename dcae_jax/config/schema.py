@@ -201,6 +201,8 @@ class Export:
     format: Literal["orbax", "diffusers", "authors", "stablehlo"] = key("orbax",
         "orbax, diffusers, authors or stablehlo")
     out: str = key("", "output folder; must be new or empty")
+    dtype: Literal["float32", "float16"] = key("float32",
+        "dtype of the stored parameters; float16: half the size, autoencoders only")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,9 @@ def write(config: Config, weights: Arrays, folder: str) -> float:
         state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
     )
     state_lib.check_weights(weights, {**params, **stats})
-    meta = _autoencoder_meta(config.model, arch, _provenance(config))
+    if config.export.dtype == "float16":
+        weights = _half(config, weights, set(params))
+    meta = _autoencoder_meta(config.model, arch, _provenance(config), config.export.dtype)
     if config.export.format == "stablehlo":
         return _write_stablehlo(config, mesh, weights, meta, folder)
     if config.export.format == "orbax":
@@ -106,8 +108,22 @@ def _equal(worst: float) -> float:
     return worst
 
 
+def _half(config: Config, weights: Arrays, params: set[str]) -> Arrays:
+    """`weights`, the parameters in float16; statistics stay float32. Raises UserError."""
+    if config.export.format == "stablehlo":
+        raise UserError("export.dtype='float16': a StableHLO program takes float32; leave it out")
+    with np.errstate(over="ignore"):
+        half = {k: v.astype(np.float16) if k in params else v for k, v in weights.items()}
+    if over := [name for name, value in half.items() if not np.isfinite(value).all()]:
+        raise UserError(f"export.dtype='float16': {over[0]} exceeds its range; export in float32")
+    return half
+
+
 def _autoencoder_meta(
-    model: Model, arch: AutoencoderArchitecture, provenance: dict[str, Any]
+    model: Model,
+    arch: AutoencoderArchitecture,
+    provenance: dict[str, Any],
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """The contents of an autoencoder's model.json."""
     return {
@@ -118,7 +134,7 @@ def _autoencoder_meta(
         "latent_channels": arch.latent_channels,
         "scaling_factor": arch.scaling_factor,
         "scaling": "latents times scaling_factor have an rms of about 1; encode does not scale",
-        "dtype": "float32",
+        "dtype": dtype,
         "layout": "images [B, H, W, 3] in [-1, 1], latents [B, H/f, W/f, c]",
         "provenance": provenance,
     }
@@ -147,6 +163,11 @@ def _load_generator(config: Config) -> generator.Generator:
     Raises UserError if the format cannot hold it.
     """
     form = config.export.format
+    if config.export.dtype != "float32":
+        raise UserError(
+            f"export.dtype={config.export.dtype!r} is for autoencoders, and init_from="
+            f"{config.init_from!r} is a diffusion model; leave it out"
+        )
     if form in NO_GENERATOR:
         raise UserError(
             f"export.format={form!r} is for autoencoders, and init_from={config.init_from!r} is a "

@@ -241,3 +241,19 @@ def test_diffusers_opens_an_export_and_computes_the_same(run_export, name, tmp_p
         theirs = theirs.permute(0, 2, 3, 1).numpy()
         error = np.abs(np.asarray(ours) - theirs) / theirs.std()
         assert error.max() <= 1e-3 and error.mean() <= 1e-4
+
+
+def test_half_precision_is_half_the_size_and_exactly_the_rounded_weights(run_export, source):
+    """Catches weights rounded twice, statistics rounded at all, and float16 passed on to a model."""
+    path, weights = source
+    status, said, out = run_export(path, "orbax", "--config.export.dtype=float16")
+    assert status == 0 and "the largest difference is 0" in said
+    read, _ = checkpoint_weights.load_weights(out)
+    assert {value.dtype for value in read.values()} == {np.dtype(np.float32)}
+    statistics = [name for name in weights if name.rsplit(".")[-1] in ("mean", "var")]
+    assert statistics
+    for name, value in weights.items():
+        rounded = value if name in statistics else value.astype(np.float16)
+        np.testing.assert_array_equal(read[name], rounded)
+    status, said, _ = run_export(path, "stablehlo", "--config.export.dtype=float16", out="b")
+    assert status == process.MISTAKE and "takes float32" in said
