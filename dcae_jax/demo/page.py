@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -23,10 +22,9 @@ from dcae_jax import files
 from dcae_jax.api import autoencoder
 from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
-from dcae_jax.config.schema import Evaluate
-from dcae_jax.data import pipeline, sources, transforms
-from dcae_jax.demo import diffusion
-from dcae_jax.evaluation import metrics, networks, reconstruction
+from dcae_jax.data import sources
+from dcae_jax.demo import diffusion, pca
+from dcae_jax.evaluation import networks, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import process
@@ -69,7 +67,8 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]
     ]
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
-    rows = [(name, pca_scores(config, source, f, channels))]
+    linear = pca.fit(sources.training_source(config.data), f, channels, PCA_PATCHES, config.seed)
+    rows = [(name, pca.scores(linear, config.evaluate, source))]
     metric_networks = networks.load_networks(config.evaluate, mesh)
     shown: dict[int, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
@@ -91,50 +90,6 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]
 def columns(images: list[np.ndarray]) -> list[np.ndarray]:
     """Photographs, each phase's reconstructions, and four times the change of the last phase."""
     return [*images, files.difference(*images[-2:])]
-
-
-def pca_scores(
-    config: Config, source: sources.ImageSource, f: int, channels: int
-) -> dict[str, float]:
-    """Scores of the best linear autoencoder of the same latent size: PCA on f x f patches.
-
-    Fitted in closed form on patches of the training photographs.
-    """
-    from sklearn.decomposition import PCA
-
-    images = sources.training_source(config.data)
-    rng = np.random.default_rng(config.seed)
-    patches = [
-        np.asarray(transforms.random_crop(images[i % len(images)][0], f, rng)).reshape(-1)
-        for i in range(PCA_PATCHES)
-    ]
-    pca = PCA(channels, random_state=0).fit(np.stack(patches).astype(np.float32))
-    scores = {}
-    for size in config.evaluate.resolutions:
-        n, sums = size // f, []
-        for batch in _held_out_batches(config.evaluate, source, size):
-            x = batch["image"].astype(np.float32)
-            cut = x.reshape(-1, n, f, n, f, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, f * f * 3)
-            back = pca.inverse_transform(pca.transform(cut)).reshape(-1, n, n, f, f, 3)
-            y = back.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
-            y = np.clip(np.round(y), 0, 255).astype(np.float32)
-            keep = batch["mask"] > 0
-            sums.append(np.stack([metrics.psnr(y, x), metrics.ssim(y, x)])[:, keep])
-        means = np.concatenate(sums, axis=1).mean(1)
-        scores |= {f"psnr_{size}": float(means[0]), f"ssim_{size}": float(means[1])}
-    return scores
-
-
-def _held_out_batches(
-    settings: Evaluate, source: sources.ImageSource, size: int
-) -> Iterator[pipeline.Batch]:
-    return pipeline.evaluation_batches(
-        source,
-        size=size,
-        batch_size=settings.batch_size,
-        count=settings.count,
-        crops=settings.crops,
-    )
 
 
 # --- the page -------------------------------------------------------------------------------------

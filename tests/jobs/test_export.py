@@ -244,7 +244,7 @@ def test_diffusers_opens_an_export_and_computes_the_same(run_export, name, tmp_p
 
 
 def test_half_precision_is_half_the_size_and_exactly_the_rounded_weights(run_export, source):
-    """Catches weights rounded twice, statistics rounded at all, and float16 passed on to a model."""
+    """Catches rounding twice, rounded statistics, and float16 passed on to a model."""
     path, weights = source
     status, said, out = run_export(path, "orbax", "--config.export.dtype=float16")
     assert status == 0 and "the largest difference is 0" in said
