@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `small` and its phases reach on held-out photographs, beside PCA of the same latent size.
+
+    python benchmarks/photos.py --out=photos
+    python benchmarks/small.py --photos=photos runs/small/phase1 runs/small/phase2 runs/small/phase3
+
+Every photograph gives `configs/phase1.py:small`'s fixed crops at its own scale. The spectrum column
+is the power above half the Nyquist frequency over that of the photographs: 1 is as sharp as they
+are. PCA is fitted on patches of the training photographs; twice the patches show that it has
+converged. Writes a JSON line per model to --out, and the linear model to --pca.
+"""
+
+import argparse
+import json
+import os
+import time
+
+import numpy as np
+
+import dcae_jax
+from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.config.schema import Evaluate
+from dcae_jax.data import pipeline, sources, transforms
+from dcae_jax.demo import pca
+from dcae_jax.evaluation import metrics
+
+PATCHES = (100_000, 200_000)
+
+
+def high_power(images: np.ndarray) -> float:
+    """Mean power of luminance above half the Nyquist frequency, of images [B, S, S, 3] uint8."""
+    luma = images.astype(np.float64) @ (0.299, 0.587, 0.114)
+    size = luma.shape[1]
+    window = np.outer(np.hanning(size), np.hanning(size))  # or the borders' steps fill it
+    power = np.abs(np.fft.fft2((luma - luma.mean((1, 2), keepdims=True)) * window)) ** 2
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    return float(power[:, (frequency > 0.25) & (frequency <= 0.5)].mean())
+
+
+def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, float]:
+    """PSNR, SSIM and the spectrum's ratio at each size; reconstruct: uint8 images -> uint8."""
+    result = {}
+    for size in settings.resolutions:
+        rows, power = [], []
+        for batch in pipeline.evaluation_batches(
+            source,
+            size=size,
+            batch_size=settings.batch_size,
+            count=settings.count,
+            crops=settings.crops,
+        ):
+            keep = batch["mask"] > 0
+            x, y = batch["image"][keep], reconstruct(batch["image"])[keep]
+            levels = x.astype(np.float32), y.astype(np.float32)
+            rows.append(np.stack([metrics.psnr(*levels), metrics.ssim(*levels)]))
+            power.append((high_power(x) * len(x), high_power(y) * len(x)))
+        psnr, ssim = np.concatenate(rows, axis=1).mean(1)
+        ours, theirs = np.sum(power, axis=0)[::-1]
+        result |= {
+            f"psnr_{size}": float(psnr),
+            f"ssim_{size}": float(ssim),
+            f"spectrum_{size}": float(ours / theirs),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="workdirs or exports")
+    parser.add_argument("--photos", default="photos")
+    parser.add_argument("--only", default="", help="score the held-out files whose names have this")
+    parser.add_argument("--out", default="")
+    parser.add_argument("--pca", default="", help="file for the linear model, .npz in float16")
+    given = parser.parse_args()
+    path = os.path.join(config_lib.SHIPPED, "phase1.py")
+    config = config_lib.validate(config_lib.load_file(path, "small"))
+    settings = config.evaluate
+    train = sources.folder(os.path.join(given.photos, "train"))
+    held_out = sources.folder(os.path.join(given.photos, "held_out"))
+    if given.only:
+        names = [name for name in held_out.files if any(o in name for o in given.only.split(","))]
+        held_out = sources.Folder(held_out.root, tuple(names), ())
+    rows = []
+
+    def add(name: str, reconstruct) -> None:
+        began = time.perf_counter()
+        rows.append((name, score(reconstruct, settings, held_out)))
+        print(name, rows[-1][1], f"{time.perf_counter() - began:.0f} s", flush=True)
+        if given.out:
+            with open(given.out, "a") as file:
+                file.write(json.dumps({"model": name, **rows[-1][1]}) + "\n")
+
+    for patches in PATCHES:
+        linear = pca.fit(train, 32, 32, patches)
+        add(f"PCA, {patches} patches", linear.reconstruct)
+    if given.pca:
+        half = {"mean": linear.mean, "components": linear.components}
+        np.savez(given.pca, **{name: value.astype(np.float16) for name, value in half.items()})
+    for model in given.models:
+        ae = dcae_jax.load_autoencoder(model, dtype="float32")
+        add(
+            model,
+            lambda x, ae=ae: transforms.to_uint8(
+                np.asarray(ae.decode(ae.encode(transforms.to_float(x))))
+            ),
+        )
+    print(files.table([["model", *rows[0][1]], *([name, *r.values()] for name, r in rows)]))
+
+
+if __name__ == "__main__":
+    main()
