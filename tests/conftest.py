@@ -47,6 +47,12 @@ def pytest_configure():
         pytest.exit(f"{on_gpu.missing()}: nothing was tested", returncode=0)
 
 
+def pytest_ignore_collect(collection_path):
+    """Leaves files alone that `make test-gpu` has nothing in, with the packages that they need."""
+    is_all = collection_path.name == "tests"
+    return True if on_gpu.MODE and not is_all and not on_gpu.has_tests(collection_path) else None
+
+
 def pytest_collection_modifyitems(config, items):
     """Only the numerical tests under `make test-gpu`; without it, none of those in tests/gpu."""
     left_out = [item for item in items if not on_gpu.selected(item)]
@@ -60,6 +66,8 @@ def pytest_collection_modifyitems(config, items):
 def _gpu():
     if on_gpu.MODE == "1" and jax.default_backend() != "gpu":
         pytest.exit("JAX sees no GPU: pip install 'jax[cuda13]', unset JAX_PLATFORMS", returncode=1)
+    with on_gpu.float32():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,8 @@ HIGHEST = (
     "models/test_sdvae.py",
     "models/test_transformer.py",
     "models/test_uvit.py",
-    "pretrained/test_published.py",
+    "pretrained/test_published.py::test_a_folder_of_diffusers",
+    "pretrained/test_published.py::test_training_starts",
     "training/test_step.py",
 )
 # At the precision that the program asks for, as users run it.
@@ -38,12 +39,20 @@ AS_USED = (
     "evaluation/test_reconstruction.py",
     "evaluation/test_samples.py",
     "gpu/",
-    "jobs/test_encode.py",
-    "jobs/test_evaluate.py",
-    "jobs/test_nan_guard.py",
-    "jobs/test_sample.py",
-    "jobs/test_train.py",
-    "jobs/test_train_diffusion.py",
+    "jobs/test_encode.py::test_latents_are_those",
+    "jobs/test_encode.py::test_the_manifest_holds",
+    "jobs/test_encode.py::test_each_image_is_there_once_whatever_the_sizes[7-3-1]",
+    "jobs/test_encode.py::test_fixed_crops",
+    "jobs/test_evaluate.py::test_the_job_leaves",
+    "jobs/test_evaluate.py::test_one_image_gets_lpips_too",
+    "jobs/test_nan_guard.py::test_weights_that_overflow",
+    "jobs/test_nan_guard.py::test_latents_that_are_not_finite",
+    "jobs/test_sample.py::test_the_job_writes",
+    "jobs/test_train.py::test_a_run_leaves",
+    "jobs/test_train.py::test_ten_steps_without_a_finite_loss",
+    "jobs/test_train.py::test_sigterm_saves",
+    "jobs/test_train_diffusion.py::test_a_run_leaves",
+    "jobs/test_train_diffusion.py::test_a_restarted_run",
     "models/test_inception.py",
     "models/test_lpips.py",
     "training/test_diffusion_step.py",
@@ -54,12 +63,10 @@ AS_USED = (
 LEFT_OUT = (
     # several devices or processes
     "test_draws_depend_on_the_key_and_the_example_alone",
-    "test_each_image_is_there_once_whatever_the_sizes[100-8-8]",
     "test_every_mesh_and_batch_gives_the_same_numbers",
     "test_moments_on_all_devices",
     "test_samples_on_eight_devices_are_those_of_one",
     "test_several_devices_do_what_one_does",
-    "test_two_processes_sample_what_one_samples",
     # properties of a program that is compiled for a CPU, or of none
     "test_loading_takes_little_more_memory",
     "test_parameters_and_cost",
@@ -67,14 +74,13 @@ LEFT_OUT = (
     "test_remat_keeps",
     "test_the_default_patterns_fit_every_variant",
     "test_weights_are_read_without_the_optimizer",
-    # gpu/test_resume.py instead
-    "test_an_interrupted_run_ends_bit_equal",
 )
 
 
 def prepare():
     """Sets the environment of this process, before it imports jax."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, one card
+    os.environ.setdefault("XLA_FLAGS", "")
     if MODE == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -88,6 +94,14 @@ def _path(item):
     return item.nodeid.removeprefix("tests/")
 
 
+def has_tests(path):
+    """Whether `make test-gpu` opens this file or folder of tests/ at all."""
+    path = os.path.relpath(path, os.path.dirname(os.path.dirname(__file__)))
+    return any(
+        name.startswith(path) or path.startswith(name.split("::")[0]) for name in HIGHEST + AS_USED
+    )
+
+
 def selected(item):
     """Whether `make test-gpu` runs this test."""
     return (
@@ -95,6 +109,26 @@ def selected(item):
         and not any(f"::{name}" in item.nodeid for name in LEFT_OUT)
         and not any(item.get_closest_marker(name) for name in ("slow", "torch"))
     )
+
+
+@contextlib.contextmanager
+def float32():
+    """Lets `dtype=auto` be float32, as on a CPU: the tests' tolerances are those of float32."""
+    if not MODE:
+        yield
+        return
+    import pytest
+
+    from dcae_jax.runtime import mesh as mesh_lib
+
+    decide = mesh_lib.compute_dtype
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mesh_lib,
+            "compute_dtype",
+            lambda dtype, mesh: "float32" if dtype == "auto" else decide(dtype, mesh),
+        )
+        yield
 
 
 def precision(item):
