@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-torch lint soak mutate bench wheel docs lock oldest newest licenses clean
+.PHONY: demo test test-gpu test-slow test-torch lint soak mutate bench wheel docs lock oldest newest licenses clean
 
 # Versions from requirements.lock, which has those of all platforms with their checksums.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -20,6 +20,12 @@ demo: $(VENV)/installed  ## trains a tiny autoencoder on photographs and writes 
 
 test: $(VENV)/installed  ## everything fast
 	$(PY) -m pytest -n 2 --dist loadgroup -m 'not slow and not torch'
+
+# Six processes share the card and its compile cache: compiling takes most of the time.
+test-gpu: export JAX_PLATFORMS =
+test-gpu: export DCAE_TEST_GPU ?= 1
+test-gpu: $(VENV)/installed  ## the numerical tests, on this machine's GPU; see docs/gpu.md
+	$(PY) -m pytest -n 6 --dist loadgroup
 
 test-torch: $(VENV)/installed  ## parity with PyTorch, which must be installed in .venv
 	$(PY) -m pytest -m 'torch and not slow'

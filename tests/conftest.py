@@ -5,21 +5,27 @@ import logging
 import os
 import tempfile
 
-# Before the first import of jax. The processes that tests start inherit both.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from support import on_gpu
+
+# Before the first import of jax. The processes that tests start inherit all of it.
+if on_gpu.MODE:
+    on_gpu.prepare()
+else:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "dcae_jax-test-cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Unoptimised code compiles in half the time, and tests run it for a second at most.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+if on_gpu.MODE != "1":
+    # Unoptimised code compiles in half the time, and tests run it for a second at most.
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            f"--xla_force_host_platform_device_count={1 if on_gpu.MODE else 8}",
+            "--xla_backend_optimization_level=0",
+            "--xla_llvm_disable_expensive_passes=true",
+        ]
+    )
 
 import jax
 import pytest
@@ -33,6 +39,41 @@ from dcae_jax.evaluation import reconstruction, samples
 from dcae_jax.jobs import train
 from dcae_jax.models import inception, inception_torch, lpips_torch
 from dcae_jax.runtime import mesh as mesh_lib
+
+
+def pytest_configure():
+    """Ends `make test-gpu` where there is no GPU, before any process starts."""
+    if on_gpu.MODE and on_gpu.missing():
+        pytest.exit(f"{on_gpu.missing()}: nothing was tested", returncode=0)
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves files alone that `make test-gpu` has nothing in, with the packages that they need."""
+    is_all = collection_path.name == "tests"
+    return True if on_gpu.MODE and not is_all and not on_gpu.has_tests(collection_path) else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Only the numerical tests under `make test-gpu`; without it, none of those in tests/gpu."""
+    left_out = [item for item in items if not on_gpu.selected(item)]
+    if not on_gpu.MODE:
+        left_out = [item for item in items if "tests/gpu/" in item.nodeid]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpu():
+    if on_gpu.MODE == "1" and jax.default_backend() != "gpu":
+        pytest.exit("JAX sees no GPU: pip install 'jax[cuda13]', unset JAX_PLATFORMS", returncode=1)
+    with on_gpu.float32():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _precision(request):
+    with on_gpu.precision(request.node):
+        yield
 
 
 @pytest.fixture

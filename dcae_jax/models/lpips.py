@@ -45,15 +45,15 @@ def distance(
     y: AnyArray,
     net: str = "vgg",
     normalize: str = "lpips",
-    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+    precision: jax.lax.Precision | None = jax.lax.Precision.HIGHEST,
 ) -> jax.Array:
     """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal images.
 
     Differentiable in x and y. `normalize` selects how a feature vector f becomes a unit vector:
     'lpips' f / (|f| + 1e-10), as the lpips package; 'torchmetrics' f / sqrt(|f|^2 + 1e-8), which
     the published LPIPS numbers of DC-AE use. Everything runs in float32, whatever the input's
-    dtype; `precision` applies to the convolutions, on devices with a faster, less precise mode.
-    Raises ValueError.
+    dtype; `precision` applies to the convolutions, on devices with a faster, less precise mode
+    (None: jax_default_matmul_precision). Raises ValueError.
     """
     _known(net)
     if normalize not in ("lpips", "torchmetrics"):
@@ -74,7 +74,7 @@ def distance(
 
 
 def _taps(
-    weights: AnyWeights, images: AnyArray, net: str, precision: jax.lax.Precision
+    weights: AnyWeights, images: AnyArray, net: str, precision: jax.lax.Precision | None
 ) -> list[jax.Array]:
     """Images [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
     x = (jnp.asarray(images, jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)

@@ -48,10 +48,9 @@ def psnr(x: Array, y: Array) -> Array:
 def perceptual(weights: Weights, x: Array, y: Array) -> Array:
     """Mean LPIPS (VGG16, v0.1) of two batches of images in [-1, 1], a scalar.
 
-    Runs at the platform's default precision; the reported LPIPS uses the highest.
+    Runs at JAX's default precision; the reported LPIPS uses the highest.
     """
-    precision = jax.lax.Precision.DEFAULT
-    return jnp.mean(lpips.distance(weights, x, y, net="vgg", precision=precision))
+    return jnp.mean(lpips.distance(weights, x, y, net="vgg", precision=None))
 
 
 def hinge(real: Array, fake: Array) -> Array:
