@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--part-limit", type=float, default=300, help="seconds a part")
     parser.add_argument("--attention", choices=("plain", "cudnn"), help="default: the project's")
     parser.add_argument("--out", help="JSON lines are appended to this file")
+    parser.add_argument("--cache", help="folder of compiled programs; default: a new one each run")
     parser.add_argument("--logs", help="folder for what the parts print to stderr")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU")
     parser.add_argument("--table", metavar="FILE", help="prints the table of an --out, no more")
@@ -142,7 +143,8 @@ def main() -> None:
     os.makedirs(logs, exist_ok=True)
     print(f"{rows[0]['machine']}\n\n{head()}", flush=True)
     keep(rows[0], given.out)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as fresh:
+        cache = os.path.abspath(given.cache or fresh)
         for name, batch in chosen:
             rest = ends - time.monotonic()
             if rest < PARTS[name].seconds and not given.tiny:
@@ -204,6 +206,8 @@ def run(name: str, batch: int, given: argparse.Namespace, cache: str, logs: str,
                 failure = row["failed"]
                 continue
             failure = ""
+            if given.attention and "config" in PARTS[name].settings:
+                row["case"] = f"{row.get('case', '')} {given.attention} attention".strip()
             yield {"part": name, "batch": batch} | row
         status = process.wait()
         timer.cancel()
@@ -267,13 +271,8 @@ def machine(tiny: bool) -> Row:
         query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         card = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True).stdout.strip()
     wanted = ("jax", "jaxlib", "torch", "diffusers", "nvidia-cudnn", "nvidia-cuda-runtime")
-    found = sorted(
-        {
-            f"{package.name} {package.version}"
-            for package in importlib.metadata.distributions()
-            if package.name in wanted or package.name.rpartition("-")[0] in wanted
-        }
-    )
+    found = {package.name or "": package.version for package in importlib.metadata.distributions()}
+    found = [f"{n} {v}" for n, v in sorted(found.items()) if {n, n.rpartition("-")[0]} & {*wanted}]
     return {"machine": "; ".join([card, *found, f"{datetime.date.today():%Y-%m-%d}"])}
 
 

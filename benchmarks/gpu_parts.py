@@ -394,18 +394,17 @@ def random(leaf: jax.ShapeDtypeStruct, seed: int = 0) -> jax.Array:
 
 def filled(shapes: dict[str, Any], place: Callable[..., Any] = jax.device_put) -> dict[str, Any]:
     """Weights: kernels are noise over the root of their fan-in, scales and variances 1, rest 0."""
-    largest = max((leaf.size for leaf in shapes.values()), default=0)
-    noise = np.random.default_rng(0).standard_normal(largest, np.float32)
+    noise = np.random.default_rng(0).standard_normal(2**20, np.float32)  # repeated
 
     def values(name: str, leaf: Any) -> np.ndarray:
         if name.endswith((".scale", ".var")):
             return np.ones(leaf.shape, np.float32)
         if name.startswith("lin"):  # of LPIPS
-            return np.abs(noise[: leaf.size])
+            return np.abs(np.resize(noise, leaf.shape))
         if leaf.ndim < 2 or name.endswith(".bias"):
             return np.zeros(leaf.shape, np.float32)
         fan_in = leaf.shape[-2] * (math.prod(leaf.shape[:2]) if leaf.ndim == 4 else 1)
-        return noise[: leaf.size].reshape(leaf.shape) * np.float32(fan_in**-0.5)
+        return np.resize(noise * np.float32(fan_in**-0.5), leaf.shape)
 
     return {name: place(values(name, leaf)) for name, leaf in shapes.items()}
 
