@@ -136,6 +136,7 @@ def main() -> None:
             return print(table([json.loads(line) for line in file]))
     if not given.tiny and not shutil.which("nvidia-smi"):
         raise SystemExit("there is no nvidia-smi, so no NVIDIA GPU; try the parts with --tiny")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the part that runs ends, too
     chosen = choose(given.parts, given.tier)
     ends = time.monotonic() + given.limit
     rows = [machine(given.tiny)]
@@ -200,18 +201,19 @@ def run(name: str, batch: int, given: argparse.Namespace, cache: str, logs: str,
         )
         timer = threading.Timer(limit, _end, (process.pid,))
         timer.start()
-        for text in process.stdout or ():
-            row = json.loads(text)
-            if "failed" in row:
-                failure = row["failed"]
-                continue
-            failure = ""
-            if given.attention and "config" in PARTS[name].settings:
-                row["case"] = f"{row.get('case', '')} {given.attention} attention".strip()
-            yield {"part": name, "batch": batch} | row
-        status = process.wait()
-        timer.cancel()
-        _end(process.pid)
+        try:
+            for text in process.stdout or ():
+                row = json.loads(text)
+                failure = row.get("failed", "")
+                if failure:
+                    continue
+                if given.attention and "config" in PARTS[name].settings:
+                    row["case"] = f"{row.get('case', '')} {given.attention} attention".strip()
+                yield {"part": name, "batch": batch} | row
+            status = process.wait()
+        finally:
+            timer.cancel()
+            _end(process.pid)
     if time.monotonic() - began >= limit:
         failure = f"ended after {limit:.0f} s"
     elif status and not failure:
