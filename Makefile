@@ -6,7 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-gpu test-slow test-torch lint soak mutate bench wheel docs lock oldest newest licenses clean
+.PHONY: demo test test-gpu test-slow test-torch lint soak mutate bench bench-gpu wheel docs lock \
+        oldest newest licenses clean
 
 # Versions from requirements.lock, which has those of all platforms with their checksums.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -47,6 +48,9 @@ mutate: $(VENV)/installed  ## plants 300 small faults, and counts those that the
 
 bench: $(VENV)/installed  ## beside PyTorch, which must be installed in .venv; into docs/benchmarks.md
 	$(PY) benchmarks/run.py
+
+bench-gpu: $(VENV)/installed  ## on this machine's GPU; ARGS='--tier=1 --limit=480', or --tiny anywhere
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 wheel: $(VENV)/installed  ## dist/*.whl, with configs/ inside
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .

@@ -86,7 +86,7 @@ def _our_step():
     return run, {"flops": cost["flops"], "bytes": cost["bytes accessed"]}
 
 
-def _their_model(widths, encoder, decoder, latent):
+def their_model(widths, encoder, decoder, latent):
     from diffusers import AutoencoderDC
 
     n, plain = len(widths), 3
@@ -118,7 +118,7 @@ def theirs(case: str):
     if case == TRAIN:
         return _their_step()
     what, size, batch = _numbers(case)
-    model = _their_model(
+    model = their_model(
         (128, 256, 512, 512, 1024, 1024), (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2), 32
     ).eval()
     if what == "encode":
@@ -136,7 +136,7 @@ def theirs(case: str):
 def _their_step():
     import torch
 
-    model = _their_model(WIDTHS, DEPTHS, DEPTHS, LATENT).train()
+    model = their_model(WIDTHS, DEPTHS, DEPTHS, LATENT).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     x = torch.rand(8, 3, 128, 128) * 2 - 1
 

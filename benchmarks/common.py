@@ -205,6 +205,32 @@ def _least(run: Callable[[], object], repeats: int = 7) -> float:
     return min(seconds)
 
 
+def steady(
+    call: Callable[[], None], wait: Callable[[], object], *, warm: int = 3, seconds: float = 3.0
+) -> dict[str, float]:
+    """Seconds of one call, of calls made back to back as in a training loop: the median of groups.
+
+    call(): starts one; wait(): returns when all are done. seconds: about what it takes in all.
+    """
+    for _ in range(warm):
+        call()
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    one = time.perf_counter() - start
+    groups = max(2, min(7, int(seconds / one)))
+    each = max(1, min(100, int(seconds / groups / one)))
+    found = []
+    for _ in range(groups):
+        start = time.perf_counter()
+        for _ in range(each):
+            call()
+        wait()
+        found.append((time.perf_counter() - start) / each)
+    return {"seconds": statistics.median(found), "least": min(found), "most": max(found)}
+
+
 def put(doc: str, name: str, printed: str) -> None:
     """Puts a benchmark's output between its marks `<!-- name -->` in the document at path `doc`."""
     from dcae_jax import files as report
