@@ -48,7 +48,6 @@ AS_USED = (
     "jobs/test_nan_guard.py::test_weights_that_overflow",
     "jobs/test_nan_guard.py::test_latents_that_are_not_finite",
     "jobs/test_sample.py::test_the_job_writes",
-    "jobs/test_train.py::test_a_run_leaves",
     "jobs/test_train.py::test_ten_steps_without_a_finite_loss",
     "jobs/test_train.py::test_sigterm_saves",
     "jobs/test_train_diffusion.py::test_a_run_leaves",
@@ -73,7 +72,6 @@ LEFT_OUT = (
     "test_phases_2_and_3_compute_and_keep_less",
     "test_remat_keeps",
     "test_the_default_patterns_fit_every_variant",
-    "test_weights_are_read_without_the_optimizer",
 )
 
 
