@@ -147,7 +147,7 @@ def inputs(batch: int, tiny: bool) -> Rows:
         "least": steps[0],
         "most": steps[-1],
         "images_per_s": batch / seconds,
-        "note": notes or "compare with phase1-l1",
+        "case": notes,
     }
 
 
