@@ -383,6 +383,9 @@ def counted(build: Build) -> float:
 
 @functools.cache
 def here() -> Any:
+    """The mesh of the device to measure."""
+    if "cuda" in os.environ.get("JAX_PLATFORMS", "") and jax.default_backend() != "gpu":
+        raise RuntimeError("JAX sees no GPU; install jax[cuda13]")
     return mesh_lib.make_mesh(MeshSizes(), jax.local_devices()[:1])
 
 
