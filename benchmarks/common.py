@@ -212,9 +212,12 @@ def steady(
 
     call(): starts one; wait(): returns when all are done. seconds: about what it takes in all.
     """
+    start = time.perf_counter()
     for _ in range(warm):
         call()
-    wait()
+        wait()
+        if time.perf_counter() - start > seconds / 2:
+            break
     start = time.perf_counter()
     call()
     wait()
