@@ -40,12 +40,12 @@ def get_config(variant="f32c32"):
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
         config.steps = 8000
-        config.batch_size = 64
+        config.batch_size = 32
         config.loss.lpips_weight = 0.0
-        config.optimizer.learning_rate = 1e-3
+        config.optimizer.learning_rate = 4e-4
         config.optimizer.b2 = 0.99
         config.optimizer.schedule = "cosine"
-        config.optimizer.warmup_steps = 200
+        config.optimizer.warmup_steps = 300
         config.optimizer.weight_decay = 0.01
         config.ema_decay = 0.999
         config.ema_warmup = 200

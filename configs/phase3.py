@@ -59,11 +59,11 @@ def get_config(variant="f32c32"):
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
         config.steps = 1500
-        config.batch_size = 64
+        config.batch_size = 32
         config.loss.lpips_weight = 0.0
         config.loss.gan_weight = 0.5
-        config.loss.gan_warmup_steps = 300
-        config.loss.gan_learning_rate = 2e-4
+        config.loss.gan_warmup_steps = 200
+        config.loss.gan_learning_rate = 1e-4
         config.optimizer.learning_rate = 1e-4
         config.optimizer.warmup_steps = 50
         config.ema_decay = 0.999

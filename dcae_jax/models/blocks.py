@@ -115,7 +115,7 @@ class LiteMLA(nnx.Module):
             self.aggreg_point = GroupedLinear(qkv, qkv, layers, groups=groups)
         wide = 2 * channels if scale5 else channels
         self.proj = layers.linear(wide, channels, use_bias=False)
-        self.norm = layers.norm(norm, channels)
+        self.norm = layers.last_norm(norm, channels)
 
     def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
         b, h, w, _ = x.shape
@@ -138,7 +138,7 @@ class GLUMBConv(nnx.Module):
         self.inverted_conv = layers.linear(channels, hidden)
         self.depth_conv = layers.conv(hidden, hidden, depthwise=True)
         self.point_conv = layers.linear(hidden // 2, channels, use_bias=False)
-        self.norm = layers.norm(norm, channels)
+        self.norm = layers.last_norm(norm, channels)
 
     def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
         x = nnx.silu(self.inverted_conv(x))                         # [B, H, W, 8C]
@@ -168,7 +168,7 @@ class ResBlock(nnx.Module):
     def __init__(self, channels: int, layers: Layers, *, norm: NormKind) -> None:
         self.conv1 = layers.conv(channels, channels)
         self.conv2 = layers.conv(channels, channels, use_bias=False)
-        self.norm = layers.norm(norm, channels)
+        self.norm = layers.last_norm(norm, channels)
         self.act: Activation = "relu" if norm == "bn2d" else "silu"
 
     def __call__(self, x: Array) -> Array:                          # [B, H, W, C]

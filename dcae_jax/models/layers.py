@@ -101,11 +101,14 @@ class Layers:
     depthwise: how XLA computes depthwise convolutions. 'grouped' is its grouped convolution;
     'shifted' is size^2 shifted multiply-adds, the same numbers. On a CPU the grouped
     gradient is up to hundreds of times slower; on a TPU both compile to the same work.
+    block_scale: first value of the norm's scale that ends each residual branch; with 0 a block
+    starts as the identity.
     """
 
     dtype: DTypeLike
     rngs: nnx.Rngs
     depthwise: DepthwiseForm = "grouped"
+    block_scale: float = 1.0
 
     def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> nnx.Linear:
         """A 1x1 convolution: in NHWC, a matrix product. kernel [in, out], bias [out]."""
@@ -155,9 +158,14 @@ class Layers:
             rngs=self.rngs,
         )
 
-    def norm(self, kind: NormKind, channels: int) -> "RMSNorm | BatchNorm":
-        """The norm that the original calls `kind`."""
-        return (BatchNorm if kind == "bn2d" else RMSNorm)(channels, dtype=self.dtype)
+    def norm(self, kind: NormKind, channels: int, scale: float = 1.0) -> "RMSNorm | BatchNorm":
+        """The norm that the original calls `kind`. scale: first value of its scale."""
+        make = BatchNorm if kind == "bn2d" else RMSNorm
+        return make(channels, scale=scale, dtype=self.dtype)
+
+    def last_norm(self, kind: NormKind, channels: int) -> "RMSNorm | BatchNorm":
+        """The norm that ends a residual branch."""
+        return self.norm(kind, channels, self.block_scale)
 
     def group_norm(self, channels: int, *, groups: int, eps: float) -> nnx.GroupNorm:
         """GroupNorm over (height, width, consecutive channels) of each image, float32 inside."""
@@ -255,8 +263,10 @@ def float32_inside(arrays: Any, *, dtype: Any = None, **_: Any) -> Any:
 class RMSNorm(nnx.Module):
     """x / rms(x over channels) * scale + bias ('trms2d' of the original), float32 inside."""
 
-    def __init__(self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5) -> None:
-        self.scale = nnx.Param(np.ones(channels, np.float32))
+    def __init__(
+        self, channels: int, *, dtype: DTypeLike, scale: float = 1.0, eps: float = 1e-5
+    ) -> None:
+        self.scale = nnx.Param(np.full(channels, scale, np.float32))
         self.bias = nnx.Param(np.zeros(channels, np.float32))
         self.eps, self.dtype = eps, dtype
 
@@ -275,9 +285,15 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(
-        self, channels: int, *, dtype: DTypeLike, eps: float = 1e-5, momentum: float = 0.9
+        self,
+        channels: int,
+        *,
+        dtype: DTypeLike,
+        scale: float = 1.0,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
     ) -> None:
-        self.scale = nnx.Param(np.ones(channels, np.float32))
+        self.scale = nnx.Param(np.full(channels, scale, np.float32))
         self.bias = nnx.Param(np.zeros(channels, np.float32))
         self.mean = nnx.BatchStat(np.zeros(channels, np.float32))
         self.var = nnx.BatchStat(np.ones(channels, np.float32))
