@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""glibc malloc: settings for jobs at their start; what the library does changes none."""
+"""glibc malloc settings: jobs set them at their start, library calls never do."""
 
 import contextlib
 import ctypes
@@ -9,24 +9,23 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def keep() -> bool:
-    """Lets this process keep freed memory for its next allocation; False without glibc.
+    """Makes this process keep freed memory for later allocations; False without glibc.
 
-    XLA allocates its buffers on a CPU anew at each call. By default glibc returns blocks of that
-    size to the kernel when they are freed, and each page is faulted in and cleared again: a fifth
-    of the CPU time of f32c32's encoder (docs/benchmarks.md). The process stays as large as its
-    largest moment. To be called before JAX starts its threads. One arena: what one thread frees,
-    another one's program can take.
+    On a CPU, XLA allocates its buffers at each call. By default glibc returns freed blocks of that
+    size to the kernel, and each page is faulted in and zeroed again: a fifth of the CPU time of
+    f32c32's encoder (docs/benchmarks.md). The process stays at its peak size. Call this before JAX
+    starts its threads. With one arena, a thread can reuse what another one freed.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
-    # The padding is beyond the need; untouched, it is free.
+    # The padding is larger than needed; untouched pages cost nothing.
     settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
     return all(mallopt(*setting) for setting in settings)
 
 
 def trim() -> None:
-    """Returns to the system, once, what is free; changes no setting. Nothing without glibc."""
+    """Returns free memory to the system, once; changes no setting. No-op without glibc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

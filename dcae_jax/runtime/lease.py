@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workdir lease: one job per workdir; a second one is refused with the owner's name.
+"""Workdir lease: one job per workdir; a second one is refused, with the owner's host and pid.
 
-`hold` is the whole interface: what keeps the lease of a bucket can take the place of `_file_lock`.
-For a local folder it is a kernel lock (flock, through `filelock`) on WORKDIR/.lock. It ends with
-its process, whatever that dies of; a `.lock` that a crash leaves behind means nothing.
+On a local folder the lease is a kernel lock (flock, through `filelock`) on WORKDIR/.lock. It ends
+with its process, even a killed one; a `.lock` that a crash leaves behind means nothing. A lease for
+buckets would replace `_file_lock`.
 """
 
 import contextlib
@@ -22,21 +22,20 @@ import filelock
 from dcae_jax.errors import UserError
 
 FILE = ".lock"
-# Folders of a workdir in which jobs write files beside the name that they are to get.
+# Subfolders of a workdir where jobs write temporary files before renaming them.
 FOLDERS = ("images", "diverged", "parts")
-# What jobs write into or append to, and so may be no link to somewhere else.
+# What jobs write into or append to; none of it may be a link.
 OWN = (*FOLDERS, "checkpoints", "damaged", "profile", "reference", "metrics.jsonl")
-# What a file system says that has no locks (some network and object stores).
+# Errors of file systems without locks (some network and object stores).
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
-    """Keeps other jobs out of `workdir`, which is made if it is not there.
+    """Keeps other jobs out of `workdir`, which is created if it does not exist.
 
-    process_index: of a distributed run, only process 0 takes the lease, for all of them. Raises
-    UserError, naming the owner's host, process id and start, where another job holds it, and where
-    one of OWN is a link.
+    process_index: in a distributed run, process 0 takes the lease for all. Raises UserError if
+    another job holds it, with its host, process id and start time, or if one of OWN is a link.
     """
     if process_index:
         yield
@@ -48,8 +47,8 @@ def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
             for path in (os.path.join(workdir, name) for name in OWN):
                 if os.path.islink(path):
                     raise UserError(
-                        f"{path} is a link, through which this job would write elsewhere; "
-                        "put what it points to in its place"
+                        f"{path} is a link, so this job would write outside its workdir; "
+                        "replace it with its target"
                     )
             if locked:
                 _clear(workdir)
@@ -57,18 +56,18 @@ def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
     finally:
         if made:
             with contextlib.suppress(OSError):
-                os.rmdir(workdir)  # where the job was refused before it wrote anything
+                os.rmdir(workdir)  # if the job was refused before it wrote anything
 
 
 @contextlib.contextmanager
 def _file_lock(workdir: str) -> Iterator[bool]:
-    """Holds WORKDIR/.lock; False where the file system has no locks. Raises UserError."""
+    """Holds WORKDIR/.lock; False if the file system has no locks. Raises UserError."""
     path = os.path.join(workdir, FILE)
     with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            # filelock itself follows no link, should one appear between here and there.
-            raise UserError(f"{path} is a link or not a file; remove it, then run the same command")
+            # filelock does not follow a link either, should one appear after this check.
+            raise UserError(f"{path} is a link or not a file; remove it and rerun the command")
     lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -79,21 +78,21 @@ def _file_lock(workdir: str) -> Iterator[bool]:
     except OSError as error:
         if error.errno not in _UNABLE:
             raise
-        logging.warning("%s cannot be locked (%s): start one job only", workdir, error.strerror)
+        logging.warning("%s cannot be locked (%s); run only one job in it", workdir, error.strerror)
         yield False
         return
     try:
         _sign(path)
         yield True
     finally:
-        # Before the lock ends: a file removed after that could be the next owner's.
+        # Before releasing the lock: after that, the file may be the next owner's.
         with contextlib.suppress(OSError):
             os.remove(path)
         lock.release()
 
 
 def _sign(path: str) -> None:
-    """Writes into the lock file, which this process holds, whose it is."""
+    """Writes this process's identity into the lock file that it holds."""
     owner = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -108,7 +107,7 @@ def _sign(path: str) -> None:
 
 
 def _owner(path: str) -> str:
-    """What the lock file says of its owner, for people."""
+    """The owner recorded in the lock file, for a message."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
@@ -116,21 +115,21 @@ def _owner(path: str) -> str:
         finally:
             os.close(descriptor)
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # between its lock and its writing
+    except (OSError, ValueError, KeyError, TypeError):  # locked, but not written yet
         return "another job"
 
 
 def holder(workdir: str) -> str:
-    """Who holds the lease of `workdir`, for people; '' if nobody does, or nobody can tell."""
-    import fcntl  # of POSIX
+    """Who holds the lease of `workdir`, for a message; '' if nobody does or it is unknown."""
+    import fcntl  # POSIX only
 
     path = os.path.join(workdir, FILE)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:  # a job that ends removes it
+    except OSError:  # a job that exits removes it
         return ""
     try:
-        # Shared and for an instant: a file that a crash left behind is locked by nobody.
+        # A momentary shared lock: nobody locks a file that a crash left behind.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _owner(path)
@@ -142,10 +141,10 @@ def holder(workdir: str) -> str:
 
 
 def _clear(workdir: str) -> None:
-    """Removes what a killed owner had half written (NAME.PID.tmp).
+    """Removes temporary files that a killed owner left (NAME.PID.tmp).
 
-    Only in the workdir itself and in its FOLDERS: never through a link, nor in a folder that is a
-    workdir with a lock of its own.
+    Only in the workdir itself and in its FOLDERS: never through a link, nor in a folder that is
+    itself a workdir with a lock.
     """
     _clear_folder(workdir)
     for name in FOLDERS:
@@ -156,7 +155,7 @@ def _clear(workdir: str) -> None:
 
 
 def _clear_folder(folder: str, flags: int = 0) -> None:
-    """flags: of `os.open`, beside those of a directory; a link that is not followed is left."""
+    """As `_clear`, in one folder. flags: more flags for `os.open`. Skips links."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
         with os.scandir(descriptor) as entries:

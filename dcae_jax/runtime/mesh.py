@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh: its axes, what fits it, and how batches are placed on it."""
+"""The device mesh: axes, size checks, placement of batches."""
 
 import functools
 import math
@@ -17,8 +17,8 @@ from dcae_jax.errors import UserError, nearest_multiples
 
 AXES = ("data", "fsdp", "tensor", "spatial")
 BATCH_AXES = ("data", "fsdp")
-# Rows of latents on each device of the axis spatial. XLA (jaxlib 0.10.2) computes wrong gradients
-# of this model where there is one row, or less, in some meshes (tests/runtime/test_sharding.py).
+# Least rows of latents per device of the mesh axis spatial. With one row or less, XLA (jaxlib
+# 0.10.2) computes wrong gradients of this model on some meshes (tests/runtime/test_sharding.py).
 MIN_ROWS = 2
 
 
@@ -34,7 +34,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
     shape = [sizes.data, sizes.fsdp, sizes.tensor, sizes.spatial]
     text = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh ({text}): sizes must be positive, and one at most may be -1")
+        raise UserError(f"mesh ({text}): sizes must be positive, and at most one may be -1")
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and devices % known == 0:
         shape[shape.index(-1)] = devices // known
@@ -47,7 +47,7 @@ def mesh_shape(sizes: MeshSizes, devices: int) -> dict[str, int]:
 
 
 def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
-    """Devices in the order that suits their network: only `data` spans several TPU slices."""
+    """Devices ordered for their interconnect; only the axis data spans several TPU slices."""
     if len(devices) == 1:
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -58,20 +58,20 @@ def _grid(shape: list[int], devices: list[Any]) -> np.ndarray:
 
 
 def platform(mesh: Mesh) -> str:
-    """'cpu', 'gpu' or 'tpu': what the mesh's devices are, whatever this host is."""
+    """'cpu', 'gpu' or 'tpu': the platform of the mesh's devices, not of this host."""
     name = mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def compute_dtype(dtype: str, mesh: Mesh) -> str:
-    """`dtype` with 'auto' decided: bfloat16 except on CPUs."""
+    """`dtype` with 'auto' resolved: bfloat16 except on CPUs."""
     if dtype != "auto":
         return dtype
     return "float32" if platform(mesh) == "cpu" else "bfloat16"
 
 
 def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None:
-    """Raises UserError, naming the nearest sizes that fit, if the batch does not divide."""
+    """Raises UserError, with the nearest sizes that fit, if the batch does not divide."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate
     if size % shards:
         nearest = nearest_multiples(size, shards)
@@ -82,9 +82,9 @@ def check_batch(size: int, mesh: Mesh, *, key: str, accumulate: int = 1) -> None
 
 
 def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> None:
-    """Raises UserError, naming sizes that fit, unless mesh.spatial can split images of `size`.
+    """Raises UserError, with sizes that fit, unless mesh.spatial can split images of `size`.
 
-    compression: the model's f. Each part gets as many rows of latents, and MIN_ROWS at least.
+    compression: the model's f. All parts get the same number of rows of latents, at least MIN_ROWS.
     """
     parts = mesh.shape["spatial"]
     step = parts * compression
@@ -97,7 +97,7 @@ def check_height(size: int, mesh: Mesh, *, key: str, compression: int = 1) -> No
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Of an array whose first axis is the batch; images [B, H, W, C] are split in height too."""
+    """For an array whose first axis is the batch; images [B, H, W, C] are split in height too."""
     spec = P(BATCH_AXES, "spatial") if ndim == 4 else P(BATCH_AXES)
     return NamedSharding(mesh, spec)
 
@@ -107,9 +107,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def image_sharding(mesh: Mesh, shape: tuple[int, ...], latent_rows: int) -> NamedSharding:
-    """Of images or latents [B, H, W, C] of any size: what cannot be split stays whole.
+    """For images or latents [B, H, W, C] of any size: axes that do not divide are not split.
 
-    latent_rows: how many there are of the latents that these are or belong to.
+    latent_rows: the height of the latents, whether `shape` is theirs or that of their images.
     """
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     parts = mesh.shape["spatial"]
@@ -121,7 +121,7 @@ def image_sharding(mesh: Mesh, shape: tuple[int, ...], latent_rows: int) -> Name
 
 @functools.lru_cache(maxsize=16)
 def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-    """{process: the places along BATCH_AXES where it has devices}."""
+    """{process: the indices along BATCH_AXES at which it has devices}."""
     rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
     found: dict[int, set[int]] = {}
     for place, devices in enumerate(rows):
@@ -131,18 +131,18 @@ def _places(mesh: Mesh) -> dict[int, tuple[int, ...]]:
 
 
 def process_batch_slice(mesh: Mesh) -> tuple[int, int]:
-    """(this process's share of each global batch, number of shares).
+    """(index of this process's slice of each global batch, number of slices).
 
-    Processes among which tensor or spatial is split have the same share. Raises UserError where
-    shares overlap in part.
+    Processes that differ only along tensor or spatial share a slice. Raises UserError if slices
+    overlap partly.
     """
     shares = sorted(set(_places(mesh).values()))
     covered = sum(map(len, shares))
     if covered > len(set().union(*shares)) or len(set(map(len, shares))) > 1:
         raise UserError(
-            f"mesh ({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) gives processes a part "
-            "of each other's images; let tensor * spatial divide the devices of a process, or be "
-            "a multiple of them"
+            f"mesh ({', '.join(f'{k}={v}' for k, v in mesh.shape.items())}) gives processes "
+            "overlapping slices of a batch; make tensor * spatial a divisor or a multiple of the "
+            "devices per process"
         )
     return shares.index(_places(mesh)[jax.process_index()]), len(shares)
 
@@ -154,7 +154,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
     places, shares = _places(mesh)[jax.process_index()], process_batch_slice(mesh)[1]
-    rows = len(value) // len(places)  # at one place
+    rows = len(value) // len(places)  # per index
 
     def read(index: Any) -> np.ndarray:  # of slices
         first = places.index((index[0].start or 0) // rows) * rows
@@ -165,7 +165,7 @@ def _put_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def host_to_global(value: Any, where: Sharding) -> jax.Array:
-    """A global array with the sharding `where`, of a host array that every process has whole."""
+    """A global array with the sharding `where`, from a host array that every process has."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, value.__getitem__)
 
@@ -175,6 +175,6 @@ def check_heads(heads: int, mesh: Mesh) -> None:
     parts = mesh.shape["tensor"]
     if heads % parts:
         raise UserError(
-            f"mesh.tensor={parts} does not divide the {heads} heads; take "
+            f"mesh.tensor={parts} does not divide the {heads} heads; use "
             f"{math.gcd(heads, parts)} or another divisor"
         )

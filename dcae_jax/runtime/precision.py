@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matmul precision of float32, decided in one place.
 
-By default XLA multiplies float32 in TF32 on GPUs (10 bits of mantissa) and in bfloat16 on TPUs (7).
-Whatever is reported, stored or compared is computed with float32's own 23; training is not.
+By default XLA runs float32 matmuls in TF32 on GPUs (10 mantissa bits) and in bfloat16 on TPUs (7).
+Everything that is reported, stored or compared uses full float32 (23 bits); training does not.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import jax
 def of(dtype: str) -> contextlib.AbstractContextManager[object]:
     """A context to enter inside a jitted function that computes in `dtype`.
 
-    Entered there and not around the call, it is part of the program, whoever traces it, and no
-    operation outside the program is touched. 'bfloat16': the platform's own precision.
+    There it is part of the traced program and affects nothing outside it. 'bfloat16' keeps the
+    platform's default.
     """
     if dtype == "float32":
         return jax.default_matmul_precision("highest")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that stop a job where it is safe: SIGTERM of a cloud or scheduler, and Ctrl-C."""
+"""Signals that stop a job at a safe point: SIGTERM from a cloud or scheduler, and Ctrl-C."""
 
 import contextlib
 import logging
@@ -18,9 +18,9 @@ STATUS = 75  # exit status of a job that stopped early and resumes with the same
 
 @contextlib.contextmanager
 def flag(all_processes: bool = False) -> Iterator[threading.Event | distributed.PreemptionSignal]:
-    """An event that SIGTERM or Ctrl-C sets meanwhile; a second Ctrl-C ends the process at once.
+    """An event that SIGTERM or Ctrl-C sets; a second Ctrl-C exits at once.
 
-    all_processes: all processes of the run ask `is_set` equally often, and get the same answer.
+    all_processes: all processes of the run call `is_set` equally often and get the same answer.
     """
     event = threading.Event()
     several = all_processes and jax.process_count() > 1
@@ -28,7 +28,7 @@ def flag(all_processes: bool = False) -> Iterator[threading.Event | distributed.
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    if several:  # JAX has taken SIGTERM, and tells the other processes
+    if several:  # JAX handles SIGTERM and notifies the other processes
         handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
     else:
         handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda *_: event.set())
@@ -43,10 +43,11 @@ def flag(all_processes: bool = False) -> Iterator[threading.Event | distributed.
 
 @contextlib.contextmanager
 def _answer_interrupts() -> Iterator[None]:
-    """Answers each Ctrl-C at once: the first with a line, the second by ending the process.
+    """Responds to Ctrl-C at once: the first logs a line, the second ends the process.
 
-    Python calls a signal's handler only between two instructions of the main thread, which may be
-    minutes inside a compile. A thread reads the signal's number from a pipe instead.
+    Python runs a signal handler between two bytecode instructions of the main thread, which may be
+    minutes apart during a compile. A thread that reads the signal's number from a pipe does not
+    wait for that.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

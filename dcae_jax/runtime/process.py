@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command sets up for its own process, and no library call does: logs, compile cache.
+"""Process set-up of a command (logging, compile cache), which no library call does.
 
-Also how a command ends: its exit status, and one line for whatever is not a bug.
+Also its exit status, and the one line for an error that is not a bug.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from dcae_jax.errors import UserError
 # Exit statuses, beside preemption.STATUS.
 DONE = 0
 FAILED = 1  # the machine failed, or training diverged
-MISTAKE = 2  # of the user
-INTERRUPTED = 130  # by Ctrl-C, with nothing saved: 128 + SIGINT, as shells have it
+MISTAKE = 2  # user error
+INTERRUPTED = 130  # Ctrl-C with nothing saved: 128 + SIGINT, as in shells
 
 
 def failure(error: BaseException) -> int:
@@ -46,28 +46,28 @@ def _has_device(*patterns: str) -> bool:
 
 
 def set_up_logging() -> None:
-    """Plain lines on stderr. Whatever a library installed at its import is replaced."""
+    """Logs plain lines to stderr. Replaces handlers that libraries installed on import."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     if not has_tpu() and "JAX_LOGGING_LEVEL" not in os.environ:
-        # JAX looks for a TPU on every machine, and reports at INFO that there is none.
+        # JAX looks for a TPU on every machine and logs at INFO that there is none.
         logging.getLogger("jax").setLevel(logging.WARNING)
-    # Orbax and Grain log through absl, each step of their own work and a page for each thread
-    # that fails; what fails still raises.
+    # Orbax and Grain log through absl: each internal step, and a page for each thread that fails.
+    # Failures still raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops
 
 
 def _without_closed_loops(failure: "sys.UnraisableHookArgs") -> None:
-    """Leaves out what TensorStore's threads print, array by array, after a save has failed."""
+    """Suppresses what TensorStore's threads print for each array after a failed save."""
     value = failure.exc_value
     if not (isinstance(value, RuntimeError) and str(value) == "Event loop is closed"):
         sys.__unraisablehook__(failure)
 
 
 def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of a sub-command's arguments. A mistake in them raises UserError, on one line.
+    """The parser of a sub-command's arguments. Wrong arguments raise a one-line UserError.
 
-    description: a module's docstring, whose first lines are an example of each use.
+    description: a module's docstring, with an example of each use.
     """
     made = argparse.ArgumentParser(
         prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,9 +81,9 @@ def parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def choose_platform(cpu: bool = False) -> None:
-    """Restricts JAX to the CPU if a job needs no more, or this machine has no more but libtpu.
+    """Restricts JAX to the CPU if `cpu`, or if this machine has libtpu but no accelerator.
 
-    libtpu, installed for the job `plan`, would report in a page of errors that there is no TPU.
+    libtpu, installed for the job `plan`, would print a page of errors about the missing TPU.
     """
     import jax
 
@@ -94,12 +94,12 @@ def choose_platform(cpu: bool = False) -> None:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told another one."""
+    """Caches compiled programs in the user's cache folder, unless JAX has another one set."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            # By default what compiles in less than a second is not kept, and a start has many.
+            # By default JAX does not cache what compiles in under a second, and a start has many.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

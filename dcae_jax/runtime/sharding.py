@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import mesh as mesh_lib
 
-SMALL = 2**16  # parameters of fewer elements are replicated: splitting them only costs messages
+SMALL = 2**16  # smaller parameters are replicated: sharding them only adds communication
 
 Rules = Sequence[tuple[str, str]]  # config.sharding: (path pattern, one of RULES)
 RULES = ("fsdp", "rows", "columns", "replicate")
@@ -30,9 +30,9 @@ def weight_spec(
 ) -> P:
     """The PartitionSpec of a weight of `shape`.
 
-    'fsdp' splits its largest axis that divides over that mesh axis. 'rows' splits a kernel's
-    inputs over the mesh axis tensor and 'columns' its outputs, after which fsdp splits as before.
-    With `stacked`, the first axis is the layer, which is never split: a loop takes one at a time.
+    'fsdp' shards the largest axis that divides over that mesh axis. 'rows' shards a kernel's
+    inputs over the mesh axis tensor, 'columns' its outputs; fsdp then shards as before. With
+    `stacked`, the first axis is the layer, which is never sharded: `scan` takes one at a time.
     """
     if rule not in RULES:
         raise UserError(f"sharding rule {rule!r} is not known; choose one of {', '.join(RULES)}")
@@ -53,17 +53,17 @@ def weight_spec(
 
 
 def _rule(path: str, rules: Rules) -> str:
-    """The first of the (pattern, rule) pairs that matches the path; 'replicate' if none does."""
+    """The rule of the first (pattern, rule) pair that matches the path; else 'replicate'."""
     return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), "replicate")
 
 
 def check_tensor(weights: dict[str, Any], rules: Rules, mesh: Mesh) -> None:
-    """Raises UserError where devices along mesh.tensor would all do the same."""
+    """Raises UserError if devices along mesh.tensor would all do the same work."""
     specs = [weight_spec(w.shape, _rule(k, rules), mesh, "*" in k) for k, w in weights.items()]
     if mesh.shape["tensor"] > 1 and all(map(_without_tensor, specs)):
         raise UserError(
-            f"mesh.tensor={mesh.shape['tensor']} splits nothing of this model, which is no "
-            "transformer or does not divide; use mesh.data, mesh.fsdp or mesh.spatial"
+            f"mesh.tensor={mesh.shape['tensor']} shards no weight of this model, which is "
+            "not a transformer or does not divide; use mesh.data, mesh.fsdp or mesh.spatial"
         )
 
 
@@ -76,20 +76,22 @@ def check_rules(rules: Rules) -> None:
     for pair in rules:
         if len(pair) != 2 or pair[1] not in RULES:
             raise UserError(
-                f"sharding has {tuple(pair)!r}; give (path pattern, rule) with a rule of "
+                f"sharding: {tuple(pair)!r} must be (path pattern, rule), with one of the rules "
                 f"{', '.join(RULES)}"
             )
         try:
             re.compile(pair[0])
         except re.error as error:
-            raise UserError(f"sharding has the pattern {pair[0]!r}: {error}; mend it") from error
+            raise UserError(
+                f"sharding: {pair[0]!r} is not a regular expression ({error}); fix the pattern"
+            ) from error
 
 
 def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
     """The tree `state` (arrays or shapes) with a NamedSharding for each leaf.
 
-    A leaf below a key that is a parameter's path, in weights, moments and averages alike, follows
-    the first of `rules` (pattern, rule) that matches the path; everything else is replicated.
+    Leaves under a parameter's path (weights, moments and averages alike) follow the first of
+    `rules` (pattern, rule) that matches the path; everything else is replicated.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -111,32 +113,32 @@ def chip_bytes(tree: Any) -> int:
 
 
 # --- in a program ---------------------------------------------------------------------------------
-# The functions below act under the mesh that the program has entered (`on_mesh`). Without one, or
-# where every device has all weights whole, they change nothing.
+# The functions below use the mesh that the program has entered (`on_mesh`). Without one, or with
+# replicated weights, they change nothing.
 
-ACTIVATION = "activation"  # the checkpoint_name of what a block's backward pass may keep
+ACTIVATION = "activation"  # the checkpoint_name of what remat may save for a block's backward pass
 
 
 def on_mesh(mesh: Mesh) -> Any:
-    """A context to enter inside a jitted function: what is traced in it is constrained to `mesh`.
+    """A context to enter inside a jitted function: its sharding constraints refer to `mesh`.
 
-    Entered there and not around the call, it also serves meshes of devices that are not here
-    (the planner's), and no operation outside the program is touched.
+    There it also works for devices you don't have (the planner's), and it affects nothing outside
+    the program.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def weights_mesh() -> AbstractMesh | None:
-    """The mesh of the program, if it splits weights or heads; else None."""
+    """The mesh of the program, if it shards weights or heads; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if max(mesh.shape.get("fsdp", 1), mesh.shape.get("tensor", 1)) > 1 else None
 
 
 def set_rules(model: nnx.Module, rules: Rules) -> nnx.Module:
-    """`model` with its rule of config.sharding in each parameter's metadata, in place.
+    """Adds each parameter's rule of config.sharding to its metadata, in place; returns `model`.
 
-    Metadata is part of the graph definition, so a layer that is merged by itself inside a loop
-    still knows the rule of its full path.
+    Metadata is part of the graphdef, so a layer that is merged by itself inside `scan` still has
+    the rule of its full path.
     """
     for path, param in nnx.iter_graph(model):
         if isinstance(param, nnx.Param):
@@ -145,11 +147,10 @@ def set_rules(model: nnx.Module, rules: Rules) -> nnx.Module:
 
 
 def all_gather_weights(model: nnx.Module) -> nnx.Module:
-    """`model` with its weights all-gathered over fsdp, in place; over tensor they stay split.
+    """All-gathers the weights of `model` over fsdp, in place; over tensor they stay sharded.
 
-    Their gradients are brought back to the sharding of the stored weights, so that neither stays
-    whole. Stacked layers ('*' in the path) are left for the loop over them, which passes one
-    layer at a time.
+    Their gradients are reduce-scattered to the sharding of the stored weights. Stacked layers ('*'
+    in the path) are left to the `scan` over them, which passes one layer at a time.
     """
     mesh = weights_mesh()
     if mesh is None:
@@ -175,18 +176,18 @@ def reshard_with_grad(x: jax.Array, forward: P, backward: P) -> jax.Array:
 
 
 def split_qkv_heads(kernel: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A kernel [inputs, 3 C] with the rule 'rows' -> `shape` [inputs, 3, heads, D], split in heads.
+    """A kernel [inputs, 3 C] with the rule 'rows' -> `shape` [inputs, 3, heads, D], split by head.
 
     A contiguous part of the 3 C channels would hold, say, all heads of q and none of k.
     """
-    kernel = constrain(kernel, P("tensor"))  # its gradient passes here on its way back
+    kernel = constrain(kernel, P("tensor"))  # its gradient is constrained too
     return constrain(kernel.reshape(shape), P(None, None, "tensor"))
 
 
 def constrain_activations(x: jax.Array, axis: int = 0) -> jax.Array:
-    """x [B, ...], split in its batch, and in `axis` > 0 over tensor: heads or hidden channels.
+    """x [B, ...] sharded over its batch and, in `axis` > 0 (heads or channels), over tensor.
 
-    Also names it as one of the values that the backward pass of a block may keep.
+    Also names it as a value that remat may save for the backward pass of a block.
     """
     if weights_mesh() is None:
         return x
@@ -200,7 +201,7 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
 
 def replicate_weights(weights: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """`weights` of a model that is not split, all-gathered for use."""
+    """`weights` all-gathered onto every device, for a model whose program is not sharded."""
     if mesh.size == 1:
         return weights
     everywhere = mesh_lib.replicated(mesh)

@@ -56,7 +56,7 @@ def test_a_single_process_waits_for_nobody(environ):
 
 
 def test_clusters_are_recognised():
-    """Catches a pod of which each host trains by itself, and Slurm tasks with a node each that
+    """Catches a pod whose hosts each train alone, and Slurm tasks with a node each that
     take one of its GPUs."""
     together = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
     found = {"cluster_detection_method": "slurm", "local_device_ids": [1]}
@@ -84,11 +84,11 @@ def test_clusters_are_those_that_jax_knows():
 
 
 def test_pods_of_an_indexed_job_find_each_other(monkeypatch):
-    """Catches pods of which each trains by itself in the one workdir."""
+    """Catches pods that each train alone in the one workdir."""
     assert distributed.find({}, POD) == {"cluster_detection_method": None, "local_device_ids": None}
-    told = POD | {"JAX_COORDINATOR_ADDRESS": "job-0.net:55527", "JAX_NUM_PROCESSES": "4"}
-    assert distributed.find({}, told) == _explicit("job-0.net:55527", 4, 1)
-    assert distributed.find({}, told | {"JAX_NUM_PROCESSES": "1"}) is None
+    pod = POD | {"JAX_COORDINATOR_ADDRESS": "job-0.net:55527", "JAX_NUM_PROCESSES": "4"}
+    assert distributed.find({}, pod) == _explicit("job-0.net:55527", 4, 1)
+    assert distributed.find({}, pod | {"JAX_NUM_PROCESSES": "1"}) is None
     for name, value in POD.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", _refuse)
@@ -124,8 +124,8 @@ def test_flags_name_the_cluster_or_are_refused():
     )
     assert distributed.find(given | {"num_processes": "1", "process_id": "0"}, {}) is None
     for change, said in (
-        ({"process_id": "3"}, "below --num_processes=3"),
-        ({"process_id": "one"}, "whole number"),
+        ({"process_id": "3"}, "less than --num_processes=3"),
+        ({"process_id": "one"}, "non-negative integer"),
         ({"coordinator": "h"}, "HOST:PORT"),
         ({"process_id": ""}, "needs --process_id too"),
     ):
@@ -169,14 +169,14 @@ def test_a_process_that_does_not_come_is_reported_by_all_that_do():
         # Process 2 gives up after process 0, with which JAX's coordinator goes.
         0: _start(ALONE, address, 0, 6),
         2: _start(ALONE, address, 2, 9),
-        1: _start(ALONE, f"127.0.0.1:{free_port()}", 1, 3),  # of which process 0 is not there
+        1: _start(ALONE, f"127.0.0.1:{free_port()}", 1, 3),  # process 0 never starts
     }
     for number, process in processes.items():
         said = process.communicate(timeout=100)[1]
         assert process.returncode == 1, said
         *_, first, last = said.splitlines()
-        where = f"this is process {number} of 3, process 0 at 127.0.0.1:"
-        assert first.startswith(f"not all processes are there after 1 s: {where}")
+        where = f"this is process {number} of 3, process 0 is at 127.0.0.1:"
+        assert first.startswith(f"still waiting for processes after 1 s: {where}")
         assert last.startswith("error: not all processes started within") and where in last
 
 
@@ -193,7 +193,7 @@ def test_a_port_that_is_taken_is_told():
         port = server.getsockname()[1]
         process = _start(ALONE, f"127.0.0.1:{port}", 0, 60)
         said = process.communicate(timeout=100)[1]
-    assert f"UserError: port {port} of --coordinator: " in said and "take a free one" in said
+    assert f"UserError: --coordinator: port {port}: " in said and "choose a free port" in said
 
 
 BY_CLUSTER = """
@@ -235,8 +235,8 @@ HERE = {
 
 @pytest.mark.parametrize("cluster", HERE)
 def test_processes_of_a_cluster_start_as_one_run(cluster):
-    """Catches an environment that JAX reads otherwise than this package, of which two runs of one
-    process each write the one workdir."""
+    """Catches an environment that JAX reads differently from this package, so that two runs of one
+    process each write into the one workdir."""
     script = "print(json.dumps([jax.process_count(), jax.process_index()]))"
     said = two_processes(script, {"environ": HERE[cluster]}, BY_CLUSTER)
     assert said == [[2, 0], [2, 1]]
@@ -261,9 +261,10 @@ def test_processes_agree_or_say_who_differs():
     """Catches a run of two configurations or steps, also where one of them is longer, and an error
     that one process has alone."""
     first, second = two_processes(AGREEING, {}, JOINED)
-    differs = "UserError: the processes differ: process 1 has step=4 (0: 3); start all alike"
+    remedy = "start all with the same command"
+    differs = f"UserError: the processes differ: process 1 has step=4 (process 0: 3); {remedy}"
     assert first == second and second[:3] == [2, "", differs]
-    assert f"process 1 has long='{'x' * 1000}' (0: None); start all alike" in second[3]
+    assert f"process 1 has long='{'x' * 1000}' (process 0: None); {remedy}" in second[3]
 
 
 SILENT = """

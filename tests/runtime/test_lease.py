@@ -193,7 +193,7 @@ def test_a_job_writes_through_no_link(name, tmp_path):
     """Catches a downloaded workdir whose link makes a run write into, or remove, other files."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{name} is a link.*in its place"):
+    with pytest.raises(UserError, match=f"{name} is a link.*replace it"):
         with lease.hold(str(tmp_path / "run")):
             pass
     assert os.listdir(tmp_path / "run") == [name] and not (tmp_path / "elsewhere").exists()
