@@ -45,7 +45,7 @@ def run(tmp_path, capsys):
         (["--config.batch_size=three"], ["batch_size", "three"]),
         (["--config.resolution=72"], ["resolution=72", "f=16", "64 or 80"]),
         (["--config.evaluate.resolutions=(64,100)"], ["evaluate.resolutions=100", "96 or 112"]),
-        (["--config.evaluate.resolutions=()"], ["names no size", "evaluate.resolutions=(64,)"]),
+        (["--config.evaluate.resolutions=()"], ["is empty", "evaluate.resolutions=(64,)"]),
         (["--config.mesh.data=8", "--config.batch_size=12"], ["batch_size=12", "8 or 16"]),
         (["--config.mesh.fsdp=3"], ["mesh", "8 devices"]),
         (["--config.data.source=folder"], ["data.path=''"]),

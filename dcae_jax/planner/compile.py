@@ -41,7 +41,7 @@ Facts = dict[str, Any]
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud's metadata server
+    "TPU_SKIP_MDS_QUERY": "1",  # skip the cloud's metadata server
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -58,31 +58,33 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def target_job(settings: Plan) -> Config:
-    """The configuration of the job to plan, as its own command line would make it."""
+    """The configuration of the job to plan, as its own command line would build it."""
     if not settings.config:
-        raise UserError("plan.config is empty; name the file of a job, as in configs/phase1.py")
+        raise UserError(
+            "plan.config is empty; set it to a job's config file, e.g. configs/phase1.py"
+        )
     return job_config(settings.config, settings.overrides, settings.generator)
 
 
 def job_config(file: str, overrides: tuple[str, ...], generator: str = "") -> Config:
     """The configuration of `--config=file --config.KEY=VALUE ...`. Raises UserError.
 
-    generator: of a job sample, the file of the job that trains its model; see `_sampling`.
+    generator: for the job sample, the config file that trains its model; see `_sampling`.
     """
     config = _read("plan.config", file, overrides)
     if config.job == "sample":
         return _sampling(config, generator, overrides)
     if config.job != "train":
         raise UserError(
-            f"plan.config={file!r} is of the job {config.job}, which has nothing to plan"
+            f"plan.config={file!r} is for the job {config.job}; plan one of train and sample"
         )
     if generator:
         raise UserError(
-            f"plan.generator={generator!r} is for a job sample, and plan.config={file!r} is of "
-            "training; leave one out"
+            f"plan.generator={generator!r} is for the job sample, but plan.config={file!r} trains; "
+            "leave one out"
         )
     if config.objective:
-        # Shapes from the latents on disk, or of the latents that a VARIANT would make.
+        # Shapes of the latents on disk, or of those that a VARIANT would make.
         if config.data.path:
             return resolve.on_latents(config)[0]
         return resolve.on_variant(config)
@@ -90,32 +92,32 @@ def job_config(file: str, overrides: tuple[str, ...], generator: str = "") -> Co
 
 
 def _sampling(config: Config, file: str, overrides: tuple[str, ...]) -> Config:
-    """The training configuration in `file`, with what the job `sample`, `config`, sets itself.
+    """The training configuration in `file` with the settings of the sampling job `config`.
 
-    batch_size becomes that of the sampling.
+    batch_size becomes sample.batch_size.
     """
     if not file:
         raise UserError(
-            "plan.generator is empty; name the file of the job that trains the model, as in "
+            "plan.generator is empty; set it to the config file that trains the model, e.g. "
             "configs/uvit.py:h"
         )
     model = _read("plan.generator", file, overrides)
     if model.job != "train" or not model.objective:
         raise UserError(
-            f"plan.generator={file!r} trains no diffusion model; name a file that does, as "
+            f"plan.generator={file!r} does not train a diffusion model; use a file that does, e.g. "
             "configs/uvit.py:h"
         )
     if model.autoencoder not in models.names_in(models.autoencoder_of(model.autoencoder)):
         raise UserError(
-            f"autoencoder={model.autoencoder!r} is no VARIANT, as a planned job sample needs; put "
-            "'autoencoder=f64c128' or another into plan.overrides"
+            f"autoencoder={model.autoencoder!r} is not a VARIANT, which planning the job sample "
+            "needs; add 'autoencoder=f64c128' or another to plan.overrides"
         )
     model = resolve.on_variant(model)
     s = config.sample
     if (s.sampler or samplers.SAMPLERS[model.objective][0]) == "dopri5":
         raise UserError(
-            f"sample.sampler={s.sampler!r}: dopri5 decides as it runs how often it evaluates the "
-            "network; plan with 'sample.sampler=heun' and as many 'sample.steps' as you expect"
+            f"sample.sampler={s.sampler!r}: dopri5 chooses its number of network evaluations at "
+            "run time; plan with 'sample.sampler=heun' and the 'sample.steps' that you expect"
         )
     return config_lib.replace(
         model,
@@ -132,7 +134,7 @@ def _read(key: str, file: str, overrides: tuple[str, ...]) -> Config:
     """The configuration in `file`, the value of the plan's `key`. Raises UserError."""
     try:
         raw = config_lib.parse_file(file, overrides)
-        # A chain of phases has only its phases as keys.
+        # The only keys of a chain of phases are its phases.
         return config_lib.validate(raw) if raw.job != "phases" else Config(job="phases")
     except UserError as error:
         raise UserError(f"{key}={file!r}: {error}") from error
@@ -167,7 +169,7 @@ def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int, 
     if done.returncode < 0:
         raise MachineError(
             f"the compile for {topology} at {size}, batch {batch}, was killed by signal "
-            f"{-done.returncode}, most likely for memory; use a host with more, or a smaller batch"
+            f"{-done.returncode}, most likely out of memory; use a larger host or a smaller batch"
         )
     if done.returncode or not answer[0].startswith("{"):
         raise RuntimeError(f"the compile of {request} failed: {done.stderr[-2000:]}")
@@ -180,7 +182,7 @@ def compile_in_subprocess(settings: Plan, topology: str, size: int, batch: int, 
 
 
 def run_request(request: Facts) -> Facts:
-    """In the subprocess: the statistics, or {error} for a user's mistake."""
+    """In the subprocess: the statistics, or {error} for a user error."""
     # Compile time is one of the statistics.
     jax.config.update("jax_enable_compilation_cache", False)
     set_effort(request["effort"])
@@ -195,7 +197,7 @@ def set_effort(effort: float) -> None:
     """Sets how hard the compiler searches for fast code: plan.effort, in [-1, 1]."""
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", effort)
-    else:  # from jax 0.11 on, there are levels only
+    else:  # jax 0.11 and later have only levels
         level = "UNKNOWN" if effort == 0 else "O1" if effort < 0 else "O3"
         jax.config.update("jax_optimization_level", level)
 
@@ -207,8 +209,8 @@ def measure(config: Config, topology: str, size: int) -> Facts:
     """Compiles the train step of `config` at `size`, or its sampling of a batch, for a topology.
 
     Bytes and FLOPs are per chip (FLOPs: those of the whole step over the number of chips).
-    peak_bytes is arguments + output + temporaries - aliased; where XLA refuses the program as too
-    large, peak_bytes is what XLA says it needs, and all other statistics of the compiled program
+    peak_bytes is arguments + output + temporaries - aliased; if XLA rejects the program as too
+    large, peak_bytes is the size that XLA reports, and all other statistics of the compiled program
     are None.
     """
     mesh = mesh_lib.make_mesh(config.mesh, chips.devices(topology))
@@ -240,9 +242,9 @@ def measure(config: Config, topology: str, size: int) -> Facts:
 
 
 def _statistics(program: jax.stages.Compiled) -> Facts:
-    """What the compiler reports of a program; see `measure`."""
+    """What the compiler reports about a program; see `measure`."""
     memory, costs, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
-    assert memory is not None and costs is not None and text is not None  # CPUs and TPUs have all
+    assert memory is not None and costs is not None and text is not None  # CPUs and TPUs report all
     sizes = {
         "arguments_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -271,10 +273,10 @@ _NOT_COMPILED = dict.fromkeys(
 
 
 def needed_bytes(error: BaseException, arguments: float) -> float | None:
-    """The bytes that a program needs, from the compiler's out-of-memory error; None: not in it.
+    """The bytes that a program needs, from the compiler's out-of-memory error, if it says so.
 
-    arguments: bytes of the program's arguments, which some of the messages leave out. Any other
-    error is re-raised.
+    arguments: bytes of the program's arguments, which some messages do not include. Any other error
+    is re-raised.
     """
     message = str(error)
     if not _OUT_OF_MEMORY.search(message):
@@ -309,9 +311,9 @@ def step_and_arguments(
 def flops(config: Config, mesh: Mesh, size: int) -> float:
     """FLOPs of the program over all chips, as XLA counts them.
 
-    XLA counts a loop's body once, so the train step's loops are unrolled here, and for a sampler's
-    loops the further iterations are added. The program is lowered for the mesh's platform but not
-    compiled; it is counted on this host.
+    XLA counts a loop body once, so the train step's loops are unrolled here, and the remaining
+    iterations of a sampler's loops are added. The program is lowered on this host for the mesh's
+    platform, not compiled.
     """
     platform = mesh_lib.platform(mesh)
     config = config_lib.replace(
@@ -329,10 +331,10 @@ def flops(config: Config, mesh: Mesh, size: int) -> float:
 
 
 def _counted(traced: jax.stages.Traced, platform: str) -> float:
-    """XLA's count of FLOPs of a function as traced for devices of `platform`."""
+    """FLOPs of a traced function lowered for `platform`, as XLA counts them."""
     name = "cuda" if platform == "gpu" else platform
     costs = traced.lower(lowering_platforms=(name,)).cost_analysis()
-    assert costs is not None  # XLA has a cost model of these platforms
+    assert costs is not None  # XLA has a cost model for these platforms
     return costs["flops"]
 
 
@@ -355,7 +357,7 @@ def repeated_flops(
 
 
 def abstract_lpips(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `setup.run.lpips_weights` loads, as shapes."""
+    """Shapes of what `setup.run.lpips_weights` loads."""
     if not config.loss.lpips_weight or config.objective:
         return {}
     place = mesh_lib.replicated(mesh)

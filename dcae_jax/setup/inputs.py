@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of what a run reads by path, which may change between a kill and a resume."""
+"""Digests of a run's input files, which may change between a kill and a resume."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ from dcae_jax.data import contents, sources
 from dcae_jax.data.latents import Latents
 from dcae_jax.data.sources import ImageSource
 
-# Keys that name inputs: where one of a section was changed on purpose, so was the content.
+# Keys that name inputs: if one was changed on purpose, so was the content of its section.
 NAMES = ("source", "path", "parts", "name", "split", "data_dir", "held_out_path", "lpips_weights")
 
 
 def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
-    """{key of the configuration: what stands for the content that it names}.
+    """{key: digest of the input}, each key beginning with its section, as allow_change needs it.
 
-    Of images the names and sizes of the files, of latents the manifest, which has digests of the
-    shards and of the encoder: no data set is read. Keys begin with those of the sections, so that
-    allow_change='data' allows all of data. Weights of metric networks are left out.
+    Images are represented by the names and sizes of their files, latents by their manifest, which
+    has digests of the shards and the encoder: no data set is read. Weights of metric networks are
+    left out.
     """
     found = {}
     if isinstance(source, Latents):

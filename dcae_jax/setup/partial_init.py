@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial initialisation: a model takes the weights that it shares with another one."""
+"""Partial initialisation: copies the weights that a model shares with another one."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -12,19 +12,19 @@ from dcae_jax.training import state as state_lib
 
 @dataclasses.dataclass(frozen=True)
 class PartialInit:
-    """Initial weights by path, and where they are from."""
+    """Initial weights by path, and their origin."""
 
     weights: AnyWeights
-    filled: frozenset[str]  # taken from the other model
+    filled: frozenset[str]  # copied from the other model
     fresh: frozenset[str]  # kept as initialised
     unused: frozenset[str]  # of the other model
 
 
 def fill(fresh: AnyWeights, source: AnyWeights, init_parts: Iterable[str]) -> PartialInit:
-    """Replaces each weight of `fresh` whose path `source` has too, with the same shape.
+    """Replaces each weight of `fresh` that `source` has under the same path with the same shape.
 
-    init_parts: patterns, matched whole, of paths that must be replaced. Raises UserError where one
-    is not.
+    init_parts: patterns (full match) of paths that must be replaced. Raises UserError if one is
+    not.
     """
     filled = {
         path: source[path]
@@ -38,7 +38,7 @@ def fill(fresh: AnyWeights, source: AnyWeights, init_parts: Iterable[str]) -> Pa
             {path: fresh[path] for path in required},
         )
     except UserError as error:
-        raise UserError(f"{error}, or name fewer parts in init_parts") from error
+        raise UserError(f"{error}, or list fewer parts in init_parts") from error
     return PartialInit(
         weights={**fresh, **filled},
         filled=frozenset(filled),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a validated configuration meets the model, the data and the devices of a run."""
+"""Checks a validated configuration against a run's model, data and devices, and completes it."""
 
 from jax.sharding import Mesh
 
@@ -16,10 +16,10 @@ from dcae_jax.runtime import sharding
 
 
 def training(config: Config, mesh: Mesh) -> tuple[Config, Latents | None]:
-    """The configuration of a training run with what its latents fix, and those latents.
+    """(configuration completed from the latents, those latents or None) of a training run.
 
-    The latents are None for an autoencoder. Raises UserError where the configuration does not fit
-    itself, the model, the data or the devices.
+    An autoencoder has no latents. Raises UserError if the configuration contradicts itself or does
+    not fit the model, the data or the devices.
     """
     latents = None
     if config.objective:
@@ -29,14 +29,15 @@ def training(config: Config, mesh: Mesh) -> tuple[Config, Latents | None]:
 
 
 def on_latents(config: Config) -> tuple[Config, Latents]:
-    """(configuration, latents) of a diffusion run, the first with what the latents fix.
+    """(configuration completed from the latents, those latents) of a diffusion run.
 
-    Raises UserError without latents, and where they do not fit.
+    Raises UserError if there are no latents or they do not fit.
     """
     if config.data.source != "latents":
         raise UserError(
-            f"data.source={config.data.source!r}: objective={config.objective!r} learns latents; "
-            "run configs/encode.py, then set data.source=latents and data.path to its workdir"
+            f"data.source={config.data.source!r}: objective={config.objective!r} trains on "
+            "latents; run configs/encode.py, then set data.source=latents and data.path to its "
+            "workdir"
         )
     latents = latents_lib.latents(config.data.path)
     manifest = latents.manifest
@@ -52,16 +53,16 @@ def on_latents(config: Config) -> tuple[Config, Latents]:
 
 
 def on_variant(config: Config) -> Config:
-    """For planning: a diffusion run's configuration with what config.autoencoder, a VARIANT, fixes.
+    """For planning: a diffusion run's configuration completed from the VARIANT config.autoencoder.
 
-    Raises UserError if it is no VARIANT, and where its latents do not fit.
+    Raises UserError if it is not a VARIANT or its latents do not fit.
     """
     name = config.autoencoder
     try:
         models.autoencoder_of(name).variant(name)
     except UserError as error:
         raise UserError(
-            f"autoencoder={name!r} is no VARIANT, and data.source={config.data.source!r} has no "
+            f"autoencoder={name!r} is not a VARIANT, and data.source={config.data.source!r} has no "
             "latents; run configs/encode.py first and set data.source=latents and data.path"
         ) from error
     spec = LatentSpec.of_variant(name, config.resolution, config.model.num_classes)
@@ -69,14 +70,14 @@ def on_variant(config: Config) -> Config:
 
 
 def check_training(config: Config, mesh: Mesh) -> None:
-    """Raises UserError where the configuration does not fit itself, the model or the devices."""
+    """Raises UserError if the configuration contradicts itself, the model or the devices."""
     sharding.check_rules(config.sharding)
     mesh_lib.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
     if config.objective:
         if config.mesh.spatial > 1:
             raise UserError(
-                f"mesh.spatial={config.mesh.spatial} splits images, which a diffusion model has "
-                "none of; use mesh.data, mesh.fsdp and mesh.tensor"
+                f"mesh.spatial={config.mesh.spatial} splits images, but a diffusion model trains "
+                "on latents; use mesh.data, mesh.fsdp and mesh.tensor"
             )
         return
     f = models.find(config.model).architecture(config.model).compression
@@ -87,7 +88,7 @@ def check_training(config: Config, mesh: Mesh) -> None:
         mesh_lib.check_height(size, mesh, key=key, compression=f)
     if not config.evaluate.resolutions:
         raise UserError(
-            "evaluate.resolutions=() names no size to evaluate training at; give "
+            "evaluate.resolutions=() is empty, but training needs a size to evaluate at; set "
             f"evaluate.resolutions=({config.resolution},)"
         )
     for size in config.evaluate.resolutions:
@@ -97,7 +98,7 @@ def check_training(config: Config, mesh: Mesh) -> None:
         groups = patchgan.GROUPS // 2  # the first norm has twice the channels
         if config.loss.gan_channels % groups:
             raise UserError(
-                f"loss.gan_channels={config.loss.gan_channels} is no multiple of {groups}; "
+                f"loss.gan_channels={config.loss.gan_channels} is not a multiple of {groups}; "
                 f"try {nearest_multiples(config.loss.gan_channels, groups)}"
             )
         least = patchgan.smallest_input(config.loss.gan_layers)

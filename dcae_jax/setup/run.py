@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run before its first step: what it is made of, and where it starts."""
+"""A training run before its first step: its parts, where it starts, its config.json."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ from dcae_jax.training.state import TrainSpec, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that the loop needs and never changes."""
+    """What the training loop needs and never changes."""
 
     config: Config  # resolved
     workdir: str
@@ -50,7 +50,7 @@ class Run:
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """What stands for the content of the run's inputs, by key."""
+        """Digests of the run's inputs, by key."""
         return inputs.digests(self.config, self.source)
 
 
@@ -59,7 +59,7 @@ class Origin:
     """Where a run's first weights came from."""
 
     weights: str
-    # Of their latents, where neither the configuration nor its variant says it: None.
+    # Of their latents; None if the configuration or its variant sets it.
     scaling_factor: float | None = None
 
 
@@ -68,7 +68,7 @@ class Checkpoint:
     """A checkpoint to resume from."""
 
     step: int
-    changes: list[dict[str, Any]]  # identity keys that allow_change lets differ
+    changes: list[dict[str, Any]]  # identity keys changed under allow_change
     record: dict[str, Any]  # config.json of the run so far
 
     @property
@@ -78,15 +78,15 @@ class Checkpoint:
 
     @property
     def changed(self) -> str:
-        """What differs, for the log."""
+        """The changed keys, for the log."""
         keys = ", ".join(change["key"] for change in self.changes)
         return f", changed: {keys}" if keys else ""
 
 
 def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
-    """The newest whole checkpoint in `workdir`, None where nothing was saved yet.
+    """The newest undamaged checkpoint in `workdir`; None if nothing was saved yet.
 
-    Raises UserError if it belongs to another run, unless allow_change names every difference.
+    Raises UserError if it belongs to another run, unless allow_change covers every difference.
     """
     step = checkpoints.resume_step(workdir)
     distributed.assert_same_config({"step": step or 0})
@@ -102,10 +102,10 @@ def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
 
 
 def check_inputs(run: Run, checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with what differs in the content of the run's inputs.
+    """`checkpoint`, its changes extended by the inputs whose content has changed.
 
-    Raises UserError if something does, unless allow_change names it, or the path of an input of
-    the same section.
+    Raises UserError if one has, unless allow_change covers it or the path of an input of the same
+    section.
     """
     keys = [change["key"].split(".") for change in checkpoint.changes]
     others = {section for section, *name in keys if name and name[0] in inputs.NAMES}
@@ -122,22 +122,22 @@ def check_inputs(run: Run, checkpoint: Checkpoint) -> Checkpoint:
 def _allowed(
     changes: Mapping[str, tuple[Any, Any]], config: Config, workdir: str, step: int
 ) -> list[dict[str, Any]]:
-    """{key: (before, now)} for config.json. Raises UserError unless allow_change names each key."""
+    """The changes for config.json. Raises UserError unless allow_change covers each key."""
     allowed = {key for key in changes if _allows(config.allow_change, key)}
     refused = [f"{k} was {a!r}, is {b!r}" for k, (a, b) in changes.items() if k not in allowed]
     if refused:
         raise UserError(
-            f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or name "
+            f"{workdir} holds another run: {'; '.join(refused)}; use another --workdir, or list "
             "the keys in --config.allow_change"
         )
     if "steps" in allowed:
         before, now = (optim.schedule(config.optimizer, steps)(step) for steps in changes["steps"])
         logging.warning(
-            "the cosine ends at step %d instead of %d: the learning rate, %.3g at step %d, goes on "
-            "from %.3g",
+            "the cosine schedule now ends at step %d, not %d: at step %d the learning rate changes "
+            "from %.3g to %.3g",
             *reversed(changes["steps"]),
-            before,
             step,
+            before,
             now,
         )
     return [
@@ -169,7 +169,7 @@ def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> 
 def lpips_weights(config: Config, mesh: Mesh) -> Weights:
     """The weights of the perceptual loss, on the mesh; {} for a loss without it.
 
-    Raises UserError where the loss needs a file that is not there.
+    Raises UserError if the loss needs a file that does not exist.
     """
     if not config.loss.lpips_weight or config.objective:
         return {}
@@ -213,7 +213,7 @@ def size_of(batch: Mapping[str, Any]) -> int:
 
 
 def abstract_batch(config: Config, size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch of images or latents of `size` per side, as `data` delivers it."""
+    """Shapes of a global batch of images or latents of `size` per side, as `data` yields it."""
     count = config.batch_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((count,), jnp.int32)}
     if config.objective:
@@ -231,14 +231,14 @@ def abstract_batch(config: Config, size: int, mesh: Mesh) -> dict[str, jax.Shape
 
 
 def initialise(run: Run) -> tuple[TrainState, Origin]:
-    """(the state before step 1, where its weights are from). Raises UserError."""
+    """(the state before step 1, the origin of its weights). Raises UserError."""
     config = run.config
     if not config.init_from:
         if config.needs_weights:
             before = "phase2" if config.loss.gan_weight else "phase1"
             raise UserError(
-                "init_from is empty, and this configuration starts from weights; run "
-                f"configs/{before}.py first and name its workdir with --config.init_from"
+                "init_from is empty, but this configuration starts from weights; run "
+                f"configs/{before}.py first and set --config.init_from to its workdir"
             )
         state = state_lib.init_state(config, run.mesh, run.spec)
         return state, Origin(f"random, seed {config.seed}")
@@ -258,26 +258,26 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
         if theirs == ours:
             raise
         raise UserError(
-            f"init_from={config.init_from!r} holds {theirs} weights, this run is a {ours}; use "
-            f"--config=...:{theirs}"
+            f"init_from={config.init_from!r} has weights of the variant {theirs}, but this run's "
+            f"is {ours}; use --config=...:{theirs}"
         ) from error
-    # Latents of an autoencoder that takes parts of another one have a scale of their own.
+    # An autoencoder that takes only parts of another has latents of a different scale.
     other = config.objective or config.init_parts
     factor = None if other else _inherited_factor(run, saved.model)
     theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
-            f"init_from={config.init_from!r} learned latents times {theirs}, these are taken times "
-            f"{ours}; encode with the autoencoder that it was trained on"
+            f"init_from={config.init_from!r} was trained on latents scaled by {theirs}, but these "
+            f"are scaled by {ours}; encode with the autoencoder that it was trained on"
         )
     return state, Origin(origin, factor)
 
 
 def _inherited_factor(run: Run, source: Model) -> float | None:
-    """The scaling factor that the weights of `source` bring to the run; None where it has its own.
+    """The scaling factor inherited with the weights of `source`; None if the run has its own.
 
-    model.scaling_factor goes before it; a published name that contradicts it is refused. It is
-    kept where the encoder is trained, too, with a line in the log.
+    model.scaling_factor takes precedence; a published name that contradicts it is an error. If the
+    encoder is trained, the factor is kept, with a warning.
     """
     model, module = run.config.model, models.find(run.config.model)
     ours = module.architecture(model).scaling_factor
@@ -285,15 +285,16 @@ def _inherited_factor(run: Run, source: Model) -> float | None:
     own = model.scaling_factor or not theirs or theirs == ours
     if not own and ours and model.variant not in module.VARIANTS:
         raise UserError(
-            f"model.variant={model.variant!r} has the scaling factor {ours}, the weights of "
-            f"init_from={run.config.init_from!r} have {theirs}; name the variant that they are of, "
-            "or set model.scaling_factor"
+            f"model.variant={model.variant!r} has the scaling factor {ours}, but the weights of "
+            f"init_from={run.config.init_from!r} have {theirs}; use the variant of the weights, or "
+            "set model.scaling_factor"
         )
     factor = ours if own else theirs
     if factor and any(name.startswith(weights_lib.ENCODER) for name in run.spec.trained):
         logging.warning(
-            "the encoder is trained, and the rms of its latents may change: the scaling factor %s "
-            "is kept; configs/encode.py measures the rms; set model.scaling_factor to 1/rms then",
+            "this run trains the encoder, which may change the rms of its latents: the scaling "
+            "factor %s is kept; after training, measure the rms with configs/encode.py and set "
+            "model.scaling_factor to 1/rms",
             factor,
         )
     return None if own else theirs
@@ -303,7 +304,7 @@ def _inherited_factor(run: Run, source: Model) -> float | None:
 
 
 def write_record(run: Run, checkpoint: Checkpoint | None, origin: Origin) -> None:
-    """Writes WORKDIR/config.json, and drops the rows that the run is going to write again."""
+    """Writes WORKDIR/config.json and drops the metric rows that the run will write again."""
     if jax.process_index():
         return
     # Row 0 is the evaluation before the first step.
@@ -313,7 +314,7 @@ def write_record(run: Run, checkpoint: Checkpoint | None, origin: Origin) -> Non
         "config": config_lib.to_json(run.config),
         "weights": origin.weights,
         "scaling_factor": run.config.model.scaling_factor or origin.scaling_factor,
-        # Identity keys that allow_change let differ, with the step where they did.
+        # Identity keys changed under allow_change, with the step of the change.
         "changes": [*checkpoint.record.get("changes", []), *checkpoint.changes]
         if checkpoint
         else [],
@@ -326,7 +327,7 @@ def write_record(run: Run, checkpoint: Checkpoint | None, origin: Origin) -> Non
 
 
 def versions(mesh: Mesh) -> dict[str, str]:
-    """What the run ran on, for config.json."""
+    """The platform and package versions of the run, for config.json."""
     packages = ("dcae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {"python": platform.python_version(), "platform": mesh_lib.platform(mesh)}
     for name in packages:

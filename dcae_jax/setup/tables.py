@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run logs before its first step: its parameters, its memory, and what LPIPS costs."""
+"""Tables that a run logs before its first step: parameters, memory, the cost of LPIPS."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from dcae_jax.training.state import TrainSpec, TrainState
 
 
 def parameters(spec: TrainSpec) -> str:
-    """Parameters trained and frozen, by top-level part."""
+    """Numbers of trained and frozen parameters by top-level part."""
     trained, frozen = (
         {name: leaf.size for name, leaf in spec.params.items() if (name in spec.trained) == wanted}
         for wanted in (True, False)
@@ -25,13 +25,13 @@ def parameters(spec: TrainSpec) -> str:
 
 
 def initial(found: PartialInit) -> str:
-    """Paths filled from another model, kept as initialised, and unused of the other, by part."""
+    """By part: paths filled from another model, kept as initialised, unused from the other."""
     columns = (dict.fromkeys(paths, 1) for paths in (found.filled, found.fresh, found.unused))
     return _by_part(["paths", "filled", "fresh", "unused"], *columns)
 
 
 def _by_part(head: list[str], *columns: Mapping[str, int]) -> str:
-    """A table of what the columns {path: number} add up to in each top-level part."""
+    """A table with the sums of the columns {path: number} by top-level part."""
     sums: dict[str, list[int]] = {}
     for i, column in enumerate(columns):
         for path, number in column.items():
@@ -43,7 +43,7 @@ def _by_part(head: list[str], *columns: Mapping[str, int]) -> str:
 
 
 def memory(abstract: TrainState, mesh: Mesh) -> str:
-    """Megabytes of the state's parts on one device, and what a single device would hold."""
+    """Megabytes of the state's parts per device, and unsharded."""
     parts = {
         "parameters": abstract.params,
         "moments": abstract.opt_state,
@@ -58,17 +58,17 @@ def memory(abstract: TrainState, mesh: Mesh) -> str:
             rows.append([name, sharding.chip_bytes(part) / 1e6, whole / 1e6])
     total = ["total", *(sum(row[i] for row in rows) for i in (1, 2))]
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    head = [f"MB, mesh {shape}", "a chip", "whole"]
+    head = [f"MB, mesh {shape}", "per chip", "unsharded"]
     return files.table([head, *rows, total])
 
 
 def lpips_percent(
     batch_size: int, weights: Weights, compiled: Mapping[int, jax.stages.Compiled]
 ) -> float | None:
-    """Percent of the largest step's FLOPs that the perceptual loss and its gradient take.
+    """The perceptual loss and its gradient in percent of the FLOPs of the largest step.
 
-    None where the platform counts no FLOPs of a program, as accelerators do not before it is
-    compiled (jax#22713).
+    None if the platform does not report FLOPs of a program before it is compiled, as accelerators
+    do not (jax#22713).
     """
     size = max(compiled)
     images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
@@ -79,5 +79,5 @@ def lpips_percent(
     if part is None or step is None:
         return None
     devices = len(next(iter(weights.values())).sharding.device_set)
-    # XLA counts a partitioned program's FLOPs on one device.
+    # XLA reports a partitioned program's FLOPs per device.
     return 100 * part / (step * devices)

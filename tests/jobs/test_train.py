@@ -176,7 +176,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(small, alone, tmp_pat
         run_job(train, small, workdir)
     small.allow_change = ("steps",)
     assert run_job(train, small, workdir) == train.DONE
-    assert "learning rate, 0 at step 4, goes on from 0.0004" in caplog.text  # half the peak
+    assert "at step 4 the learning rate changes from 0 to 0.0004" in caplog.text  # half the peak
     assert [row["step"] for row in files.read_rows(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -263,7 +263,7 @@ def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
 
 
 def test_the_comparison_names_what_fell():
-    """Catches a loss at low resolution that nobody is told of."""
+    """Catches a loss at low resolution that is not reported."""
     pairs = {"psnr_64": (24.0, 23.5), "psnr_256": (25.0, 25.25), "rfid_64": (3.0, 4.0)}
     pairs["ssim_64"] = (0.5, 0.5)  # no change, in neither list
     assert hooks.changes(pairs) == (

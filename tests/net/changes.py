@@ -15,10 +15,10 @@ WORDS = (
     ("python -m dcae_jax.torch_io", "dcae-jax convert"),
     ("make it with dcae_jax.torch_io", "make it with `dcae-jax convert`"),
     # The key `phase` is gone: what starts from weights says so itself.
-    ("and phase 1 starts from weights", "and this configuration starts from weights"),
-    ("and phase 2 starts from weights", "and this configuration starts from weights"),
-    ("and phase 3 starts from weights", "and this configuration starts from weights"),
-    # Every key has its choices and bounds in one place, which are told before what it needs.
+    ("and phase 1 starts from weights", "but this configuration starts from weights"),
+    ("and phase 2 starts from weights", "but this configuration starts from weights"),
+    ("and phase 3 starts from weights", "but this configuration starts from weights"),
+    # Every key has its choices and bounds in one place, which are checked before what it needs.
     (
         "data.source='photos': objective='guess' learns latents; run configs/encode.py, then set "
         "data.source=latents and data.path to its workdir",
@@ -47,6 +47,43 @@ WORDS = (
     ("is too large; the most is", "is too large; it must be at most"),
     ("is no multiple of the model's f", "is not a multiple of the model's f"),
     ("has no images; name those with data.source", "has no images; set data.source"),
+    ("name its workdir with --config.init_from", "set --config.init_from to its workdir"),
+    ("and one at most may be -1", "and at most one may be -1"),
+    ("' learns latents;", "' trains on latents;"),
+    (
+        "() names no size to evaluate training at; give evaluate",
+        "() is empty, but training needs a size to evaluate at; set evaluate",
+    ),
+    ("is no VARIANT", "is not a VARIANT"),
+    ("is no flag;", "is not a flag;"),
+    ("is no readable JSON", "is not readable JSON"),
+    ("json is no JSON object;", "json is not a JSON object;"),
+    ("is no readable safetensors", "is not a readable safetensors file"),
+    ("that are those of neither a UViT", "that match neither a UViT"),
+    (
+        "that are those of no variant; name it with variant=, one of",
+        "that match no variant; set variant= to one of",
+    ),
+    (
+        "plan.config is empty; name the file of a job, as in configs",
+        "plan.config is empty; set it to a job's config file, e.g. configs",
+    ),
+    (
+        "is of the job evaluate, which has nothing to plan",
+        "is for the job evaluate; plan one of train and sample",
+    ),
+    (
+        "plan.generator is empty; name the file of the job that trains the model, as in",
+        "plan.generator is empty; set it to the config file that trains the model, e.g.",
+    ),
+    (
+        "trains no diffusion model; name a file that does, as",
+        "does not train a diffusion model; use a file that does, e.g.",
+    ),
+    (
+        "sharding has ('.*', 'sideways'); give (path pattern, rule) with a rule of fsdp",
+        "sharding: ('.*', 'sideways') must be (path pattern, rule), with one of the rules fsdp",
+    ),
     ("is there and not empty; name", "exists and is not empty; name"),
     (
         "is of the job evaluate; leave it empty in the job train, and use configs/evaluate.py",
@@ -57,7 +94,7 @@ WORDS = (
 REASONS = (
     (
         "SPACE/empty.safetensors cannot be read (cannot mmap an empty file); check the path",
-        "SPACE/empty.safetensors is no readable safetensors (REASON); fetch it again",
+        "SPACE/empty.safetensors is not a readable safetensors file (REASON); fetch it again",
     ),
     (": only 3 bytes;", " (REASON);"),
     (": its header claims 1000000000 bytes;", " (REASON);"),
@@ -70,7 +107,7 @@ REASONS = (
     (": a has dtype 'F7';", " (REASON);"),
     (": a and b overlap;", " (REASON);"),
 )
-# Numbers, {case: {path in its result: now}}; a row is told by its step.
+# Numbers, {case: {path in its result: now}}; a row is found by its step.
 #
 # Images are spread over the source where evaluate.count is less than there is, and parts of a
 # mixture have orders of their own. These numbers are those of the recorded code (commit e9d9a46)

@@ -104,7 +104,7 @@ def test_the_factor_goes_with_the_weights_through_runs(small, alone, tmp_path, c
         ("tiny", 0.0, None, None),
         ("tiny", 0.0, 0.5, 0.5),
         ("tiny", 0.7, 0.5, 0.7),
-        ("published-tiny", 0.0, 0.5, "has the scaling factor 0.3, the weights of .* have 0.5"),
+        ("published-tiny", 0.0, 0.5, "has the scaling factor 0.3, but the weights of .* have 0.5"),
         ("published-tiny", 0.0, None, 0.3),
         ("published-tiny", 0.7, 0.5, 0.7),
     ],
@@ -131,13 +131,13 @@ def test_a_published_name_contradicts_no_weights(
 
 @pytest.mark.parametrize("channels, words", [(3, "try 4$"), (10, "try 8 or 12"), (12, "")])
 def test_the_discriminators_groups_fit_its_channels(channels, words, small, alone):
-    """Catches a traceback of GroupNorm for a width that nobody has been told the rule of."""
+    """Catches a traceback of GroupNorm for a width that is not a multiple of its groups."""
     small.loss.gan_weight, small.loss.gan_channels, small.loss.gan_layers = 1.0, channels, 2
     config = config_lib.validate(small)
     mesh = run_lib.mesh_lib.make_mesh(config.mesh)
     if words:
         with pytest.raises(
-            UserError, match=f"gan_channels={channels} is no multiple of 4; {words}"
+            UserError, match=f"gan_channels={channels} is not a multiple of 4; {words}"
         ):
             resolve.check_training(config, mesh)
     else:

@@ -197,7 +197,7 @@ def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
     run_job(train, small, first)
     config = config_lib.load_file(os.path.join(CONFIGS, "phase2.py"), "f32c32")
     config.init_from, config.loss.lpips_weight = first, 0.0
-    with pytest.raises(UserError, match="tiny weights, this run is a f32c32; .*:tiny"):
+    with pytest.raises(UserError, match="variant tiny, but this run's is f32c32; .*:tiny"):
         run_job(train, config, str(tmp_path / "phase2"))
 
 
