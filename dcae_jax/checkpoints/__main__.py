@@ -28,24 +28,26 @@ def copy(source: str, workdir: str) -> list[int]:
     config.json and metrics.jsonl to `workdir`, whose lease is held meanwhile.
 
     `workdir` must be new or empty, or hold what an interrupted copy of the same run left, which is
-    completed. Returns the steps that it then has of those asked for. Raises UserError.
+    completed. Returns those of the requested steps that it then has. Raises UserError.
     """
     source, workdir = (os.path.abspath(os.path.expanduser(path)) for path in (source, workdir))
     origin, step = checkpoints.split_path(source)
     steps = checkpoints.saved_steps(source) if step is None else [step]
     if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
-        raise UserError(f"{source!r} holds no finished checkpoint; name a workdir, or one of them")
+        raise UserError(
+            f"{source!r} has no finished checkpoint; give a workdir or one of its checkpoints"
+        )
     if os.path.realpath(workdir) == os.path.realpath(origin):
-        raise UserError(f"{workdir!r} is the source itself; name another workdir")
+        raise UserError(f"{workdir!r} is the source; give another workdir")
     with lease.hold(workdir):
         if wrong := _not_a_copy(origin, workdir):
-            raise UserError(f"{workdir!r} {wrong}; name a new or empty folder")
-        # Read once, since the run may be writing, and after the list of checkpoints, each of which
-        # has its row before it is saved.
+            raise UserError(f"{workdir!r} {wrong}; give a new or empty folder")
+        # Read once, since the run may be writing, and after listing the checkpoints: a run writes a
+        # step's row before its checkpoint.
         records = {name: _read(origin, name) for name in RECORDS}
         whole = [step for step in steps if _is_whole(checkpoints.step_folder(origin, step))]
         if not whole:
-            raise UserError(f"no checkpoint of {source!r} is whole; nothing was copied")
+            raise UserError(f"no checkpoint of {source!r} is undamaged; nothing was copied")
         for name, content in records.items():
             if content:
                 files.write_file(os.path.join(workdir, name), content)
@@ -54,7 +56,7 @@ def copy(source: str, workdir: str) -> list[int]:
 
 
 def _not_a_copy(origin: str, workdir: str) -> str:
-    """Why `workdir` is neither empty nor what an interrupted copy of `origin` left; '' if it is."""
+    """Why `workdir` is neither empty nor an interrupted copy of `origin`; '' if it is."""
     names = sorted(set(os.listdir(workdir)) - {lease.FILE})
     for name in names:
         if name not in (*RECORDS, checkpoints.FOLDER):
@@ -63,7 +65,7 @@ def _not_a_copy(origin: str, workdir: str) -> str:
             return f"has a link ({name})"
     if names and _read(workdir, checkpoints.CONFIG) != _read(origin, checkpoints.CONFIG):
         return f"holds another run ({checkpoints.CONFIG} differs)"
-    # The source may have gone on since.
+    # The source may have continued since.
     if not _read(origin, files.METRICS).startswith(_read(workdir, files.METRICS)):
         return f"holds another run ({files.METRICS} differs)"
     for step in set(checkpoints.saved_steps(workdir)) & set(checkpoints.saved_steps(origin)):
@@ -92,19 +94,23 @@ def _is_whole(folder: str) -> bool:
 
 
 def _report(folder: str, wrong: str) -> None:
-    why = f"is damaged ({wrong})" if os.path.isdir(folder) else "was removed by its run meanwhile"
+    why = (
+        f"is damaged ({wrong})"
+        if os.path.isdir(folder)
+        else "was removed by its run during the copy"
+    )
     logging.warning("not copied: %s %s", folder, why)
 
 
 def _remove_halves(folder: str) -> None:
-    """Removes checkpoints that a killed copy had half written (STEP.PID.tmp)."""
+    """Removes partial checkpoints that a killed copy left (STEP.PID.tmp)."""
     for name in files.listdir(folder):
         if re.fullmatch(r"\d+\.\d+\.tmp", name):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # follows no link
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # does not follow links
 
 
 def _copy_step(origin: str, workdir: str, step: int) -> bool:
-    """Copies a checkpoint that is not there yet; False if it is damaged, or gone meanwhile."""
+    """Copies a checkpoint unless it exists; False if it is damaged or has been removed."""
     here, there = (checkpoints.step_folder(place, step) for place in (origin, workdir))
     if os.path.isdir(there):
         return True
@@ -127,24 +133,24 @@ def _copy(source: str, workdir: str) -> list[int]:
 
 
 def check(workdir: str) -> bool:
-    """Whether all checkpoints of a workdir are whole; prints a line for each. Raises UserError."""
+    """Whether all checkpoints of a workdir are undamaged; prints a line for each."""
     workdir, worst = os.path.expanduser(workdir), ""
     steps = checkpoints.saved_steps(workdir)
     if not steps:
-        raise UserError(f"{workdir!r} holds no finished checkpoint; name a workdir")
+        raise UserError(f"{workdir!r} has no finished checkpoint; give the workdir of a run")
     for step in steps:
         wrong = integrity.damage(checkpoints.step_folder(workdir, step))
         worst = worst or wrong
-        sys.stdout.write(f"{step}: {wrong or 'whole'}\n")
+        sys.stdout.write(f"{step}: {wrong or 'ok'}\n")
     return not worst
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 done, 1 something is damaged, 2 user error."""
+    """The command line. Returns the exit status: 0 done, 1 damage found, 2 user error."""
     parser = process.parser("dcae-jax checkpoint", __doc__)
     parser.add_argument("action", choices=("check", "copy"))
-    parser.add_argument("source", help="a workdir, or to copy also WORKDIR/checkpoints/STEP")
-    parser.add_argument("workdir", nargs="?", help="of `copy`: where to")
+    parser.add_argument("source", help="a workdir; for copy also WORKDIR/checkpoints/STEP")
+    parser.add_argument("workdir", nargs="?", help="for copy: the target")
     process.set_up_logging()
     try:
         given = parser.parse_args(arguments)
@@ -155,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps = _copy(given.source, given.workdir)
     except (Exception, KeyboardInterrupt) as error:
         return process.failure(error)
-    sys.stdout.write(f"copied and compared: {', '.join(map(str, steps))}\n")
+    sys.stdout.write(f"copied and verified: {', '.join(map(str, steps))}\n")
     return process.DONE
 
 

@@ -44,7 +44,7 @@ def damage(folder: str, part: str = "") -> str:
         path = os.path.join(folder, *name.split("/"))
         inside = os.path.realpath(folder)
         if os.path.commonpath((inside, os.path.realpath(path))) != inside:
-            return f"{name[:80]} is outside of it"
+            return f"{name[:80]} is outside the checkpoint"
         if not os.path.isfile(path):
             return f"{name} is missing"
         if os.path.getsize(path) != size:
@@ -54,14 +54,14 @@ def damage(folder: str, part: str = "") -> str:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != checksum:
-            return f"{name} has another checksum than when it was written"
+            return f"{name} does not match its checksum"
     return ""
 
 
 def copy(source: str, target: str) -> None:
     """Copies the folder `source` to `target`; `target` appears only once the copy is verified.
 
-    Raises ValueError, in a few words, if the copy is damaged, as that of a damaged source is.
+    Raises ValueError with a short reason if the copy is damaged, e.g. because the source is.
     """
     with files_lib.atomic_folder(target) as beside:
         shutil.copytree(source, beside, dirs_exist_ok=True)

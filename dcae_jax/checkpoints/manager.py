@@ -3,7 +3,7 @@
 
 WORKDIR/checkpoints/<step>/ has three Orbax items: `weights` (parameters, statistics, averages),
 `optimizer` (moments, counters, the running means of the metrics) and `data` (the global index of
-the next example). Weights are an item of their own so that readers need not know the optimizer.
+the next example). Weights are a separate item so that readers need not know the optimizer.
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ Totals = TypeVar("Totals")  # a pytree
 
 CONFIG = "config.json"
 FOLDER = "checkpoints"
-DAMAGED = "damaged"  # where a run that resumes moves damaged checkpoints
+DAMAGED = "damaged"  # where a resuming run moves damaged checkpoints
 WEIGHTS = ("params", "stats", "ema")  # the fields of the state in the item `weights`
 
 
 def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
-    """The manager of WORKDIR/checkpoints: asynchronous saves, the newest `keep` are kept."""
+    """The manager of WORKDIR/checkpoints: asynchronous saves, keeps the newest `keep`."""
     import orbax.checkpoint as ocp
 
     folder = os.path.join(os.path.abspath(workdir), FOLDER)
-    for name in files.listdir(folder):  # old ones will be removed
+    for name in files.listdir(folder):  # Orbax deletes old checkpoints
         if os.path.islink(os.path.join(folder, name)):
-            raise UserError(f"{os.path.join(folder, name)} is a link; put there what it points to")
+            raise UserError(f"{os.path.join(folder, name)} is a link; replace it with its target")
     # Called when the items of a checkpoint are complete, before its folder is renamed.
     finish = functools.partial(_write_manifest, folder)
     return ocp.CheckpointManager(
@@ -68,10 +68,10 @@ def _write_manifest(folder: str) -> None:
 def save(
     manager: "ocp.CheckpointManager", state: "DataclassInstance", totals: Any, step: int, index: int
 ) -> None:
-    """Saves in the background; returns when the arrays may be changed again.
+    """Saves in the background; returns when the arrays may be donated again.
 
     state: a dataclass of arrays, with the fields WEIGHTS among others. totals: running means of the
-    metrics since the last row. index: the next example's.
+    metrics since the last row. index: that of the next example.
     """
     import orbax.checkpoint as ocp
 
@@ -126,7 +126,7 @@ def split_path(path: str) -> tuple[str, int | None]:
 def saved_steps(workdir: str) -> list[int]:
     """Steps of the finished checkpoints of `workdir`, ascending.
 
-    Unfinished ones have names that are no numbers.
+    Unfinished ones have non-numeric names.
     """
     names = files.listdir(os.path.join(workdir, FOLDER))
     return sorted(int(name) for name in names if name.isdecimal())
@@ -153,13 +153,13 @@ def resume_step(workdir: str) -> int | None:
     if found == -2:
         what = "; ".join(f"{step}: {why}" for step, why in wrong.items()) or "see process 0"
         raise MachineError(
-            f"no checkpoint in {os.path.join(workdir, FOLDER)} is whole ({what}); put a copy of "
-            "one there, or start anew in another --workdir"
+            f"no checkpoint in {os.path.join(workdir, FOLDER)} is undamaged ({what}); restore "
+            "one from a copy, or start over in another --workdir"
         )
     for step, why in wrong.items():
         aside = _move_aside(workdir, step)
         logging.warning(
-            "checkpoint %d is damaged (%s): moved to %s, going on from step %d",
+            "checkpoint %d is damaged (%s): moved to %s, resuming from step %d",
             step,
             why,
             aside,

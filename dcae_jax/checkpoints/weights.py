@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 EXPORT = "model.json"  # of an export
-# Bytes of arrays decoded together. Orbax reads everything it is asked for at once, and holds the
-# stored bytes of each array beside the decoded ones.
+# Bytes of arrays decoded in one request. Orbax reads a whole request at once, and holds the stored
+# bytes of each array beside the decoded ones.
 READ_AT_ONCE = 2**25
-MOST_EXPANSION = 1000  # of zstd, for weights that are all equal
-ENCODER = ("encoder.", "quant_conv.")  # what the names of weights that latents depend on begin with
+MOST_EXPANSION = 1000  # zstd's ratio for constant weights
+ENCODER = ("encoder.", "quant_conv.")  # prefixes of the weights that latents depend on
 # Exports that ship with this package, by name.
 SHIPPED = {"small": os.path.join(os.path.dirname(os.path.abspath(published.__file__)), "small")}
 AUTOENCODER = "autoencoder"  # subfolder of a generator's export: the export of its autoencoder
@@ -47,10 +47,10 @@ def load_weights(
     """(weights by path, their model) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
-    PyTorch weights, their name on the hub, or 'small', the model that ships. which: 'ema', a run's
-    averages where something was trained, or 'raw'. variant: of published weights that do not say
-    it. kind: 'autoencoder' or 'generator', a diffusion model. Arrays are NumPy, float32, parameters
-    and statistics together.
+    PyTorch weights, their name on the hub, or 'small', the bundled model. which: 'ema', the EMA of
+    what a run trained, or 'raw'. variant: for published weights that do not state it. kind:
+    'autoencoder' or 'generator', a diffusion model. Arrays are NumPy, float32, parameters and
+    statistics together.
     Raises UserError if there is nothing to load.
     """
     full = _absolute(path)
@@ -61,7 +61,7 @@ def load_weights(
     workdir, step = checkpoints.split_path(full)
     if step is not None:
         raise UserError(
-            f"init_from={full!r} is of no workdir: {workdir} has no {checkpoints.CONFIG}"
+            f"init_from={full!r} is not in a workdir: {workdir} has no {checkpoints.CONFIG}"
         )
     read = published.read_generator if kind == "generator" else published.read
     return read(_of_others(path), variant)
@@ -70,7 +70,7 @@ def load_weights(
 def kind_of(path: str) -> str:
     """'autoencoder' or 'generator': what `load_weights` would find at `path`.
 
-    Of an export the kind that it states, whatever that is. Raises UserError.
+    For an export, the kind that it states, whatever that is. Raises UserError.
     """
     full = _absolute(path)
     export = files.read_object(os.path.join(full, EXPORT))
@@ -82,12 +82,12 @@ def kind_of(path: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """The absolute path of `path`; of the name of a model that ships, that of its export."""
+    """The absolute path of `path`; for the name of a bundled model, that of its export."""
     full = os.path.abspath(os.path.expanduser(path))
     if path not in SHIPPED:
         return full
     if os.path.exists(full):
-        logging.info("%r is read from %s, not from the model that ships", path, full)
+        logging.info("%r is read from %s, not from the bundled model", path, full)
         return full
     return SHIPPED[path]
 
@@ -99,7 +99,7 @@ def _of_others(path: str) -> str:
     phases = [p for p in phases if os.path.exists(os.path.join(p, checkpoints.CONFIG))]
     if phases:
         raise UserError(
-            f"init_from={path!r} is the workdir of several phases; name one: {', '.join(phases)}"
+            f"init_from={path!r} is the workdir of several phases; choose one: {', '.join(phases)}"
         )
     return full if os.path.exists(full) else path
 
@@ -119,7 +119,7 @@ def _run_at(path: str) -> Saved | None:
 def _saved_in(path: str, config: Any) -> Saved:
     """The model that `config`, from the JSON file `path`, describes. Raises UserError."""
     if not isinstance(config, dict) or "model" not in config:
-        raise UserError(f"{path} names no model; it is of no run or export")
+        raise UserError(f"{path} has no model section; it is not that of a run or an export")
     try:
         return Saved(
             config_lib.model_section(config["model"]), config_lib.diffusion_section(config)
@@ -132,7 +132,7 @@ def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
     """The weights of a workdir's newest undamaged checkpoint, or of the one that `path` names."""
     if kind != saved.kind:
         raise UserError(
-            f"init_from={path!r} holds a run of the kind {saved.kind}; name one of {kind}s"
+            f"init_from={path!r} is a run of the kind {saved.kind}; give one of the kind {kind}"
         )
     workdir, step = checkpoints.split_path(path)
     steps = checkpoints.saved_steps(workdir)
@@ -141,9 +141,9 @@ def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
     if step is None:
         step = _whole_step(workdir, steps)
     elif step not in steps:
-        raise UserError(f"init_from={path!r} is no finished checkpoint; there are {steps}")
+        raise UserError(f"init_from={path!r} is not a finished checkpoint; the workdir has {steps}")
     elif wrong := _damage(path, "weights"):
-        raise UserError(f"init_from={path!r} is damaged: {wrong}; name another checkpoint")
+        raise UserError(f"init_from={path!r} is damaged: {wrong}; use another checkpoint")
     weights = _read_numpy(os.path.join(checkpoints.step_folder(workdir, step), "weights"), which)
     logging.info("read %s weights of step %d from %s", which, step, workdir)
     return weights
@@ -158,13 +158,13 @@ def _whole_step(workdir: str, steps: list[int]) -> int:
             return step
         logging.warning("checkpoint %d of %s is damaged: %s", step, workdir, wrong[step])
     what = "; ".join(f"{step}: {text}" for step, text in wrong.items())
-    raise UserError(f"init_from={workdir!r} has no whole checkpoint ({what}); use a copy of it")
+    raise UserError(f"init_from={workdir!r} has no undamaged checkpoint ({what}); use a copy of it")
 
 
 def _damage(folder: str, part: str = "") -> str:
     """As integrity.damage, but weights without a manifest pass, with a warning."""
     if not files.exists(os.path.join(folder, integrity.FILE)):
-        logging.warning("%s has no %s: its weights are read unchecked", folder, integrity.FILE)
+        logging.warning("%s has no %s: reading its weights without a check", folder, integrity.FILE)
         return ""
     return integrity.damage(folder, part)
 
@@ -175,7 +175,7 @@ def _damage(folder: str, part: str = "") -> str:
 def _read_numpy(path: str, which: str) -> Arrays:
     """Weights of an Orbax tree as NumPy arrays, whatever devices it was saved from.
 
-    Of a weight and its average only the wanted one is read. Raises UserError.
+    Reads only the wanted one of a weight and its average. Raises UserError.
     """
     import orbax.checkpoint as ocp
 
@@ -186,7 +186,9 @@ def _read_numpy(path: str, which: str) -> Arrays:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is no readable checkpoint ({reason}); use a copy of it") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint ({reason}); use a copy of it"
+        ) from error
 
 
 def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> Arrays:
@@ -200,7 +202,7 @@ def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> 
     claimed = sum(math.prod(leaf.shape) for part in tree.values() for leaf in part.values()) * 4
     stored = sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
     if claimed > MOST_EXPANSION * stored + 2**30:
-        raise UserError(f"{path} has {stored} bytes and claims arrays of {claimed}; do not use it")
+        raise UserError(f"{path} has {stored} bytes but claims arrays of {claimed}; do not use it")
     averaged = tree["ema"] if which == "ema" else {}
     wanted = [
         (part, name, math.prod(leaf.shape) * 4)
@@ -227,10 +229,10 @@ def _read_tree(reader: "ocp.PyTreeCheckpointHandler", path: str, which: str) -> 
 
 
 def _in_pages(value: np.ndarray) -> np.ndarray:
-    """A copy in mapped pages of its own, which return to the system when it is freed.
+    """A copy in its own mapped pages, which return to the system when it is freed.
 
-    Orbax decodes arrays in threads, each with a malloc arena of its own, which glibc hardly trims.
-    Arrays left there until they are on the device would take twice their size.
+    Orbax decodes arrays in threads, each with its own malloc arena, which glibc rarely trims. Left
+    there until they are on the device, arrays would take twice their size.
     """
     pages = mmap.mmap(-1, max(value.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.frombuffer(pages, value.dtype, value.size).reshape(value.shape)
@@ -242,7 +244,7 @@ def _in_pages(value: np.ndarray) -> np.ndarray:
 
 
 def save_export(folder: str, weights: AnyWeights, meta: dict[str, Any]) -> None:
-    """Writes an export into `folder`, which exists: params/ (Orbax), then model.json."""
+    """Writes an export into the existing `folder`: params/ (Orbax), then model.json."""
     import orbax.checkpoint as ocp
 
     params = os.path.join(os.path.abspath(folder), "params")
@@ -257,10 +259,14 @@ def _load_export(folder: str, kind: str) -> tuple[Arrays, Saved]:
     meta = files.read_object(files.inside(folder, EXPORT)) or {}
     if meta.get("kind") != kind:
         found = meta.get("kind")
-        raise UserError(f"init_from={folder!r} is no {kind}: {EXPORT} has kind={found!r}")
+        raise UserError(
+            f"init_from={folder!r}: {EXPORT} has kind={found!r}; give one with kind={kind!r}"
+        )
     params = os.path.join(folder, "params")
     if not os.path.isdir(params):
-        raise UserError(f"init_from={folder!r} is an incomplete export: it has no params/")
+        raise UserError(
+            f"init_from={folder!r} is an incomplete export without params/; export it again"
+        )
     wrong = _damage(params)
     if wrong:
         raise UserError(f"init_from={folder!r} is a damaged export: {wrong}; export it again")

@@ -40,7 +40,7 @@ def test_a_copy_over_another_run_is_refused(runs, capsys):
     before = _contents(other)
     status, said = _copy(one, other, capsys)
     assert status == 2 and len(said.splitlines()) == 1
-    assert "holds another run (config.json differs); name a new or empty folder" in said
+    assert "holds another run (config.json differs); give a new or empty folder" in said
     assert _contents(other) == before
     # The same run, which went on in the copy.
     assert _copy(one, there, capsys)[0] == 0
@@ -102,7 +102,7 @@ def test_an_interrupted_copy_is_completed_by_the_same_command(runs, monkeypatch,
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
     """Catches a mistyped path reported as undamaged, and a traceback for an impossible target."""
     assert __main__.main(["check", str(tmp_path / "none")]) == 2
-    assert "holds no finished checkpoint" in capsys.readouterr().err
+    assert "has no finished checkpoint" in capsys.readouterr().err
     done = tmp_path / "run" / "checkpoints" / "3"
     done.mkdir(parents=True)
     (done / "_CHECKPOINT_METADATA").write_text("{}")

@@ -47,13 +47,13 @@ def test_weights_are_read_without_the_optimizer(
 
 
 def test_nothing_to_load_is_said_in_one_line(tmp_path):
-    """Catches a traceback from Orbax for a path that is no workdir, or has no checkpoint yet."""
+    """Catches a traceback from Orbax for a path that is not a workdir, or has no checkpoint yet."""
     with pytest.raises(UserError, match="config.json"):
         checkpoint_weights.load_weights(str(tmp_path))
     files.write_json(str(tmp_path / "config.json"), {"config": {"model": {}}})
     with pytest.raises(UserError, match="no finished checkpoint"):
         checkpoint_weights.load_weights(str(tmp_path))
-    with pytest.raises(UserError, match="there are"):
+    with pytest.raises(UserError, match="the workdir has"):
         checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "7"))
 
 

@@ -45,5 +45,5 @@ def test_a_checkpoint_that_is_a_link_is_refused(tmp_path):
     """Catches a manager that stops, or removes another run's checkpoint, when its turn comes."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "2").symlink_to(tmp_path / "other")
-    with pytest.raises(UserError, match="checkpoints/2 is a link; put there what it points to"):
+    with pytest.raises(UserError, match="checkpoints/2 is a link; replace it with its target"):
         checkpoints.open_manager(str(tmp_path / "run"), 3)

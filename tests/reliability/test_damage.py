@@ -108,10 +108,10 @@ def test_with_none_whole_nothing_starts_anew(small, alone, workdir):
     for step in (2, 4, 6):
         _damage(_files(workdir / "checkpoints" / str(step) / "weights")[0], "zeroed")
     before = sorted(str(p) for p in workdir.rglob("*"))
-    with pytest.raises(MachineError, match="no checkpoint .* is whole .6: .*; 4: .*; 2: "):
+    with pytest.raises(MachineError, match="no checkpoint .* is undamaged .6: .*; 4: .*; 2: "):
         run_job(train, small, str(workdir))
     assert sorted(str(p) for p in workdir.rglob("*")) == before
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no undamaged checkpoint"):
         checkpoint_weights.load_weights(str(workdir))
 
 
@@ -178,7 +178,7 @@ def test_an_old_checkpoint_without_a_manifest_is_read_with_a_warning(workdir, ca
     """Catches weights that can no longer be read because they are older than manifests."""
     (workdir / "checkpoints" / "6" / integrity.FILE).unlink()
     assert checkpoint_weights.load_weights(str(workdir), "raw")[0]["a"].shape == (5000,)
-    assert "unchecked" in caplog.text
+    assert "without a check" in caplog.text
     # A run that trains has the one before, which is known to be whole.
     assert checkpoints.resume_step(str(workdir)) == 4
 
