@@ -177,9 +177,9 @@ def read_object(path: str) -> dict[str, Any] | None:
     try:
         value = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}); fetch it again") from error
+        raise UserError(f"{path} is not readable JSON ({error}); fetch it again") from error
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object; fetch it again")
+        raise UserError(f"{path} is not a JSON object; fetch it again")
     return value
 
 

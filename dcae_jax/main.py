@@ -2,7 +2,7 @@
 """dcae-jax --config=phase1.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
 
 dcae-jax COMMAND ...: checkpoint, convert, demo, models or status; see dcae-jax COMMAND --help.
-`python -m dcae_jax.main` is the same. A config that is no path is one that ships, of configs/.
+`python -m dcae_jax.main` is the same. A config that is not a path is one of the bundled configs/.
 
 Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere start each with
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         raise UserError(config_lib.explain(error, argv)) from error
     if len(rest) > 1:
         hint = config_lib.key_flag(rest[1]) or "write --config.KEY=VALUE"
-        raise UserError(f"{rest[1]!r} is no flag; {hint}")
+        raise UserError(f"{rest[1]!r} is not a flag; {hint}")
     if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
     if job not in JOBS:

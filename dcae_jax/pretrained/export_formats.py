@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writers of other programs' formats: diffusers, the authors', StableHLO.
+"""Writers of other formats: diffusers, the authors', StableHLO.
 
-Each writes host arrays into a folder that exists; the job `export` reads them back and compares.
+Each writes host arrays into an existing folder; the job `export` reads them back and compares.
 """
 
 import logging
@@ -51,7 +51,7 @@ np.savez("reconstruction.npz", latents=z, images=y)
 def max_difference(a: AnyWeights, b: AnyWeights) -> float:
     """The largest absolute difference of two dicts of arrays. RuntimeError if names differ."""
     if a.keys() != b.keys():
-        raise RuntimeError(f"read back with other names: {sorted(a.keys() ^ b.keys())[:3]}")
+        raise RuntimeError(f"read back with different names: {sorted(a.keys() ^ b.keys())[:3]}")
     return max(float(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max()) for name in a)
 
 
@@ -66,8 +66,8 @@ def write_torch(form: str, weights: AnyWeights, arch: AutoencoderArchitecture, f
     _write_folder(folder, settings, tensors, form == "authors")
     if form == "diffusers" and arch.scaling_factor is None:
         logging.warning(
-            "the scaling factor of these weights is not known, and is written as 1.0; encode with "
-            "configs/encode.py, which measures it"
+            "the scaling factor of these weights is unknown and is written as 1.0; measure it with "
+            "configs/encode.py"
         )
     if form == "authors":
         implied = names.variant_of(settings, form).scaling_factor
@@ -85,7 +85,7 @@ def write_authors_generator(
     scaling_factor: float,
     autoencoder: tuple[AnyWeights, AutoencoderArchitecture],
 ) -> None:
-    """Writes a diffusion model, with its autoencoder if that is a published one, as a safetensors.
+    """Writes a diffusion model, with its autoencoder if that is a published one, as safetensors.
 
     autoencoder: its weights and architecture. scaling_factor: multiplies its latents. Raises
     UserError for what the format cannot express.
@@ -95,13 +95,13 @@ def write_authors_generator(
     if objective not in names.KINDS:
         raise UserError(
             f"the authors' format cannot express objective={objective!r} of {backbone}: a reader "
-            "would take another; use export.format=orbax"
+            "would assume another; use export.format=orbax"
         )
     size = next((name for name, row in module.VARIANTS.items() if row.width == arch.width), None)
     if size is None or module.VARIANTS[size].heads != arch.heads:
         raise UserError(
-            f"the authors' format holds no number of heads: a reader knows them by the width, and "
-            f"{arch.heads} heads of {arch.width} channels are no variant's; use "
+            "the authors' format does not store the number of heads: a reader infers it from the "
+            f"width, and no variant has {arch.heads} heads with {arch.width} channels; use "
             "export.format=orbax"
         )
     tensors = dict(names.to_torch(weights, arch, "diffusion_model."))
@@ -119,9 +119,8 @@ def write_authors_generator(
         _warn_of_factor(implied, known, scaling_factor)
     else:
         logging.warning(
-            "only the diffusion model is written: its autoencoder is no published one, and so "
-            "has no name in the authors' format; readers have to be told it, and that its latents "
-            "are multiplied by %s",
+            "only the diffusion model is written: its autoencoder is not a published one and has "
+            "no name in the authors' format; readers must be given it and its scaling factor %s",
             scaling_factor,
         )
     _write_folder(folder, {"model_name": name}, tensors, authors=True)
@@ -130,8 +129,8 @@ def write_authors_generator(
 def _warn_of_factor(implied: float | None, name: str, factor: float | None) -> None:
     if implied != factor:
         logging.warning(
-            "the authors' format holds no scaling factor: readers take %s, that of %s, instead of "
-            "%s",
+            "the authors' format does not store the scaling factor: readers will use %s, that of "
+            "%s, instead of %s",
             implied,
             name,
             factor,
@@ -161,7 +160,7 @@ def write_stablehlo(
 ) -> float:
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
-    Both programs take (weights, x): weights as constants would exceed the 2 GB of a flatbuffer.
+    Both programs take (weights, x): weights as constants would exceed a flatbuffer's 2 GB.
     graph: of a model without platform-specific layers that computes in `dtype`. Returns the largest
     difference between the results of the example, run in its own process, and ours.
     """

@@ -18,7 +18,7 @@ from dcae_jax.pretrained import torch_io
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 AUTHORS_FILE = "model.safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-HALF = re.compile(r"\.(fp16|bf16)\b")  # in the names of diffusers' variants of half precision
+HALF = re.compile(r"\.(fp16|bf16)\b")  # in file names of diffusers' half-precision variants
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 AVERAGES = ("ema.", "params_ema.")
 WRAPPERS = (*AVERAGES, "module.", "model.", "state_dict.", "params.")
@@ -40,7 +40,7 @@ HUB_FILES = [
         )
     ),
 ]
-# Downloaded where a model has no others.
+# Downloaded if a model has no others.
 HUB_HALF_FILES = [
     f"{folder}{stem}*fp16*.{extension}"
     for folder in ("", "vae/")
@@ -67,16 +67,16 @@ def read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         tensors.update(read_file(file))
     half = bool(HALF.search(os.path.basename(files[0])))
     if half or any(map(HALF.search, os.listdir(os.path.dirname(files[0]) or "."))):
-        which = "half precision" if half else "full precision, not in half"
-        logging.info("%s: read in %s", files[0], which)
+        which = "half-precision weights" if half else "full-precision weights, not the half ones"
+        logging.info("%s: read the %s", files[0], which)
     return config, _unwrapped(path, tensors)
 
 
 def _unwrapped(path: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Tensors under their own names, without what DistributedDataParallel, torch.compile and
-    trainers put before them; the averages where both are there.
+    """Tensors without the prefixes of DistributedDataParallel, torch.compile and trainers; the
+    averaged weights if there are both.
     """
-    # torch.compile names any part that it compiled.
+    # torch.compile adds this to any module that it compiled.
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     averages = next((p for p in AVERAGES if any(name.startswith(p) for name in tensors)), "")
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(averages)}
@@ -116,7 +116,7 @@ def _folder(path: str) -> tuple[dict[str, Any] | None, list[str]]:
         wanted = f"neither a run's config.json with checkpoints, nor {DIFFUSERS_FILE}"
         what = f"no weights: {wanted} or {AUTHORS_FILE}"
         if others:
-            what = f"several files of weights ({', '.join(others[:3])}): name one"
+            what = f"several weight files ({', '.join(others[:3])}); choose one"
         raise UserError(f"init_from={path!r} has {what}")
     return config, [files_lib.inside(path, name) for name in names]
 
@@ -125,9 +125,9 @@ def fetch(name: str) -> str:
     """The folder of the user's cache with the files of hub model `name`.
 
     A model that is cached completely is used without network access; otherwise the missing files
-    are downloaded, those of half precision only where there are no others.
+    are downloaded, half-precision ones only if there are no others.
     """
-    what = f"init_from={name!r} is no file or folder, and the Hugging Face hub needs its client"
+    what = f"init_from={name!r} is not a local path, and the Hugging Face hub needs its client"
     errors.require(what, "huggingface_hub")
     import huggingface_hub
 
@@ -142,8 +142,8 @@ def fetch(name: str) -> str:
                 continue
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"init_from={name!r} is no file or folder here, and the Hugging Face hub does not "
-                f"give it: {reason}"
+                f"init_from={name!r} is not a local path, and the download from the Hugging Face "
+                f"hub failed: {reason}"
             ) from error
         missing = _missing(folder)
         if not missing:
@@ -158,7 +158,7 @@ def _missing(folder: str) -> str:
     except (UserError, OSError):
         config, files = files_lib.read_object(os.path.join(folder, "config.json")), []
     if config is None:
-        return "no config.json of weights"
+        return "no config.json for its weights"
     if not files or not all(os.path.isfile(file) for file in files):
         return (
             f"neither {DIFFUSERS_FILE} nor {AUTHORS_FILE}; download its weights and name the file"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published PyTorch weights: identifies the model they belong to and converts them to ours.
 
-`read` is for autoencoders, `read_generator` for diffusion models. Both go by the `*_torch.py`
-beside each model in dcae_jax/models; no model is named here.
+`read` is for autoencoders, `read_generator` for diffusion models. Both use the `*_torch.py` beside
+each model in dcae_jax/models; no model is hard-coded here.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ class Saved:
 def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a published autoencoder: folder, file or hub name.
 
-    variant: of the weights; needed for files whose tensors are ambiguous, and checked against the
-    others. The scaling factor is that of config.json, where it states one; a published name with
-    another is refused. Arrays are NumPy, float32. Raises UserError.
+    variant: of the weights; needed for files whose tensors are ambiguous, otherwise checked. The
+    scaling factor is that of config.json if it states one; a published name with another one is an
+    error. Arrays are NumPy, float32. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
@@ -57,7 +57,7 @@ def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
     model = model_settings(arch)
-    logging.info("read %s weights, named as %s name them, from %s", model.variant, form, path)
+    logging.info("read %s weights (format: %s) from %s", model.variant, form, path)
     return weights, Saved(model)
 
 
@@ -71,7 +71,7 @@ def _identify(
         ours, theirs = arch.scaling_factor, _stated_factor(config or {}, names)
         if theirs and ours and theirs != ours and variant not in module.VARIANTS:
             raise UserError(
-                f"variant={variant!r} has the scaling factor {ours}, config.json beside the "
+                f"variant={variant!r} has the scaling factor {ours}, but config.json beside the "
                 f"weights states {theirs}; leave the variant out"
             )
         arch = dataclasses.replace(arch, scaling_factor=theirs or ours)
@@ -85,13 +85,13 @@ def _identify(
 
 
 def _stated_factor(config: Mapping[str, Any], names: AutoencoderNames) -> float | None:
-    """The scaling factor in a config.json or of its model_name; None where neither states one."""
+    """The scaling factor of a config.json or of its model_name; None if neither states one."""
     if "model_name" in config:
         with contextlib.suppress(UserError):  # a name that is not listed here
             return names.variant_of(config, "authors").scaling_factor
         return None
     factor = config.get("scaling_factor")
-    if isinstance(factor, int | float) and factor > 0 and factor != 1:  # diffusers' unknown is 1
+    if isinstance(factor, int | float) and factor > 0 and factor != 1:  # 1: unknown to diffusers
         return float(factor)
     return None
 
@@ -107,7 +107,7 @@ def _all_names() -> list[AutoencoderNames]:
 
 
 def _names_of(config: Mapping[str, Any]) -> AutoencoderNames:
-    """The names of the class that config.json is of; DC-AE's where it says none."""
+    """The names of config.json's class; DC-AE's if it states none."""
     found = (names for names in _all_names() if names.CLASS_NAME == config.get("_class_name"))
     default = models.autoencoder_names(models.autoencoder_of(""))
     return next(found, default)
@@ -116,7 +116,7 @@ def _names_of(config: Mapping[str, Any]) -> AutoencoderNames:
 def _guess(
     tensors: Mapping[str, Any],
 ) -> tuple[AutoencoderNames, AutoencoderArchitecture, str]:
-    """The variant that has exactly these tensors, its scaling factor left unknown."""
+    """The variant that has exactly these tensors; its scaling factor stays unknown."""
     for names in _all_names():
         arch = names.recognise(tensors)
         if arch is not None:
@@ -124,13 +124,13 @@ def _guess(
     found = [name for name in tensors if not name.endswith("num_batches_tracked")]
     known = ", ".join(name for module in models.autoencoders() for name in module.VARIANTS)
     raise UserError(
-        f"a bare file with {len(found)} tensors ({', '.join(found[:2])}, ...) that are those "
-        f"of no variant; name it with variant=, one of {known} or a published name"
+        f"a bare file with {len(found)} tensors ({', '.join(found[:2])}, ...) that match "
+        f"no variant; set variant= to one of {known} or a published name"
     )
 
 
 def model_settings(arch: AutoencoderArchitecture) -> Model:
-    """All of config.model for the architecture `arch`, its scaling factor included."""
+    """The full config.model of the architecture `arch`, including its scaling factor."""
     module = models.owner(arch)
     settings = Model(**models.autoencoder_names(module).settings_of(arch))
     if module.architecture(settings).scaling_factor != arch.scaling_factor:
@@ -148,10 +148,10 @@ def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a published UViT, USiT or DiT: folder, file or hub name.
 
     Objective and autoencoder come from the config.json beside the weights; without it a UViT is
-    taken for one that predicts epsilon, since a USiT has the same tensors. model.latent_size is 0
-    where the weights do not determine it (a DiT without its fixed position table).
-    variant: whose number of heads the model has; needed where its width is that of no variant, and
-    checked where it is. Of a trainer's file the averaged weights are taken. Raises UserError.
+    assumed to predict epsilon, since a USiT has the same tensors. model.latent_size is 0 if the
+    weights do not determine it (a DiT without its fixed position table).
+    variant: gives the number of heads; needed if no variant has the model's width, otherwise
+    checked. From a trainer's file the averaged weights are read. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     try:
@@ -190,8 +190,8 @@ def _backbones() -> list[tuple[BackboneModule, BackboneNames]]:
 
 
 def _prefixes() -> list[str]:
-    """Prefixes of the names: in the hub's folders, in files of the authors' trainers, and none in
-    those of U-ViT and DiT.
+    """Name prefixes in the hub's folders and in files of the authors' trainers; U-ViT's and DiT's
+    own files have none.
     """
     own = [f"{models.name_of(module)}." for module, _ in _backbones()]
     return ["diffusion_model.", *own, "0.", ""]
@@ -209,25 +209,24 @@ def _recognise(
                 continue
             if variant and row is None:
                 raise UserError(
-                    f"variant={variant!r} is no size of {models.name_of(module)}; "
+                    f"variant={variant!r} is not a size of {models.name_of(module)}; "
                     f"choose one of {', '.join(module.VARIANTS)}"
                 )
             known = [v for v in module.VARIANTS.values() if v.width == arch.width]
             if row and known and row.width != arch.width:
                 raise UserError(
-                    f"variant={variant!r} has {row.width} channels, these weights {arch.width}; "
-                    "leave it out"
+                    f"variant={variant!r} has {row.width} channels, but these weights have "
+                    f"{arch.width}; leave it out"
                 )
             if arch.width % arch.heads:
                 raise UserError(
                     f"variant={variant!r} has {arch.heads} heads, which do not divide the width "
-                    f"of {arch.width}; name another"
+                    f"of {arch.width}; choose another"
                 )
             return module, arch, prefix
     known = " nor a ".join(sorted((names.TITLE for _, names in _backbones()), reverse=True))
     raise UserError(
-        f"{len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ...) that are those of neither "
-        f"a {known}"
+        f"{len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ...) that match neither a {known}"
     )
 
 
@@ -244,7 +243,7 @@ def _objective(
 
 
 def _generator_settings(module: BackboneModule, arch: BackboneArchitecture, variant: str) -> Model:
-    """All of config.model for a backbone of the architecture `arch`."""
+    """The full config.model of a backbone of the architecture `arch`."""
     rows = module.VARIANTS
     variant = variant or next(name for name, row in rows.items() if row.width == arch.width)
     sizes = {key: getattr(arch, key) for key in ("depth", "width", "heads")}

@@ -64,7 +64,7 @@ def read_safetensors(path: str) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(path):  # opening a pipe would block forever
-        raise UserError(f"{path} is no file; check the path")
+        raise UserError(f"{path} is not a file; check the path")
     try:
         with open(path, "rb") as opened:
             if opened.read(8) == b"version ":
@@ -75,7 +75,9 @@ def read_safetensors(path: str) -> dict[str, Stored]:
     except (OSError, SafetensorError) as error:
         _refuse_other_kinds(path)
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is no readable safetensors ({reason}); fetch it again") from error
+        raise UserError(
+            f"{path} is not a readable safetensors file ({reason}); fetch it again"
+        ) from error
     return {
         name: Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()
     }
@@ -90,7 +92,7 @@ KINDS = {
     b"BM": "a BMP image",
     b"%PDF": "a PDF document",
     b"<": "a web page, or XML",
-    b"\x93NUMPY": "an array of NumPy",
+    b"\x93NUMPY": "a NumPy array",
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "a zip archive (an .npz, or a PyTorch file, whose name must end in .pt)",
     b"\x80\x02": "a pickle (a PyTorch file, whose name must end in .pt)",
@@ -113,8 +115,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
     Of a trainer's file the averaged weights are taken if there are any. Pickles are opened with
     `weights_only=True`, so a file cannot run code. bfloat16 is returned as float32. Raises
-    UserError for a file that is missing, unreadable or no state dict, and for a `.pth` if PyTorch
-    is not installed.
+    UserError for a file that is missing, unreadable or not a state dict, and for a `.pth` if
+    PyTorch is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -135,7 +137,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a readable PyTorch file ({reason[0][:120]})") from None
     state = _weights_of(path, state)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path} is not a state dict (names with tensors): pass the weights alone")
+        raise UserError(f"{path} is not a state dict (names to tensors); pass the weights alone")
     return {name: _to_numpy(path, name, tensor) for name, tensor in state.items()}
 
 
@@ -159,9 +161,9 @@ WEIGHTS += ("state_dict", "model_state_dict", "model", "params", "module")
 
 
 def _weights_of(path: Path, state: Any) -> Any:
-    """The weights of a trainer's file, which has counters and moments beside them; or `state`.
+    """The weights in a trainer's file, which also has counters and moments; otherwise `state`.
 
-    Averages are preferred; of averages by decay, {0.9999: weights}, those of the largest decay.
+    Averaged weights are preferred; of several, {decay: weights}, those with the largest decay.
     """
     for _ in range(4):  # a file can hold itself
         if not isinstance(state, dict):
@@ -222,12 +224,12 @@ def convert_metric_network(
             network, weights = "inception-fid", inception_torch.from_torch(state)
         else:
             raise UserError(
-                f"{source} is none of vgg16, alexnet and the Inception of FID: "
-                f"its names begin with {sorted(state)[:2]}"
+                f"{source} is not vgg16, alexnet or the Inception of FID: its names begin with "
+                f"{sorted(state)[:2]}"
             )
     except UserError:
         raise
-    except ValueError as error:  # of the networks' files, which do not know the path
+    except ValueError as error:  # from the networks' modules, which do not know the path
         raise UserError(f"{source}: {error}") from None
     metadata = {"network": network, "sha256": sha256(source), "source": Path(source).name}
     _check_sum(source, metadata["sha256"], network, allow_unknown_checksum)

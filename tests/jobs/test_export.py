@@ -89,7 +89,7 @@ def test_authors_names_go_out_and_come_back(run_export, tmp_path, monkeypatch):
     more = "--config.model.variant=f32c32"
     file = os.path.join(tmp_path, "hub", hub.DIFFUSERS_FILE)
     status, said, _ = run_export(file, "authors", more, out="b")
-    assert status == 0 and "holds no scaling factor" in said
+    assert status == 0 and "does not store the scaling factor" in said
 
 
 def test_the_authors_factor_reaches_diffusers(run_export, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_the_authors_factor_reaches_diffusers(run_export, tmp_path, monkeypatch)
     assert status == process.MISTAKE and "states 0.4552" in said and not os.path.exists(out)
     file = tmp_path / "hub" / hub.AUTHORS_FILE  # by itself it has no factor
     status, said, out = run_export(file, "diffusers", "--config.model.variant=f32c32", out="c")
-    assert status == 0 and "is not known, and is written as 1.0" in said
+    assert status == 0 and "is unknown and is written as 1.0" in said
 
 
 # Runs the example on each NAME.npy where this package cannot be imported -> NAME.npz.

@@ -133,7 +133,7 @@ def test_an_export_samples_the_images_of_its_workdir(
     with pytest.raises(UserError, match="did not make these latents"):
         dcae_jax.load_generator(moved, autoencoder=other)
     status, said, _ = run_export(moved, "authors", out="b")
-    assert status == process.MISTAKE and "2 heads of 16 channels are no variant's" in said
+    assert status == process.MISTAKE and "no variant has 2 heads with 16 channels" in said
 
 
 def test_without_a_published_autoencoder_the_diffusion_model_goes_alone(
@@ -158,7 +158,7 @@ def test_a_factor_that_the_name_does_not_have_is_told(run_export, named, tmp_pat
     ours = str(tmp_path / "ours")
     export_generator(ours, "uvit", "epsilon", named[0], scaling_factor=0.7)
     status, said, _ = run_export(ours, "authors")
-    assert status == 0 and "readers take 0.3189" in said and "instead of 0.7" in said
+    assert status == 0 and "readers will use 0.3189" in said and "instead of 0.7" in said
 
 
 @pytest.mark.parametrize(

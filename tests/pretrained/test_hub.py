@@ -133,7 +133,7 @@ def test_a_hub_name_is_fetched_once_and_then_read_without_network(form, tmp_path
     assert first.split()[0] == str(len(weights)) and float(first.split()[1]) == pytest.approx(total)
     assert gets and again == first
     assert "'mit-han-lab/another': that hub model has no config.json" in other
-    assert "the Hugging Face hub does not give it" in unreachable and waited < 10, waited
+    assert "the download from the Hugging Face hub failed" in unreachable and waited < 10, waited
     assert (
         tmp_path / "cache" / "hub" / "models--mit-han-lab--dc-ae-f32c128-1.5-diffusers"
     ).exists()
@@ -295,11 +295,11 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     "files, words",
     [
         ({}, "no weights: neither"),
-        ({"config.json": "{"}, "no readable JSON"),
-        ({"config.json": "[1]"}, "no JSON object"),
+        ({"config.json": "{"}, "not readable JSON"),
+        ({"config.json": "[1]"}, "not a JSON object"),
         ({"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {}}'}, "weight_map"),
-        ({"phase1/config.json": "{}", "phase3/config.json": "{}"}, "several phases; name one: "),
-        ({"a.safetensors": "", "b.safetensors": ""}, "several files of weights (a.safetensors"),
+        ({"phase1/config.json": "{}", "phase3/config.json": "{}"}, "several phases; choose one: "),
+        ({"a.safetensors": "", "b.safetensors": ""}, "several weight files (a.safetensors"),
         ({"model.json": '{"kind": "generator"}'}, "kind='generator'"),
         ({"model.json": '{"kind": "autoencoder"}'}, "incomplete export"),
     ],

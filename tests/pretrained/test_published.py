@@ -195,11 +195,11 @@ def test_full_precision_goes_before_half(stem, naming, tmp_path, caplog):
     write(naming.format(stem, stem=bare), f"{bare}.fp16-00001-of-00001.safetensors", halves)
     read, _ = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     same({k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in weights.items()}, read)
-    assert "read in half precision" in caplog.text
+    assert "read the half-precision weights" in caplog.text
     caplog.clear()
     write(f"{stem}.index.json", f"{bare}-00001-of-00001.safetensors", tensors)
     same(weights, checkpoint_weights.load_weights(str(tmp_path / "hub"))[0])
-    assert "read in full precision, not in half" in caplog.text
+    assert "read the full-precision weights, not the half ones" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["dcae", "sdvae"])

@@ -101,7 +101,7 @@ def test_command_refuses_wrong_files(tmp_path, capsys):
     state = dict(inception_state())
     fc = state.pop("fc.bias")
     wrong = {
-        "none of vgg16, alexnet and the Inception": {"encoder.weight": np.zeros(2)},
+        "not vgg16, alexnet or the Inception": {"encoder.weight": np.zeros(2)},
         "'features.11.weight' is unexpected": alex | {"features.11.weight": np.zeros(2)},
         r"features.10.kernel has shape (3, 3, 9, 256)": alex
         | {"features.10.weight": np.zeros((256, 9, 3, 3))},
@@ -117,7 +117,7 @@ def test_command_refuses_wrong_files(tmp_path, capsys):
     save_file(alex, source)
     for message, arguments in {
         "no such file": (tmp_path / "absent.pth", f"--out={out}"),
-        "no readable safetensors": (tmp_path / "bad.safetensors", f"--out={out}"),
+        "not a readable safetensors": (tmp_path / "bad.safetensors", f"--out={out}"),
         "must end in .safetensors": (source, f"--out={tmp_path / 'o.npz'}"),
         "create it first": (source, f"--out={tmp_path / 'no' / 'o.safetensors'}"),
         "--out": (source,),

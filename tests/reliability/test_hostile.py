@@ -82,7 +82,7 @@ def _model(**changes):
 @pytest.mark.parametrize(
     "saved, words",
     [
-        ({"config": 3}, "names no model"),
+        ({"config": 3}, "has no model section"),
         ({"config": {"model": [1]}}, "not an object"),
         (_model(name="../../evil"), "not a model file in dcae_jax/models"),
         (_model(name="layers"), "not a model file in dcae_jax/models"),
@@ -219,7 +219,7 @@ def test_orbax_metadata_of_nonsense(tmp_path, content):
     params = _export(tmp_path / "export")
     (params / integrity.FILE).unlink()
     (params / "_METADATA").write_bytes(content)
-    _refused(tmp_path / "export", "no readable checkpoint")
+    _refused(tmp_path / "export", "not a readable checkpoint")
 
 
 class Hostile:
@@ -244,6 +244,6 @@ def test_no_pickle_is_run_whatever_it_is_called(tmp_path, name):
     else:
         path.write_bytes(pickle.dumps({"a": Hostile(str(ran))}))
         _refused(path)
-        with pytest.raises(UserError, match="no readable safetensors" if safe else said):
+        with pytest.raises(UserError, match="not a readable safetensors" if safe else said):
             torch_io.read_state_dict(path)
     assert not ran.exists()
