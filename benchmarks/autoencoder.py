@@ -5,7 +5,7 @@
 
 Encode and decode are f32c32's, with float32 weights drawn at random, through
 `dcae_jax.create_autoencoder` and `AutoencoderDC`. The training step is forward, backward,
-clipping and AdamW at widths 16 to 256, one block a stage, batch 8 at 128 pixels, L1 loss: ours is
+clipping and AdamW at widths 16 to 256, one block per stage, batch 8 at 128 pixels, L1 loss; ours is
 the step that jobs/train.py runs.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: two sides that take turns, and what the machine can do at best.
+"""Shared by the benchmarks: two sides timed alternately, and the peak rates of the machine.
 
-Each side is a process of its own, as its users run it: neither sees the other's threads or the
-other's allocator. A script calls `compare` in the parent; started with `--side=NAME` it is that
-side, which prepares its cases and times one call whenever the parent asks for it.
+Each side runs in its own process, as for its users: neither sees the other's threads or
+allocator. A script calls `compare` in the parent; started with `--side=NAME` it is that side, which
+prepares its cases and times one call whenever the parent requests one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WARM = 2  # calls before the first that counts
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Seconds of each side's calls, in turns, and what else it said of the case."""
+    """Seconds of each side's calls, alternating, and its other facts about the case."""
 
     case: str
     ours: list[float]
@@ -44,7 +44,7 @@ class Result:
 
 
 class Side:
-    """A process that runs the cases of one side on request."""
+    """A process that runs one side's cases on request."""
 
     def __init__(self, script: str, name: str):
         self.process = subprocess.Popen(
@@ -70,7 +70,7 @@ class Side:
 
 
 def serve(prepare: Callable[[str], tuple[Callable[[], object], dict]]) -> None:
-    """The loop of a side. prepare(case) -> (one call, which returns when it is done; facts).
+    """The loop of one side. prepare(case) -> (a blocking call, facts).
 
     A call that returns a number has measured its own seconds.
     """
@@ -97,7 +97,7 @@ def serve(prepare: Callable[[str], tuple[Callable[[], object], dict]]) -> None:
 def plot(path: str, title: str, panels: list[tuple[str, str, dict]]) -> None:
     """Writes panels side by side as SVG: (label of x, label of y, {curve: [(x, y), ...]}).
 
-    Both axes are logarithmic; the grey line has slope 1 through the first point: linear growth.
+    Both axes are logarithmic; the grey line through the first point has slope 1: linear growth.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -120,7 +120,7 @@ def plot(path: str, title: str, panels: list[tuple[str, str, dict]]) -> None:
 
 
 def save_svg(figure: Any, path: str) -> None:
-    """The same figure makes the same file; its text stays text."""
+    """Saves an SVG: deterministic, with text as text."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcae_jax"}):
@@ -128,7 +128,7 @@ def save_svg(figure: Any, path: str) -> None:
 
 
 def compare(script: str, cases: list[str], rounds: int) -> Iterator[Result]:
-    """Runs each case on both sides of `script` in turns; one result a case."""
+    """Runs each case on both sides of `script`, alternating; one result per case."""
     for case in cases:
         # New processes for each case: what one leaves in memory is not the next one's.
         sides = [Side(script, name) for name in ("ours", "theirs")]
@@ -174,7 +174,7 @@ def machine() -> str:
 
 
 def peaks() -> tuple[float, float]:
-    """(FLOP/s of a float32 matrix product of 4096, bytes/s of a copy), the best of a few here."""
+    """(FLOP/s of a float32 matmul of size 4096, bytes/s of a copy): the best of a few."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -208,9 +208,9 @@ def _least(run: Callable[[], object], repeats: int = 7) -> float:
 def steady(
     call: Callable[[], None], wait: Callable[[], object], *, warm: int = 3, seconds: float = 3.0
 ) -> dict[str, float]:
-    """Seconds of one call, of calls made back to back as in a training loop: the median of groups.
+    """Seconds per call, for calls issued back to back as in a training loop: the median of groups.
 
-    call(): starts one; wait(): returns when all are done. seconds: about what it takes in all.
+    call(): starts one; wait(): blocks until all are done. seconds: approximate total time.
     """
     start = time.perf_counter()
     for _ in range(warm):
@@ -235,7 +235,7 @@ def steady(
 
 
 def put(doc: str, name: str, printed: str) -> None:
-    """Puts a benchmark's output between its marks `<!-- name -->` in the document at path `doc`."""
+    """Writes a benchmark's output between the marks `<!-- name -->` in the document `doc` (a path)."""
     from dcae_jax import files as report
 
     with open(doc, encoding="utf-8") as file:
@@ -245,7 +245,7 @@ def put(doc: str, name: str, printed: str) -> None:
 
 
 def between_marks(doc: str, text: str, name: str, part: str) -> str:
-    """`text`, that of the document at path `doc`, with `part` between the marks of `name`."""
+    """`text`, the document `doc` (a path), with `part` between the marks of `name`."""
     marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
     if not all(mark in text for mark in marks):
         raise SystemExit(f"{os.path.basename(doc)} has no marks {marks}")
@@ -264,10 +264,10 @@ def beside(
     rounds: Callable[[str], int] = lambda case: 1,
     default: int,
 ) -> None:
-    """The `main` of a script of two sides, each with a share of the machine's peaks beside it.
+    """The `main` of a two-sided script; rows have each side's fraction of the machine's peaks.
 
-    ours(case), theirs(case): as `serve` takes them. rounds(case): how many times `--rounds`,
-    `default` where not given, turns of a case there are.
+    ours(case), theirs(case): the `prepare` of `serve`. rounds(case): multiplies `--rounds`, which is
+    `default` if not given.
     """
     given = arguments(doc, default)
     if given.side:
@@ -286,7 +286,7 @@ def beside(
 
 
 def arguments(doc: str, rounds: int) -> argparse.Namespace:
-    """--rounds, and --side where the script is one of the two sides."""
+    """--rounds, and --side if the script runs as one of the two sides."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each side")
     parser.add_argument("--only", default="", help="regular expression of the cases' names")

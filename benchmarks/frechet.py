@@ -31,7 +31,7 @@ def with_sqrtm(mu1, sigma1, mu2, sigma2):
 
 
 def exact(a, b):
-    """From the rows: the trace of the root is the nuclear norm of the centred cross product."""
+    """From the features: the trace of the root is the nuclear norm of the centred cross product."""
     rows = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
     root = np.linalg.svd(rows[0] @ rows[1].T, compute_uv=False).sum()
     shift = a.mean(0) - b.mean(0)

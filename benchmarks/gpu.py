@@ -6,10 +6,10 @@
     python benchmarks/gpu.py --tiny            the same code at toy sizes, on a CPU
     python benchmarks/gpu.py --table=gpu.jsonl only prints what earlier runs measured
 
-Each part is a process of its own, which ends before the next one starts. Its rows are printed, and
-appended to --out, as they come; a part that fails or runs out of time costs only its own. FLOPs are
-XLA's count of the model without rematerialisation; the rate beside them is that of a bfloat16
-matrix product of 8192, measured first. Peers use our FLOPs, being the same networks.
+Each part runs in its own process, which exits before the next one starts. Rows are printed, and
+appended to --out, as they arrive; a part that fails or times out loses only its own rows. FLOPs are
+XLA's count of the model without rematerialisation, compared with the rate of a bfloat16 matmul of
+size 8192, which is measured first. Peers use our FLOPs, since they are the same networks.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     # About what it takes on an H100 with nothing compiled yet. With less left it doesn't start.
     seconds: int
     settings: dict[str, Any] = {}
-    peer: str = ""  # ours, of which this is the peer
+    peer: str = ""  # the part of ours that this is the peer of
 
 
 def _ours(tier: int, what: str, size: int, batch: int, seconds: int, **settings: Any) -> Part:
@@ -169,7 +169,7 @@ def choose(patterns: str, tier: int | None) -> list[tuple[str, int]]:
         name, _, batch = pattern.partition(":")
         found = fnmatch.filter(PARTS, name)
         if not found:
-            raise SystemExit(f"--parts: {name!r} is no part; choose of {', '.join(PARTS)}")
+            raise SystemExit(f"--parts: {name!r} is not a part; choose from {', '.join(PARTS)}")
         chosen += [(n, int(batch or PARTS[n].batch)) for n in found if PARTS[n].tier]
     return chosen
 
@@ -178,7 +178,7 @@ def choose(patterns: str, tier: int | None) -> list[tuple[str, int]]:
 
 
 def run(name: str, batch: int, given: argparse.Namespace, cache: str, logs: str, limit: float):
-    """Yields a part's rows as it reports them, the last one saying why if it failed."""
+    """Yields a part's rows as it reports them; if it failed, the last one has the reason."""
     command = [sys.executable, os.path.abspath(__file__), f"--child={name}:{batch}"]
     command += ["--tiny"] * given.tiny + [f"--attention={given.attention}"] * bool(given.attention)
     environment = os.environ | {
@@ -232,9 +232,9 @@ def _end(group: int) -> None:
 
 
 def child(given: argparse.Namespace) -> None:
-    """Runs one part here, and writes its rows to stdout."""
+    """Runs one part in this process and writes its rows to stdout."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no row
+    os.dup2(2, 1)  # what libraries print are not rows
     name, _, batch = given.child.partition(":")
     module, function = PARTS[name].run.split(".")
     os.environ["BENCH_ATTENTION"] = given.attention or ""
@@ -283,7 +283,7 @@ def head() -> str:
 
 
 def line(row: Row, rows: list[Row]) -> str:
-    """A row of the table, in Markdown. rows: all so far, with the matmul rate and the peers."""
+    """A row of the table in Markdown. rows: all so far, including the matmul rate and the peers."""
     name = f"{row['part']} {row.get('case', '')}".strip()
     if "failed" in row or "skipped" in row:
         what = next(key for key in ("failed", "skipped") if key in row)
@@ -317,7 +317,7 @@ def _peer(row: Row, rows: list[Row]) -> Row | None:
 
 
 def table(rows: list[Row]) -> str:
-    """All rows in Markdown, the machine of each run above its rows."""
+    """All rows in Markdown, with each run's machine above its rows."""
     lines = []
     for number, row in enumerate(rows):
         if "machine" in row:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of benchmarks/gpu.py that run this project's code. Each yields rows; see `measured`.
 
-Weights are scaled noise, which is quicker to draw than initial values and takes as long to use.
+Weights are scaled noise: faster to draw than a real initialisation, and just as fast to use.
 """
 
 import contextvars
@@ -50,7 +50,7 @@ Build = Callable[[Any], tuple[jax.stages.Wrapped, tuple]]  # mesh -> (jitted, it
 
 
 def matmul(batch: int, tiny: bool) -> Rows:
-    """The rate that the others' FLOPs are compared with, in FLOP/s."""
+    """The matmul rate that FLOPs are compared with, in FLOP/s."""
     del batch
     size = 256 if tiny else 8192
     a, b = (random(jax.ShapeDtypeStruct((size, size), jnp.bfloat16), seed) for seed in (0, 1))
@@ -109,7 +109,7 @@ def train_step(config: Config, size: int) -> Row:
 
 
 def inputs(batch: int, tiny: bool) -> Rows:
-    """Phase 1 on a folder of JPEGs, as a user starts it: does the device wait for images?"""
+    """Phase 1 on a folder of JPEGs, as a user runs it: does the device wait for images?"""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def _metrics(workdir: str) -> list[Row]:
 
 
 def diffusion(config: str, autoencoder: str, patch: int, batch: int, tiny: bool) -> Config:
-    """The configuration of a diffusion model for latents of 512 pixels."""
+    """The configuration of a diffusion model for latents of 512-pixel images."""
     file, variant = config.split(":")
     raw = config_lib.load_file(os.path.join(CONFIGS, f"{file}.py"), "tiny" if tiny else variant)
     raw.autoencoder, raw.resolution, raw.patch_size = autoencoder, 512, patch
@@ -178,7 +178,7 @@ def compression(name: str) -> int:
 
 
 def denoiser_step(batch: int, tiny: bool, config: str, autoencoder: str, patch: int) -> Rows:
-    """A training step of a diffusion model; layers are rematerialised as its configuration says."""
+    """A training step of a diffusion model; layers are rematerialised as configured."""
     found = diffusion(config, autoencoder, patch, batch, tiny)
     yield train_step(found, found.model.latent_size)
 
@@ -253,7 +253,7 @@ def sampling(
 
 
 def attention(batch: int, tiny: bool) -> Rows:
-    """Both attentions at UViT-H's heads, forward and both ways. batch: patches in all."""
+    """Both attentions with UViT-H's heads, forward and with backward. batch: patches in total."""
     heads, width = (2, 32) if tiny else (16, 1152)
     both = {
         "plain": transformer.plain_attention,
@@ -285,7 +285,7 @@ def attention(batch: int, tiny: bool) -> Rows:
 
 
 def depthwise(batch: int, tiny: bool) -> Rows:
-    """The forms of the depthwise convolution in f32c32's blocks at 512 pixels, both ways."""
+    """The forms of the depthwise convolution in f32c32's blocks at 512 pixels, with backward."""
     for side, channels in ((8, 32),) if tiny else ((64, 4096), (32, 8192), (16, 8192)):
         shape = (2 if tiny else batch, side, side, channels)
         x, grad = (random(jax.ShapeDtypeStruct(shape, jnp.bfloat16), seed) for seed in (0, 1))
@@ -309,7 +309,7 @@ def depthwise(batch: int, tiny: bool) -> Rows:
 
 
 def small(call: Callable[..., Any], arguments: tuple, flops: float) -> Row:
-    """A row of a program of a few milliseconds."""
+    """A row for a program of a few milliseconds."""
     return measured(lambda _: (jax.jit(call), arguments), arguments, flops=flops, seconds=0.5)
 
 
@@ -373,7 +373,7 @@ def measured(
 
 
 def counted(build: Build) -> float:
-    """FLOPs of the program by XLA's count, on the CPU; with every iteration of its loops."""
+    """FLOPs of the program by XLA's count, on the CPU; counting every iteration of its loops."""
     jitted, arguments = build(mesh_lib.make_mesh(MeshSizes(), jax.devices("cpu")[:1]))
     traced, platform = jitted.trace(*arguments), jax.default_backend()
     return compile_lib._counted(traced, platform) + compile_lib.repeated_flops(
@@ -390,7 +390,7 @@ def here() -> Any:
 
 
 def form() -> str:
-    """The form of depthwise convolutions on this device, which the count also takes."""
+    """The form of depthwise convolutions on this device, which the FLOP count uses too."""
     return layers.depthwise_form("auto", jax.default_backend())
 
 
@@ -424,7 +424,7 @@ ATTENTION: contextvars.ContextVar[str] = contextvars.ContextVar("ATTENTION")
 
 
 def _choose_attention() -> None:
-    """Lets ATTENTION, where it is set, decide for every attention layer that is made."""
+    """If ATTENTION is set, uses it for every attention layer that is created."""
     made = transformer.Attention.__init__
 
     @functools.wraps(made)

@@ -3,7 +3,7 @@
 
     python benchmarks/growth.py
 
-`tiny`, float32. Memory is what the compiled program needs beside its weights. Work grows with the
+`tiny`, float32. Memory is what the compiled program needs besides its weights. Work grows with the
 pixels: linear attention and convolutions are linear in them.
 """
 
@@ -17,7 +17,7 @@ PLOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "docs
 
 
 def measure(ae, side: int, batch: int, rounds: int) -> dict[str, float]:
-    """Least seconds and temporary MB of encode and decode."""
+    """Minimum seconds, and temporary MB, of encode and decode."""
     import jax
 
     x = jax.device_put(np.zeros((batch, side, side, 3), np.float32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception's features beside those of torch-fidelity, on the same random weights.
+"""Inception's features and torch-fidelity's, with the same random weights.
 
 python benchmarks/inception.py
 """

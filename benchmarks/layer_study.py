@@ -5,7 +5,7 @@ docs/layer_study.svg.
     python benchmarks/layer_study.py --run=demo-run
 
 Each row starts from the same phase 1 (phase 2's rows) or phase 2 (phase 3's rows) and trains more
-layers outwards from the latent, or inwards from the picture.
+layers, outwards from the latent or inwards from the image.
 """
 
 import argparse
@@ -42,7 +42,7 @@ HEAD = {
 
 
 def one(phase: int, name: str, trainable: tuple, init_from: str, steps: int) -> list:
-    """A row: what training these layers did to each score, against before."""
+    """A row: how training these layers changed each score."""
     config = config_lib.load_file(os.path.join(CONFIGS, f"phase{phase}.py"), "tiny")
     config.init_from, config.trainable, config.steps = init_from, trainable, steps
     config.save_every = steps

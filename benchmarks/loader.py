@@ -3,9 +3,9 @@
 
     python benchmarks/loader.py
 
-Both decode, crop to 256 pixels, flip and stack batches of 16, with the same number of workers:
-threads here, as `data.workers=0` has it, processes there. Seconds are of a fixed number of
-batches after those that were read ahead.
+Both decode, crop to 256 pixels, flip and stack batches of 16 with the same number of workers:
+threads for ours (`data.workers=0`), processes for torch. Seconds are for a fixed number of batches
+after the prefetched ones.
 """
 
 import os
@@ -24,14 +24,14 @@ AREA = (0.25, 1.0)
 
 
 def _case(case: str) -> tuple[str, int, int]:
-    """(crop, pixels, batches to take the time of)."""
+    """(crop, pixels, batches to time)."""
     crop, rest = case.split(", ")
     pixels = int(rest.split()[2])
     return crop, pixels, 40 if pixels == 512 else 8
 
 
 def folder(pixels: int) -> str:
-    """JPEGs of the embedded photographs, enlarged; made once."""
+    """JPEGs of the embedded photographs, enlarged; created once."""
     path = os.path.join(tempfile.gettempdir(), f"dcae_jax-jpegs-{pixels}")
     if not os.path.isdir(path):
         from dcae_jax import files as report
@@ -116,7 +116,7 @@ def theirs(case: str):
 
 
 def _seconds(stream, batches: int) -> float:
-    """Of so many batches, after as many as may have been read before they were asked for."""
+    """Of this many batches, after as many as may have been prefetched."""
     for _ in range(2 * WORKERS * AHEAD):
         next(stream)
     start = time.perf_counter()

@@ -3,7 +3,7 @@
 
     python benchmarks/memory.py
 
-`tiny`, each job in a process of its own.
+`tiny`, each job in its own process.
 """
 
 import os

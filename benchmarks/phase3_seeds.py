@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does phase 3 diverge? 300 steps of `tiny` from one phase 2, with five seeds; prints a table.
+"""Does phase 3 diverge? 300 steps of `tiny` from the same phase 2, with five seeds; prints a table.
 
 python benchmarks/phase3_seeds.py --init_from=demo-run/phase2
 """
@@ -18,7 +18,7 @@ CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "c
 
 
 def one(seed: int, init_from: str, steps: int) -> list:
-    """A row of the table: what the discriminator and the scores did under `seed`."""
+    """A row of the table: the discriminator and the scores with `seed`."""
     config = config_lib.load_file(os.path.join(CONFIGS, "phase3.py"), "tiny")
     config.init_from, config.seed, config.steps = init_from, seed, steps
     config.save_every = steps

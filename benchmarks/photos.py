@@ -5,19 +5,19 @@
 
 Needs Debian 12's apt-get and dpkg-deb. photos.csv lists the photographs, sorted by eye from art,
 logos and gradients, with author and licence as the package states them. Left out: ukui-wallpapers
-(no photograph), tuxpaint-stamps-default (cut-outs, mostly below 512 pixels), opencv-doc (pictures
-of other collections, whose licences it does not state), short sides below 512. This writes
+(no photograph), tuxpaint-stamps-default (cut-outs, mostly below 512 pixels), opencv-doc (images
+of other collections, without their licences), short sides below 512. This writes
 
-    OUT/train/, OUT/held_out/  one image a file: data.path and data.held_out_path
-    OUT/photos.tar             both folders, without times and owners
+    OUT/train/, OUT/held_out/  one image per file: data.path and data.held_out_path
+    OUT/photos.tar             both folders, without mtimes and owners
     photos.md, beside this script: sources, authors, licences, sizes
 
 The same packages and the same Pillow give the same bytes. A photograph larger than SHORT_SIDE is
-reduced to it, which also hides what the package's own JPEG compression left behind.
+downscaled to it, which also hides the artifacts of the package's own JPEG compression.
 
-Held out are whole photographs: flower and chelsea, which the source `photos` holds out, and of
-Debian's each whose hashed name is divisible by six. The others of the source `photos` stay in
-training, since models trained on that source have seen them.
+Whole photographs are held out: flower and chelsea, which the source `photos` holds out, and those
+of Debian whose hashed name is divisible by six. The others of the source `photos` stay in training,
+since models trained on that source have seen them.
 """
 
 import argparse
@@ -46,7 +46,7 @@ LIMIT = 24_000_000  # bytes of photos.tar
 
 
 def held_out(photo: dict[str, str]) -> bool:
-    """The rule, fixed before any training."""
+    """The hold-out rule, fixed before any training."""
     if not _debian(photo["package"]):
         return photo["title"] in ("flower", "chelsea")
     return int(hashlib.sha256(_stem(photo).encode()).hexdigest(), 16) % 6 == 0
@@ -113,7 +113,7 @@ def _member(data: bytes, wanted: str) -> bytes:
 def reduce(data: bytes, lossless: bool) -> tuple[bytes, str, tuple[int, int]]:
     """(encoded image, file extension, its size in pixels), short side about SHORT_SIDE at most.
 
-    As it came if that is no larger, or `lossless`.
+    Unchanged if that is not larger, or `lossless`.
     """
     with Image.open(io.BytesIO(data)) as image:
         extension, rgb = image.format.lower().replace("jpeg", "jpg"), to_rgb(image)
@@ -131,7 +131,7 @@ def reduce(data: bytes, lossless: bool) -> tuple[bytes, str, tuple[int, int]]:
 
 
 def pack(out: str) -> str:
-    """Writes OUT/photos.tar; its SHA-256. Ends the script where it is larger than LIMIT."""
+    """Writes OUT/photos.tar; returns its SHA-256. Exits if it is larger than LIMIT."""
     path = os.path.join(out, "photos.tar")
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         names = [*glob.glob("train/*", root_dir=out), *glob.glob("held_out/*", root_dir=out)]
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def report(photos, packages, path: str, digest: str) -> str:
-    """photos.md: what the file holds, and by whom."""
+    """photos.md: the contents of the file and their authors."""
     sides = collections.Counter(photo["side"] for photo in photos)
     lines = [
         "# The photographs of docs/results.md\n",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench`: runs the benchmarks one after the other and puts what they print into
+"""`make bench`: runs the benchmarks one after another and writes their output to
 docs/benchmarks.md.
 
     python benchmarks/run.py [--only=loader]
 
-What the peers need: torch and diffusers (and torch-fidelity for Inception), as README says.
+The peers need torch and diffusers (and torch-fidelity for Inception).
 """
 
 import argparse

@@ -2,11 +2,11 @@
 """The tables of docs/scaling.md: jobs planned for TPU slices.
 
     python benchmarks/scaling.py                    # plans what is missing, writes the page
-    python benchmarks/scaling.py --only=uvit-h      # of what is missing, cells with this name
+    python benchmarks/scaling.py --only=uvit-h      # only missing cells with this name
     python benchmarks/scaling.py --remake --only=f32c32-phase1-v5e
     python benchmarks/scaling.py --check            # status 1 if the page is out of date
 
-A cell is one job on one slice. docs/scaling/plans.json keeps all cells, docs/scaling/plans.csv has
+A cell is one job on one slice. docs/scaling/plans.json stores all cells, docs/scaling/plans.csv has
 a row for each, and the page shows a summary. A cell takes minutes and is planned once, so an
 interrupted run resumes. Planning needs the TPU compiler (pip install -e '.[tpu]'); the page does
 not.
@@ -53,7 +53,7 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """The most wanted first."""
+    """All cells, the most wanted first."""
     found = []
     one = ("resolution=512", "resolutions=()", "batch_size=8", "loss.lpips_weight=0.0")
     one += ("ema_decay=0.0", "loss.gan_weight=0.0")
@@ -153,7 +153,7 @@ def summary(cells: list[Cell]) -> str:
 
 
 def parts(cells: list[Cell]) -> str:
-    """What training all layers takes, and what training some of them takes."""
+    """The costs of training all layers, and of training some of them."""
     rows = rows_of([cell for cell in cells if cell.table == "parts"])
     lines = [(cell.job, *_short(row)) for cell, row in rows]
     return _markdown(("trained", *SHORT_HEAD), lines)
@@ -212,7 +212,7 @@ def write(cells: list[Cell]) -> None:
 
 
 def check(cells: list[Cell]) -> None:
-    """Ends with status 1 if a file is not what the kept cells make."""
+    """Exits with status 1 if a file differs from what the kept cells make."""
     for path, text in pages(cells).items():
         with open(path, encoding="utf-8") as file:
             if file.read() != text:

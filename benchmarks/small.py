@@ -5,9 +5,9 @@
     python benchmarks/small.py --photos=photos runs/small/phase1 runs/small/phase2 runs/small/phase3
 
 Every photograph gives `configs/phase1.py:small`'s fixed crops at its own scale. The spectrum column
-is the power above half the Nyquist frequency over that of the photographs: 1 is as sharp as they
-are. PCA is fitted on patches of the training photographs; twice the patches show that it has
-converged. Writes a JSON line per model to --out, and the linear model to --pca.
+is the power above half the Nyquist frequency relative to the photographs: 1 is as sharp as they
+are. PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it
+has converged. Writes a JSON line per model to --out, and the linear model to --pca.
 """
 
 import argparse

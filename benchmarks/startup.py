@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a start costs: imports, --help, and the way to a run's first step, cold and warm.
+"""Startup time: imports, --help, and a run's first step, cold and warm.
 
     python benchmarks/startup.py
 
-Each row is a process of its own; a run's first start has an empty compile cache.
+Each row is a separate process; a run's first start has an empty compile cache.
 """
 
 import os
@@ -27,7 +27,7 @@ PHASES = ("phase1", "phase2", "phase3")
 
 
 def seconds(command: list[str], until: str = "", **environment: str) -> float:
-    """Wall time of a process, or until a line of it matches `until`."""
+    """Wall time of a process, or until a line of its output matches `until`."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command,

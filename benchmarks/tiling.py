@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the borders of tiles show in decoded pictures? Prints a table for each photograph.
+"""Are tile borders visible in decoded images? Prints a table for each photograph.
 
     python benchmarks/tiling.py --run=demo-run/phase3
 
 The step at a line between two rows, or two columns, of pixels is the mean absolute difference
-across it, along its whole length. Steps stand in units of the median step of all such lines of
-the same direction in the whole picture's decode: 2 is twice the median neighbour difference.
+across it, along its whole length. Steps are in units of the median step of all lines of the same
+direction in the untiled decode: 2 is twice the median neighbour difference.
 """
 
 import argparse
@@ -27,14 +27,14 @@ def steps(image: np.ndarray, axis: int) -> np.ndarray:
 
 
 def borders(size: int, tile: int, overlap: int, compression: int) -> list[int]:
-    """Lines at which a tile begins or ends, in pixels from the start of `size` latents."""
+    """Lines where a tile begins or ends, in pixels, for `size` latents."""
     axis = tiling._axis(size, tiling.plan(tile, overlap, None), 1)
     edges = {n for start, length, _ in axis for n in (start, start + length)}
     return [compression * n for n in sorted(edges) if 0 < n < size]
 
 
 def rows_of(ae: autoencoder.Autoencoder, picture: Image.Image, tile: int, overlap: int) -> list:
-    """[direction, line, step tiled, step whole, step that tiling adds] of a picture's borders."""
+    """[direction, line, step tiled, step untiled, step added by tiling] of an image's borders."""
     f = ae.compression
     pixels = np.asarray(picture, np.float32)
     height, width = (size // f * f for size in pixels.shape[:2])

@@ -62,7 +62,7 @@ def train(batch: int, tiny: bool, what: str, size: int, compiled: bool) -> Itera
 
 
 class Block(nn.Module):
-    """Attention, then MLP; with `skip`, a stored output joins first."""
+    """Attention, then MLP; with `skip`, a stored output is concatenated first."""
 
     def __init__(self, width: int, heads: int, skip: bool):
         super().__init__()
@@ -87,7 +87,7 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """(x [B, c, h, w], t [B], labels [B]) -> [B, c, h, w], h = w = side.
 
-    rematerialise: the backward pass computes each block again.
+    rematerialise: recomputes each block in the backward pass.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ def _step(
 def measured(
     call: Callable[[], None], device: str, images: int, model: nn.Module
 ) -> dict[str, Any]:
-    """A row; compile_s is the first call's seconds, peak_gb what PyTorch had allocated at most."""
+    """A row; compile_s is the first call's seconds, peak_gb PyTorch's peak allocation."""
 
     def wait() -> None:
         if device == "cuda":

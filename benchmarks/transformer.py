@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UViT-S forward and a training step beside the same network in plain PyTorch.
+"""UViT-S: forward and a training step, compared with the same network in plain PyTorch.
 
     python benchmarks/transformer.py
 
 Latents of 32 channels, 8 x 8 (64 patches) and 16 x 16 (256), patches of 1, batch 8, float32. The
 training step is forward, backward, clipping and AdamW on the noise prediction; ours is the step
-that jobs/train.py runs, with averages off. The peer uses `scaled_dot_product_attention`.
+that jobs/train.py runs, without EMA. The peer uses `scaled_dot_product_attention`.
 """
 
 import os

@@ -4,7 +4,7 @@
 
     python benchmarks/uvit_tokens.py
 
-The two take turns, so that whatever else the machine does meets both.
+The two alternate, so that other load on the machine affects both.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SETTINGS = {"f8, patch 2": ("sd-vae-f8", 2), "f64, patch 1": ("f64c128", 1)}
 
 
 def configuration(arguments: argparse.Namespace, autoencoder: str, patch_size: int):
-    """configs/uvit.py on latents of `autoencoder`, of which the shapes alone are needed."""
+    """configs/uvit.py on latents of `autoencoder`, whose shapes are all that is needed."""
     config = config_lib.load_file(os.path.join(CONFIGS, "uvit.py"), arguments.variant)
     config.autoencoder, config.patch_size = autoencoder, patch_size
     config.resolution, config.batch_size = arguments.resolution, arguments.batch_size
