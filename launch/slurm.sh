@@ -10,7 +10,7 @@ NAME=${NAME:?name of the job}
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}              # per node
 CPUS=${CPUS:-8}              # per process, for image readers
-HOURS=${HOURS:-24}           # time limit; the job saves two minutes before it and is requeued
+HOURS=${HOURS:-24}           # time limit; the job saves two minutes earlier and is requeued
 PARTITION=${PARTITION:-}     # empty: the cluster's default
 PYTHON=${PYTHON:-.venv/bin/python}
 RESTARTS=${RESTARTS:-20}
@@ -18,7 +18,7 @@ DRY=
 if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
 (($#)) || { echo "error: no job; pass the flags of python -m dcae_jax.main" >&2 && exit 2; }
 
-# --gres: with --gpus-per-task, a process would see its own GPU but not its neighbours.
+# --gres: with --gpus-per-task, a process would see only its own GPU, not its neighbours'.
 read -r -d '' script << END || true
 #!/usr/bin/env bash
 #SBATCH --job-name=$NAME
@@ -39,7 +39,7 @@ status=0
 srun --cpus-per-task=$CPUS --kill-on-bad-exit=1 bash -c 'trap : TERM; "\$@" || { s=\$?; echo \$s >> "\$0"; exit \$s; }' \\
   "\$first" $(printf '%q ' "$PYTHON" -m dcae_jax.main "$@") || status=\$?
 if [[ -s \$first ]]; then read -r status < "\$first"; fi
-case \$status in 0 | 1 | 2) exit "\$status" ;; esac  # 1 and 2 would only recur
+case \$status in 0 | 1 | 2) exit "\$status" ;; esac  # 1 and 2 would happen again
 if ((\${SLURM_RESTART_COUNT:-0} < $RESTARTS)); then
   echo "status \$status: requeued"
   scontrol requeue "\$SLURM_JOB_ID"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs a job on every worker of a Cloud TPU slice, requested as a queued resource, and reruns it
-# after a preemption. Copies the committed files of a clone there; from the clone's root:
+# after a preemption. Copies the clone's committed files to the workers. From the clone's root:
 #   NAME=run1 ZONE=us-east5-b BUCKET=my-bucket TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
 #       --config=configs/phase1.py --workdir=bucket/run1
 # BUCKET is mounted as ~/bucket on every worker. The slice outlives the job; to delete it:
@@ -53,7 +53,7 @@ for ((run = 0; run <= RESTARTS; run++)); do
     mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET ~/bucket
     ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
     worker "$job"; } || status=$?
-  case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would only recur
+  case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would happen again
   echo "status $status: rerunning" >&2
 done
 exit 75

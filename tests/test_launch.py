@@ -151,7 +151,7 @@ def test_slurm_judges_by_what_failed_first(launch, tmp_path):
     script = tmp_path / "batch.sh"
     script.write_text(calls[0][2])
     script.chmod(0o755)
-    # Process 0 exits 2, process 1 is killed for it; srun tells the larger status.
+    # Process 0 exits 2, process 1 is killed for it; srun reports the larger status.
     body = """
 import subprocess
 if name == "srun":
