@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dtype=float32 on a GPU is float32, not TF32: by numbers, against float64 and against the CPU.
+"""On a GPU, dtype=float32 is float32, not TF32: compared with float64 and with the CPU.
 
-TF32 rounds factors to 2^-11: its errors are 1e-4 to 1e-3 of a result's deviation, those of float32
-1e-7 to 1e-5. Inception's and LPIPS' goldens (models/) hold the same for them.
+TF32 rounds inputs to 2^-11: its errors are 1e-4 to 1e-3 of a result's standard deviation, those of
+float32 1e-7 to 1e-5. The goldens of Inception and LPIPS (models/) check the same for them.
 """
 
 import jax
@@ -24,7 +24,7 @@ def _meshes():
 
 
 def _error(found, want):
-    """The largest difference in deviations of `want`."""
+    """The largest difference, in standard deviations of `want`."""
     found, want = (np.asarray(x, np.float64) for x in (found, want))
     return np.abs(found - want).max() / want.std()
 
@@ -65,9 +65,9 @@ def test_statistics_of_features_are_those_of_float64():
 @pytest.mark.parametrize("dtype, bounds", [("float32", (5e-5, 1e-5)), ("bfloat16", (0.5, 0.03))])
 @pytest.mark.parametrize("variant", ["tiny", "sd-vae-f8"])
 def test_latents_and_images_are_those_of_the_cpu(variant, dtype, bounds):
-    """Catches TF32 in an autoencoder of float32, and a bfloat16 one further off than its dtype.
+    """Catches TF32 in a float32 autoencoder, and a bfloat16 one less accurate than its dtype.
 
-    Tolerance of bfloat16: 0.5 deviations at most, 0.03 on average, with random weights.
+    bfloat16 tolerance: 0.5 standard deviations at most, 0.03 on average, with random weights.
     """
     x = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
     ours, reference = (
@@ -82,7 +82,7 @@ def test_latents_and_images_are_those_of_the_cpu(variant, dtype, bounds):
 
 
 def test_samples_in_float32_are_those_of_the_cpu(generator_run):
-    """Catches TF32 in a float32 UViT, whose errors grow from step to step of a sampler."""
+    """Catches TF32 in a float32 UViT, whose errors grow with each step of the sampler."""
     ours, reference = (
         dcae_jax.load_generator(generator_run, mesh=mesh, dtype="float32").sample(
             [0, 1, 2, 0], guidance=2.0, steps=10, seed=3

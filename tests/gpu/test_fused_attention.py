@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cuDNN's fused attention against the softmax that is written out."""
+"""cuDNN's fused attention against an explicit softmax."""
 
 import functools
 
@@ -23,9 +23,9 @@ def _fused(q, k, v):
 
 @pytest.mark.parametrize("tokens, heads, width", SHAPES)
 def test_fused_attention_and_its_gradient_are_those_of_the_definition(tokens, heads, width):
-    """Catches another scale, padded tokens that are attended to, and a gradient of another order.
+    """Catches a wrong scale, attention to padded tokens, and gradients in another order.
 
-    Tolerance: 2 % of the largest value, twice what plain attention in bfloat16 may lose.
+    Tolerance: 2 % of the largest value, twice that of plain attention in bfloat16.
     """
     random = np.random.default_rng(0)
     q, k, v, weight = random.standard_normal((4, 2, tokens, heads, width)).astype(np.float32)

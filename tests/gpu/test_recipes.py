@@ -18,8 +18,8 @@ def lpips(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_phases_with_lpips_and_a_gan_train_and_freeze(dtype, lpips, tmp_path):
-    """Catches a start that only works where the compiler counts FLOPs, a step that is not finite
-    in bfloat16, and frozen weights that move."""
+    """Catches a start that needs the compiler's FLOP count, a step that is not finite in bfloat16,
+    and frozen weights that change."""
     previous, source = {}, {}
     for phase, frozen in ((1, None), (2, "encoder.stages.0."), (3, "encoder.")):
         workdir = str(tmp_path / f"phase{phase}")
@@ -43,7 +43,7 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true" if on_gpu.MODE == "1" else ""
 
 
 def test_a_resumed_run_ends_bit_equal(lpips, tmp_path):
-    """Catches a program that is another one, or adds in another order, in the second process."""
+    """Catches a second process whose program differs or sums in another order."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     whole, resumed = (str(tmp_path / name) for name in ("whole", "resumed"))
     settings = {"save_every": 2, "steps": 4, "allow_change": ("steps",)}
@@ -63,7 +63,7 @@ def test_a_resumed_run_ends_bit_equal(lpips, tmp_path):
 
 @pytest.mark.skipif(on_gpu.MODE == "cpu", reason="a CPU has all of the host's memory")
 def test_out_of_memory_is_one_line_with_a_remedy(lpips, tmp_path):
-    """Catches a traceback, or a message of JAX's, where a batch does not fit the card."""
+    """Catches a traceback or JAX's own message for a batch that does not fit the GPU."""
     wide = {"model.widths": (64, 64, 128, 256, 256), "resolution": 256, "batch_size": 32}
     command = recipes.arguments(1, str(tmp_path / "run"), lpips, **wide, steps=1)
     status, said = recipes.run(command, XLA_PYTHON_CLIENT_MEM_FRACTION="0.01")
