@@ -235,7 +235,7 @@ def steady(
 
 
 def put(doc: str, name: str, printed: str) -> None:
-    """Writes a benchmark's output between the marks `<!-- name -->` in the document `doc` (a path)."""
+    """Writes a benchmark's output between the marks `<!-- name -->` in the file `doc`."""
     from dcae_jax import files as report
 
     with open(doc, encoding="utf-8") as file:
@@ -245,7 +245,7 @@ def put(doc: str, name: str, printed: str) -> None:
 
 
 def between_marks(doc: str, text: str, name: str, part: str) -> str:
-    """`text`, the document `doc` (a path), with `part` between the marks of `name`."""
+    """`text`, the content of the file `doc`, with `part` between the marks of `name`."""
     marks = (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
     if not all(mark in text for mark in marks):
         raise SystemExit(f"{os.path.basename(doc)} has no marks {marks}")
@@ -266,8 +266,8 @@ def beside(
 ) -> None:
     """The `main` of a two-sided script; rows have each side's fraction of the machine's peaks.
 
-    ours(case), theirs(case): the `prepare` of `serve`. rounds(case): multiplies `--rounds`, which is
-    `default` if not given.
+    ours(case), theirs(case): the `prepare` of `serve`. rounds(case): multiplies `--rounds`, by
+    default `default`.
     """
     given = arguments(doc, default)
     if given.side:

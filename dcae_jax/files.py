@@ -173,7 +173,7 @@ def read_object(path: str) -> dict[str, Any] | None:
     if not os.path.exists(path):
         return None
     if not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
-        raise UserError(f"{path} is no JSON file of at most {MAX_JSON} bytes; fetch it again")
+        raise UserError(f"{path} is not a JSON file of at most {MAX_JSON} bytes; fetch it again")
     try:
         value = read_json(path)
     except (OSError, ValueError, RecursionError) as error:

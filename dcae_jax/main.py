@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if is_command:
             return commands.run(argv[1], argv[2:])
-        host_memory.keep()  # before JAX starts threads, each of which would have its own arena
+        host_memory.keep()  # before JAX starts threads, which would each have their own arena
         from dcae_jax.runtime import distributed as hosts
 
         given, argv = hosts.take_flags(argv)

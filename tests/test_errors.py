@@ -63,7 +63,7 @@ def test_a_missing_optional_package_is_one_line_with_its_install_command(
 
 
 def test_install_commands_name_what_an_extra_installs():
-    """Catches a name that is no package, and an extra that lacks what the code asks for."""
+    """Catches a name that is not a package, and an extra that lacks what the code asks for."""
     groups = PROJECT["optional-dependencies"]
     extras = _names(text for name, group in groups.items() if name != "dev" for text in group)
     for module, package in errors.OPTIONAL.items():

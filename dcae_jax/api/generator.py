@@ -40,7 +40,7 @@ class SampleSettings:
 
     def __post_init__(self):
         if not (np.isfinite(self.guidance) and self.guidance >= 0):
-            raise UserError(f"guidance={self.guidance} must be finite and >= 0; 1 is no guidance")
+            raise UserError(f"guidance={self.guidance} must be finite and >= 0; 1 turns it off")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"interval={self.interval} must be 0 <= low <= high <= 1")
         if not (0 <= self.seed and 0 <= self.first):

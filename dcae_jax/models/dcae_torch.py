@@ -105,7 +105,7 @@ def format_of(found: Iterable[str]) -> str | None:
 
 
 def recognise(tensors: Mapping[str, Any]) -> Variant | None:
-    """The variant with exactly these tensors, or None. They do not tell the scaling factor."""
+    """The variant with exactly these tensors, or None. Its scaling factor stays unknown."""
     form = "authors" if format_of(tensors) == "authors" else "diffusers"
     found = {
         name: tuple(tensor.shape)

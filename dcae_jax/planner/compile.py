@@ -76,7 +76,7 @@ def job_config(file: str, overrides: tuple[str, ...], generator: str = "") -> Co
         return _sampling(config, generator, overrides)
     if config.job != "train":
         raise UserError(
-            f"plan.config={file!r} is for the job {config.job}; plan one of train and sample"
+            f"plan.config={file!r} is for the job {config.job}; plan a train or a sample job"
         )
     if generator:
         raise UserError(

@@ -222,7 +222,7 @@ def test_parts_of_one_length_have_orders_of_their_own(tmp_path):
 
 def test_another_batch_size_goes_on_with_whole_batches_of_one_size(image_folder):
     """Catches a batch of images of two sizes, where allow_change lets the batch size differ: the
-    32 examples of 8 batches are no multiple of 5; and another position after a second resume."""
+    32 examples of 8 batches are not a multiple of 5; and another position after a second resume."""
     config = data.config(data__source="folder", data__path=image_folder)
     config.resolutions = (16, 24, 32)
     config.batch_size = 5

@@ -58,8 +58,8 @@ def test_every_kind_of_image_becomes_rgb(mode, tmp_path):
 
 
 def test_an_image_beside_class_folders_has_no_label(tmp_path):
-    """Catches the first class's label for an image that is of none, in a mixture the last label of
-    the part before; an autoencoder still trains on it, `encode` tells it before it starts."""
+    """Catches an image of no class that gets the first class's label, or the last label of the part
+    before in a mixture; an autoencoder still trains on it, `encode` reports it before it starts."""
     for part in "ab":
         for name in ("cat/0", "dog/1", "loose"):
             path = tmp_path / part / f"{name}.png"

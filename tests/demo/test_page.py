@@ -43,7 +43,7 @@ def test_the_grid_shows_what_phase_3_changed():
 
 
 def test_a_neighbour_is_found_by_mean_and_deviation_of_channels():
-    """Catches classes told apart by position, or by the mean alone."""
+    """Catches classes distinguished by position, or by the mean alone."""
     rng = np.random.default_rng(0)
     known = rng.standard_normal((40, 4, 4, 3)).astype(np.float32)
     labels = np.arange(40) % 2

@@ -219,7 +219,7 @@ def test_settings_make_the_architecture_again():
         assert sdvae.architecture(config) == arch
     with pytest.raises(UserError, match="3 stages"):
         sdvae_torch.settings_of(small())
-    # A DC-AE folder given to this file, and the other way round, is told apart by its config.
+    # A DC-AE folder given to this file, and the other way round, is distinguished by its config.
     with pytest.raises(UserError, match="_class_name"):
         dcae_torch.variant_of(sdvae_torch.config_of(base, "diffusers"), "diffusers")
     assert dcae.VARIANTS.keys().isdisjoint(sdvae.VARIANTS)

@@ -70,7 +70,7 @@ WORDS = (
     ),
     (
         "is of the job evaluate, which has nothing to plan",
-        "is for the job evaluate; plan one of train and sample",
+        "is for the job evaluate; plan a train or a sample job",
     ),
     (
         "plan.generator is empty; name the file of the job that trains the model, as in",

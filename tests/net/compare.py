@@ -10,7 +10,7 @@ FIRST, LAST = 2e-5, 1e-3
 # Of a tensor's change since the start, relative to the rms of that change.
 CHANGE = 2e-2
 # A key's bias adds the same to a query's every score, which the softmax cancels: its gradient is
-# rounding alone, of which Adam makes whole steps. Only its shape can be compared.
+# rounding alone, which Adam scales to whole steps. Only its shape can be compared.
 CANCELLED = "attn.qkv.bias[k]"
 # Of an array that was computed at once, relative to its rms.
 ARRAY = 5e-5
@@ -47,7 +47,7 @@ def _exact(where: str, a: Any, b: Any) -> Iterator[str]:
 
 
 def _recipes(where: str, a: dict | None, b: dict | None) -> Iterator[str]:
-    """Of configurations, told by what is not ':', the default: new keys may come."""
+    """Configurations, recorded as their differences from ':', the default; new keys are fine."""
     a, b = a or {}, b or {}
     for name in a:
         if name not in b:

@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # The checkout whose package and configurations run: this one, or that of the record.
 ROOT = os.path.abspath(os.environ.get("DCAE_NET_ROOT") or os.path.join(HERE, os.pardir, os.pardir))
 CONFIGS = os.path.join(ROOT, "configs")
-TIMES = ("_s", "_per_s")  # ends of the metrics that are no results
+TIMES = ("_s", "_per_s")  # ends of the metrics that are not results
 EVALUATE = {
     "evaluate.resolutions": "(32,)",
     "evaluate.batch_size": 2,
@@ -181,7 +181,7 @@ def _parts(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def without_paths(text: str, space: Space) -> str:
     """`text` without what differs from one run of the net to the next."""
     text = text.replace(space.root, "SPACE").replace(ROOT, "REPOSITORY")
-    # ml_collections quotes a whole traceback, of which the end is ours.
+    # ml_collections quotes a whole traceback; only its end is ours.
     text = re.sub(r"Traceback \(most recent call last\).*\b(\w+Error: )", r"... \1", text)
     # Our own names of parameters may change.
     text = re.sub(r"'(?:encoder|decoder)\.[\w.]+'", "'PATH'", text)

@@ -27,13 +27,13 @@ def _compiled(unroll):
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_turns():
-    """Catches a scanned transformer whose traffic is told as that of one layer."""
+    """Catches a scanned transformer whose traffic is reported as that of one layer."""
     looped, flat = (hlo.collective_bytes(_compiled(u).as_text()) for u in (1, True))
     assert looped == flat == {"all-reduce": {"count": 5, "bytes": 5 * 4096}}
 
 
 def test_loops_access_memory_in_every_round():
-    """Catches bytes of one layer told as those of all, and whole stacks counted for each slice."""
+    """Catches bytes of one layer taken for those of all, and whole stacks counted for each slice."""
     looped, flat = _compiled(1), _compiled(True)
     once = looped.cost_analysis()["bytes accessed"]
     more = hlo.repeated_bytes(looped.as_text())

@@ -287,7 +287,7 @@ def test_truncated_incomplete_and_wrong_weights_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="these are f32c32-sana weights; load them as"):
         checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"), variant="f32c32")
     hollow_file(tmp_path / "x.safetensors", {"features.weight": (3, 3)})
-    with pytest.raises(UserError, match="no variant; name it with variant="):
+    with pytest.raises(UserError, match="no variant; set variant="):
         checkpoint_weights.load_weights(str(tmp_path / "x.safetensors"))
 
 

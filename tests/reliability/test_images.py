@@ -170,7 +170,7 @@ def test_one_broken_picture_to_judge_is_a_users_mistake(small, tmp_path):
 
 
 def _mend(content):
-    """A PNG whose chunks have the checksums of what they hold, as far as they can be told apart.
+    """A PNG whose chunks have the checksums of what they hold, as far as they can be separated.
 
     Without it Pillow looks at nothing but the checksum of a chunk that was changed.
     """

@@ -49,7 +49,7 @@ def _one_line(status, said, *words):
 
 
 def _intact(workdir):
-    """The newest checkpoint, which is whole and can be loaded."""
+    """The newest checkpoint, which is undamaged and can be loaded."""
     (*_, step) = checkpoints.saved_steps(str(workdir))
     assert integrity.damage(str(workdir / "checkpoints" / str(step))) == ""
     assert checkpoint_weights.load_weights(str(workdir))[1].model.latent_channels == 8
@@ -144,6 +144,6 @@ def test_the_systems_words_are_found_wherever_they_stand(error, words):
 
 
 def test_a_bug_keeps_its_traceback():
-    """Catches a mistake of ours told as one of the machine's."""
+    """Catches a bug of ours reported as a machine failure."""
     for bug in (ValueError("x"), FileNotFoundError(2, "gone", "/x"), KeyError("disk"), TypeError()):
         assert errors_lib.explain(bug) is None

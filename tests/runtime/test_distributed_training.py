@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp
 
 @pytest.mark.slow
 def test_sigterm_on_one_process_saves_once_on_both(tmp_path):
-    """Catches processes that stop at different steps, of which one waits for ever."""
+    """Catches processes that stop at different steps, so that one waits forever."""
     settings = {
         **NARROW,
         "steps": 2000,

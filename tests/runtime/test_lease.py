@@ -154,7 +154,7 @@ def test_a_lock_that_is_a_link_is_refused(target, tmp_path):
 
 
 def test_a_lock_that_is_another_name_of_a_file_is_refused(tmp_path):
-    """Catches a hard link of which the other name loses its contents."""
+    """Catches a hard link whose other name loses its contents."""
     (tmp_path / "run").mkdir()
     (tmp_path / "precious.txt").write_text("precious")
     os.link(tmp_path / "precious.txt", tmp_path / "run" / lease.FILE)
@@ -200,7 +200,7 @@ def test_a_job_writes_through_no_link(name, tmp_path):
 
 
 def test_a_second_job_leaves_the_owners_record(tmp_path):
-    """Catches a lock file that the refused job empties, so that the third is told nobody's name."""
+    """Catches a lock file that the refused job empties, so that the third gets no owner's name."""
     with lease.hold(str(tmp_path)):
         for _ in range(2):
             with pytest.raises(UserError, match=f"process {os.getpid()} on"):

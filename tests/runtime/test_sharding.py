@@ -167,7 +167,7 @@ def _collectives(text, kind):
 @pytest.mark.parametrize("kind", ["phase1", "uvit", pytest.param("phase3", marks=slow)])
 def test_fsdp_puts_one_layer_together_at_a_time(kind):
     """Catches a stack of layers, or the batch's activations, gathered on every device: both are
-    what XLA does where it is not told how weights are used."""
+    what XLA does without constraints on how weights are used."""
     _, _, spec, _, step = _program(kind, FSDP)
     text = step.as_text()
     layers = [

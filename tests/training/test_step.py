@@ -36,7 +36,7 @@ def _run(config, mesh, batches, lpips=None, change=lambda s: s):
 
 
 def _later(state):
-    """The state of an eighth step, of which three were skipped, two just before."""
+    """The state before step 8, after three skipped steps, two of them just before."""
     return dataclasses.replace(
         state, step=state.step + 7, skipped=state.skipped + 3, skipped_in_row=state.skipped + 2
     )
