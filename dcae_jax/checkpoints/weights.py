@@ -132,7 +132,7 @@ def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
     """The weights of a workdir's newest undamaged checkpoint, or of the one that `path` names."""
     if kind != saved.kind:
         raise UserError(
-            f"init_from={path!r} is a run of the kind {saved.kind}; give one of the kind {kind}"
+            f"init_from={path!r} is a run of kind {saved.kind!r}; give one of kind {kind!r}"
         )
     workdir, step = checkpoints.split_path(path)
     steps = checkpoints.saved_steps(workdir)

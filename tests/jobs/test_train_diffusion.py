@@ -117,7 +117,7 @@ def test_models_of_the_other_kind_are_refused(
     generator_run, autoencoder_export, diffusion_config, alone, tmp_path
 ):
     """Catches a diffusion model read as an autoencoder, which would miss all of its weights."""
-    with pytest.raises(UserError, match="is a run of the kind generator"):
+    with pytest.raises(UserError, match="is a run of kind 'generator'"):
         dcae_jax.load_autoencoder(generator_run)
     with pytest.raises(UserError, match="give one with kind='generator'"):
         dcae_jax.load_generator(autoencoder_export)

@@ -33,7 +33,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_turns():
 
 
 def test_loops_access_memory_in_every_round():
-    """Catches bytes of one layer taken for those of all, and whole stacks counted for each slice."""
+    """Catches bytes of one layer taken for those of all, and whole stacks counted per slice."""
     looped, flat = _compiled(1), _compiled(True)
     once = looped.cost_analysis()["bytes accessed"]
     more = hlo.repeated_bytes(looped.as_text())
