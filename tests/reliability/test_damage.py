@@ -92,7 +92,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(workdir, kind, caplog
     assert "checkpoint 6 is damaged" in caplog.text and victim.name in caplog.text
     assert checkpoints.saved_steps(str(workdir)) == [2, 4]
     assert (workdir / "damaged" / "6").is_dir()  # for a look, and out of the way of a new 6
-    with pytest.raises(UserError, match="no finished checkpoint"):
+    with pytest.raises(UserError, match="not a finished checkpoint"):
         checkpoint_weights.load_weights(str(workdir / "checkpoints" / "6"))
 
 

@@ -149,7 +149,7 @@ def test_shards_that_climb_out_are_looked_for_inside(tmp_path):
     folder.mkdir()
     index = {"weight_map": {"a": "../secret.safetensors", "b": "/etc/passwd"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    _refused(folder, str(folder), "no file")
+    _refused(folder, str(folder), "not a file")
 
 
 @contextlib.contextmanager
