@@ -95,11 +95,11 @@ def _write_stablehlo(
         config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":
         config = config_lib.replace(config, model={"depthwise": "grouped"})
-    graph, _, _ = weights_lib.split(
+    graphdef, _, _ = weights_lib.split(
         state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
     )
     arch = models.find(config.model).architecture(config.model)
-    return export_formats.write_stablehlo(graph, weights, arch, meta, folder, config.dtype)
+    return export_formats.write_stablehlo(graphdef, weights, arch, meta, folder, config.dtype)
 
 
 def _equal(worst: float) -> float:

@@ -158,12 +158,12 @@ class MLP(nnx.Module):
 def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """A module like `create`'s, whose arrays stack those of `count` modules on axis 0."""
     if only_shapes():
-        graph, state = nnx.split(create(rngs))
+        graphdef, state = nnx.split(create(rngs))
         return nnx.merge(
-            graph, jax.tree.map(lambda leaf: zeros_view((count, *leaf.shape), leaf.dtype), state)
+            graphdef, jax.tree.map(lambda leaf: zeros_view((count, *leaf.shape), leaf.dtype), state)
         )
     layers = [nnx.split(create(rngs)) for _ in range(count)]
-    graph, structure = layers[0][0], jax.tree.structure(layers[0][1])
+    graphdef, structure = layers[0][0], jax.tree.structure(layers[0][1])
     rows = [jax.tree.leaves(state) for _, state in layers]
     del layers
     stacked = []
@@ -171,7 +171,7 @@ def stack(count: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) 
         column = [row.pop(0) for row in rows]  # so that at most one array exists twice
         join = jnp.stack if isinstance(column[0], Tracer) else np.stack
         stacked.append(join(column))
-    return nnx.merge(graph, jax.tree.unflatten(structure, stacked))
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, stacked))
 
 
 class Stacked(nnx.Module):
@@ -206,11 +206,11 @@ class Stacked(nnx.Module):
 
         call(layer, x, one layer's part of `each`) -> (x, second result).
         """
-        graph, stack = nnx.split(getattr(self, "*"))
+        graphdef, stack = nnx.split(getattr(self, "*"))
 
         def one(x: Array, inputs: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, part = inputs
-            layer = sharding.all_gather_weights(nnx.merge(graph, state))
+            layer = sharding.all_gather_weights(nnx.merge(graphdef, state))
             return call(layer, constrain_activations(x), part)
 
         split = sharding.weights_mesh() is not None

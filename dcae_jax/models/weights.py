@@ -22,18 +22,18 @@ AnyWeights = Mapping[str, AnyArray]
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Weights, Weights]:
-    """Returns (graph, parameters, statistics), the latter two by path.
+    """Returns (graphdef, parameters, statistics), the latter two by path.
 
     Statistics are the running mean and variance of BatchNorm.
     """
-    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graph, _flat(params), _flat(stats)
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, _flat(params), _flat(stats)
 
 
-def merge(graph: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
-    """The module of `graph` holding `weights` (parameters and statistics together)."""
+def merge(graphdef: nnx.GraphDef, weights: Mapping[str, Array]) -> Any:
+    """The module of `graphdef` holding `weights` (parameters and statistics together)."""
     paths = [(_path(name), value) for name, value in weights.items()]
-    return nnx.merge(graph, nnx.from_flat_state(paths))
+    return nnx.merge(graphdef, nnx.from_flat_state(paths))
 
 
 class _HostStream(nnx.RngStream):

@@ -151,7 +151,7 @@ def _contiguous(tensors: AnyWeights) -> dict[str, np.ndarray]:
 
 
 def write_stablehlo(
-    graph: nnx.GraphDef,
+    graphdef: nnx.GraphDef,
     weights: AnyWeights,
     arch: AutoencoderArchitecture,
     meta: dict[str, Any],
@@ -161,8 +161,8 @@ def write_stablehlo(
     """Writes encode.stablehlo and decode.stablehlo, for every platform and size, and the weights.
 
     Both programs take (weights, x): weights as constants would exceed a flatbuffer's 2 GB.
-    graph: of a model without platform-specific layers that computes in `dtype`. Returns the largest
-    difference between the results of the example, run in its own process, and ours.
+    graphdef: of a model without platform-specific layers that computes in `dtype`. Returns the
+    largest difference between our results and those of the example, run in its own process.
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
@@ -171,11 +171,11 @@ def write_stablehlo(
 
     def encode(weights: Weights, x: jax.Array) -> jax.Array:
         with precision.of(dtype):
-            return weights_lib.merge(graph, weights).encode(x)
+            return weights_lib.merge(graphdef, weights).encode(x)
 
     def decode(weights: Weights, z: jax.Array) -> jax.Array:
         with precision.of(dtype):
-            return weights_lib.merge(graph, weights).decode(z)
+            return weights_lib.merge(graphdef, weights).decode(z)
 
     functions = {"encode": jax.jit(encode), "decode": jax.jit(decode)}
     for name, function in functions.items():

@@ -50,7 +50,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorSpec:
-    """The static parts of the discriminator: graph, shapes, optimizer."""
+    """The static parts of the discriminator: graphdef, shapes, optimizer."""
 
     graphdef: nnx.GraphDef
     params: Weights  # shapes
@@ -59,7 +59,7 @@ class DiscriminatorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
-    """The static parts of a training run: graph, shapes, what is trained, optimizer."""
+    """The static parts of a training run: graphdef, shapes, what is trained, optimizer."""
 
     graphdef: nnx.GraphDef
     params: Weights  # shapes
