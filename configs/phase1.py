@@ -5,8 +5,8 @@
         --config.data.source=folder --config.data.path=/data/imagenet/train \
         --config.loss.lpips_weights=lpips-vgg.safetensors
 
-`:tiny` runs on two CPU cores on the embedded photographs, with no file to download. `:small` is
-what the weights that ship were trained with (docs/results.md).
+`:tiny` runs on two CPU cores on the embedded photographs, with no file to download. `:small` is for
+one GPU, on the photographs that benchmarks/photos.py gathers.
 """
 
 from dcae_jax import config as config_lib

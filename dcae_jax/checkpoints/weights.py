@@ -36,8 +36,6 @@ EXPORT = "model.json"  # of an export
 READ_AT_ONCE = 2**25
 MOST_EXPANSION = 1000  # zstd's ratio for constant weights
 ENCODER = ("encoder.", "quant_conv.")  # prefixes of the weights that latents depend on
-# Exports that ship with this package, by name.
-SHIPPED = {"small": os.path.join(os.path.dirname(os.path.abspath(published.__file__)), "small")}
 AUTOENCODER = "autoencoder"  # subfolder of a generator's export: the export of its autoencoder
 
 
@@ -47,13 +45,12 @@ def load_weights(
     """(weights by path, their model) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
-    PyTorch weights, their name on the hub, or 'small', the bundled model. which: 'ema', the EMA of
-    what a run trained, or 'raw'. variant: for published weights that do not state it. kind:
-    'autoencoder' or 'generator', a diffusion model. Arrays are NumPy, float32, parameters and
-    statistics together.
+    PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
+    'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
+    a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
     Raises UserError if there is nothing to load.
     """
-    full = _absolute(path)
+    full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
         return _load_export(full, kind)
     if saved := _run_at(full):
@@ -72,24 +69,13 @@ def kind_of(path: str) -> str:
 
     For an export, the kind that it states, whatever that is. Raises UserError.
     """
-    full = _absolute(path)
+    full = os.path.abspath(os.path.expanduser(path))
     export = files.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))
     if run := _run_at(full):
         return run.kind
     return published.kind_of(_of_others(path))
-
-
-def _absolute(path: str) -> str:
-    """The absolute path of `path`; for the name of a bundled model, that of its export."""
-    full = os.path.abspath(os.path.expanduser(path))
-    if path not in SHIPPED:
-        return full
-    if os.path.exists(full):
-        logging.info("%r is read from %s, not from the bundled model", path, full)
-        return full
-    return SHIPPED[path]
 
 
 def _of_others(path: str) -> str:

@@ -247,7 +247,7 @@ VARIANTS = {
         decoder_blocks=("res",) * 3 + ("evit",) * 2,
         decoder_norms=("bn2d",) * 3 + ("trms2d",) * 2,
     ),
-    "small": Variant(  # ours, trained on photographs; its weights ship (docs/results.md)
+    "small": Variant(  # ours, for minutes on one GPU; no published weights
         latent_channels=32,
         widths=(32, 64, 64, 128, 128, 256),
         encoder_depths=(0, 2, 3, 2, 2, 1),
@@ -256,7 +256,7 @@ VARIANTS = {
         decoder_blocks=("res",) * 4 + ("evit",) * 2,
         decoder_norms=("trms2d",) * 6,
         output_act="silu",
-        block_scale=0.0,  # after 125 steps the loss was 0.180, with 1 0.207 (docs/results.md)
+        block_scale=0.0,
     ),
     "f32c32": _F32,
     "f64c128": _deeper(_F32, 2048, latent_channels=128),
