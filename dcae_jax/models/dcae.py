@@ -44,7 +44,8 @@ class Variant:
     output_act: Activation = "relu"  # in OutputHead
     latent_shortcuts: bool = True  # average into the latent, duplicate out of it
     residual: bool = True  # False: no parameter-free shortcuts, the ablation
-    block_scale: float = 1.0  # of a fresh model: see `Layers`
+    # Of a fresh model, see `Layers`; two variants that differ in it alone are one network.
+    block_scale: float = dataclasses.field(default=1.0, compare=False)
     scaling_factor: float | None = None  # latent * scaling_factor has an rms of about 1
 
     @property

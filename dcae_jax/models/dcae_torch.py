@@ -265,13 +265,13 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
 
 
 def _network(arch: Variant) -> Variant:
-    """`arch` without what does not affect the network: scaling factor, init, empty stages."""
+    """`arch` without fields that do not affect the network: scaling factor, empty stages."""
     empty = {}
     for side, lists in (("encoder", ["blocks"]), ("decoder", ["blocks", "norms"])):
         if not getattr(arch, f"{side}_depths")[0]:
             for name in lists:
                 empty[f"{side}_{name}"] = ("", *getattr(arch, f"{side}_{name}")[1:])
-    return dataclasses.replace(arch, scaling_factor=None, block_scale=1.0, **empty)
+    return dataclasses.replace(arch, scaling_factor=None, **empty)
 
 
 def published_name(arch: Variant) -> str:

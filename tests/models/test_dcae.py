@@ -164,3 +164,14 @@ def test_impossible_architectures_are_named(changes, words):
     config.update(changes)
     with pytest.raises(UserError, match=words):
         dcae.architecture(config)
+
+
+def test_blocks_that_start_at_scale_0_are_the_identity():
+    """Catches a block whose branch is not ended by the scaled norm, and a scale on other norms."""
+    model = dcae.DCAE(_small("small"), depthwise="shifted", dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 64)), jnp.float32)
+    deep = [model.encoder.stages[4][0], model.decoder.stages[5][0]]  # of 64 channels
+    shallow = [model.encoder.stages[1][0], model.decoder.stages[2][1]]  # of 32
+    for block, channels in [(b, 64) for b in deep] + [(b, 32) for b in shallow]:
+        np.testing.assert_array_equal(block(x[..., :channels]), x[..., :channels])
+    assert (model.decoder.project_out.norm.scale[...] == 1).all()
