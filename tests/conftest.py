@@ -144,6 +144,7 @@ def small():
     config.update_from_flattened_dict(NARROW)
     config.steps = 4
     config.optimizer.warmup_steps = 2
+    config.optimizer.schedule = "constant"  # or each number of steps is a program of its own
     config.log_every = 1
     config.save_every = 2
     config.evaluate_every = 0

@@ -47,7 +47,7 @@ def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
     """Catches draws of noise, times or dropped labels that depend on where a run began."""
     config = small_models.diffusion_config(latents_folder, file)
     workdir, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
-    config.steps, config.optimizer.schedule, config.sample.steps = 4, "constant", 2
+    config.steps, config.sample.steps = 4, 2
     run_job(train, config, workdir)
     config.steps = 2
     run_job(train, config, halves)
@@ -146,7 +146,6 @@ def test_latents_of_another_encoder_under_the_same_path_are_told(
     workdir, latents = str(tmp_path / "run"), tmp_path / "latents"
     shutil.copytree(latents_folder, latents)
     diffusion_config.data.path, diffusion_config.steps = str(latents), 2
-    diffusion_config.optimizer.schedule = "constant"  # whose steps may change
     assert run_job(train, diffusion_config, workdir) == train.DONE
     factor = files.read_json(str(latents / "manifest.json"))["scaling_factor_multiplies_latent"]
 

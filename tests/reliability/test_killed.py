@@ -21,9 +21,8 @@ def whole(forks, data, tmp_path_factory):
 
 
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, seed):
     """Catches anything that a checkpoint or a workdir forgets, or keeps twice, after kill -9."""
     workdir = tmp_path / "run"
@@ -34,7 +33,10 @@ def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, se
 
 
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize("place, count", [("step", 10), ("save", 2), ("evaluate", 2)])
+@pytest.mark.parametrize(
+    "place, count",
+    [("step", 10), *(pytest.param(p, 2, marks=pytest.mark.slow) for p in ("save", "evaluate"))],
+)
 def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
     forks, data, whole, tmp_path, place, count
 ):

@@ -56,6 +56,7 @@ def _intact(workdir):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("machine")
 def test_a_full_disk(forks, data, small_disk, tmp_path):
     """Catches a traceback of fifty lines, half a checkpoint taken for whole, a run that is lost."""

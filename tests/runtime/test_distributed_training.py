@@ -51,15 +51,13 @@ def _assert_same_rows(rows, wanted):
             np.testing.assert_allclose(row[key], value, rtol=tolerance, atol=floor, err_msg=key)
 
 
-@pytest.mark.parametrize(
-    "mesh", [{}, pytest.param({"data": 1, "spatial": 4}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{}, {"data": 1, "spatial": 4}])
 def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp_path):
     """Catches images read twice or by nobody, an evaluation of one process's share, rows written
     by both, and a checkpoint that needs as many processes as wrote it."""
     small.optimizer.eps = 1e-4  # or where a gradient is zero, Adam would step by rounding's sign
     small.evaluate_every = 2
-    small.optimizer.schedule = "constant"  # whose steps may change
     if mesh:
         small.resolution, small.evaluate.resolutions = 128, (128,)
     size = small.resolution

@@ -125,9 +125,9 @@ def _assert_alike(rows, wanted, first=False):
     "kind, axes",
     [
         ("phase1", FSDP),
-        ("phase1@128", SPATIAL),
         ("uvit", (("tensor", 4),)),
-        ("uvit", FSDP),
+        pytest.param("phase1@128", SPATIAL, marks=slow),
+        pytest.param("uvit", FSDP, marks=slow),
         *[
             pytest.param(kind, axes, marks=slow)
             for kind in ("phase1", "phase2", "phase3")

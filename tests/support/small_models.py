@@ -53,7 +53,7 @@ def diffusion_config(latents, file="uvit"):
     config.model.depth, config.model.width, config.model.heads = 2, 16, 2
     config.data.path = latents
     config.batch_size, config.steps = 8, 4
-    config.optimizer.warmup_steps = 2
+    config.optimizer.warmup_steps, config.optimizer.schedule = 2, "constant"
     config.log_every, config.save_every, config.evaluate_every = 1, 2, 0
     config.sample.count, config.sample.steps, config.sample.batch_size = 3, 4, 8
     return config
