@@ -34,7 +34,7 @@ def test_a_result_that_does_not_fit_is_refused(monkeypatch):
     """Catches results that nothing checks."""
     monkeypatch.setattr(blocks, "space_to_channel", lambda x: x)
     with pytest.raises(TypeCheckError, match="return value"):
-        blocks.down_shortcut(IMAGES, 6)
+        blocks.down_shortcut(IMAGES, 3)
 
 
 def test_arrays_that_fit_pass():

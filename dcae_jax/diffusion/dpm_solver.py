@@ -146,7 +146,7 @@ def dpmpp_3m(
     return jax.lax.fori_loop(0, len(h), step, start)[0]
 
 
-def multistep_orders(evaluations: int, order: int) -> Int[np.ndarray, "{evaluations}"]:
+def multistep_orders(evaluations: int, order: int) -> Int[np.ndarray, " {evaluations}"]:
     """The order [E] of each step of a multistep solver.
 
     The first steps have too few past evaluations. With fewer than 15 evaluations the last steps

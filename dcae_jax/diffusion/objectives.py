@@ -78,12 +78,12 @@ def unscaled(latents: Float[Array, "*n c"], scaling_factor: float) -> Float32[Ar
     return latents.astype(jnp.float32) / scaling_factor
 
 
-def scaled_linear_betas(n: int = 1000) -> Float[np.ndarray, "{n}"]:
+def scaled_linear_betas(n: int = 1000) -> Float[np.ndarray, " {n}"]:
     """Betas [n] whose square roots are evenly spaced: those of UViT (and of Stable Diffusion)."""
     return np.linspace(np.sqrt(0.00085), np.sqrt(0.0120), n) ** 2
 
 
-def linear_betas(n: int = 1000) -> Float[np.ndarray, "{n}"]:
+def linear_betas(n: int = 1000) -> Float[np.ndarray, " {n}"]:
     """Evenly spaced betas [n]: those of DDPM (Ho et al. 2020, section 4) and DiT."""
     return np.linspace(1e-4, 0.02, n)
 
@@ -155,8 +155,8 @@ def _at(table: np.ndarray, n: Array, x: Array) -> Array:
 
 
 def q_mean_variance(
-    betas: Float[np.ndarray, " N"], x0: Float[Array, "B *n"], n: Int[Array, " B"]
-) -> tuple[Float[Array, "B *n"], Float[Array, "B ..."]]:
+    betas: Float[np.ndarray, " N"], x0: Float[Array, "B h w c"], n: Int[Array, " B"]
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B ..."]]:
     """Mean [B, ...] and variance [B, 1, ...] of x_t given x0, after step n [B] (0..N-1).
 
     Ho et al. 2020, eq. 4.
@@ -167,10 +167,10 @@ def q_mean_variance(
 
 def q_sample(
     betas: Float[np.ndarray, " N"],
-    x0: Float[Array, "B *n"],
+    x0: Float[Array, "B h w c"],
     n: Int[Array, " B"],
-    noise: Float[Array, "B *n"],
-) -> Float[Array, "B *n"]:
+    noise: Float[Array, "B h w c"],
+) -> Float[Array, "B h w c"]:
     """x_t after step n [B]: clean latents x0 [B, ...] with standard normal `noise` mixed in."""
     mean, variance = q_mean_variance(betas, x0, n)
     return mean + jnp.sqrt(variance) * noise
@@ -178,10 +178,10 @@ def q_sample(
 
 def x0_from_epsilon(
     betas: Float[np.ndarray, " N"],
-    x_t: Float[Array, "B *n"],
+    x_t: Float[Array, "B h w c"],
     n: Int[Array, " B"],
-    epsilon: Float[Array, "B *n"],
-) -> Float[Array, "B *n"]:
+    epsilon: Float[Array, "B h w c"],
+) -> Float[Array, "B h w c"]:
     """The x0 of x_t if `epsilon` is the noise in it (Ho et al. 2020, eq. 4 solved for x0)."""
     log_alpha = log_alphas(betas)
     sigma = np.sqrt(-np.expm1(2 * log_alpha))
@@ -190,10 +190,10 @@ def x0_from_epsilon(
 
 def posterior(
     betas: Float[np.ndarray, " N"],
-    x0: Float[Array, "B *n"],
-    x_t: Float[Array, "B *n"],
+    x0: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
     n: Int[Array, " B"],
-) -> tuple[Float[Array, "B *n"], Float[Array, "B ..."], Float[Array, "B ..."]]:
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B ..."], Float[Array, "B ..."]]:
     """Mean, variance and clipped log variance of x before step n [B], given x0 and x_t.
 
     Ho et al. 2020, eq. 7. The variance [B, 1, ...] is 0 at n = 0; the log variance is that of
@@ -219,8 +219,8 @@ def _clipped_log(variance: np.ndarray) -> np.ndarray:
 
 
 def learned_log_variance(
-    betas: Float[np.ndarray, " N"], v: Float[Array, "B *n"], n: Int[Array, " B"]
-) -> Float[Array, "B *n"]:
+    betas: Float[np.ndarray, " N"], v: Float[Array, "B h w c"], n: Int[Array, " B"]
+) -> Float[Array, "B h w c"]:
     """Log variance of a reverse step: v = -1 gives the posterior's, v = 1 gives log beta.
 
     Nichol & Dhariwal 2021, eq. 15, with v in [-1, 1] instead of [0, 1]. v [B, ...], n [B].
@@ -258,11 +258,11 @@ def discretised_log_likelihood(x: Array, mean: Array, log_variance: Array) -> Ar
 
 def variational_bound(
     betas: Float[np.ndarray, " N"],
-    x0: Float[Array, "B *n"],
-    x_t: Float[Array, "B *n"],
+    x0: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
     n: Int[Array, " B"],
-    epsilon: Float[Array, "B *n"],
-    v: Float[Array, "B *n"],
+    epsilon: Float[Array, "B h w c"],
+    v: Float[Array, "B h w c"],
 ) -> Float[Array, " B"]:
     """The bound's term of step n [B], in bits per value, averaged over each example: [B].
 
