@@ -192,7 +192,7 @@ class OutputHead(nnx.Module):
         self.act: Activation = arch.output_act
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        x = blocks.ACTIVATIONS[self.act](self.norm(x))
+        x = blocks.ACTIVATIONS[self.act](self.norm(x))          # [B, H, W, C0] or [B, H/2, W/2, C1]
         return self.conv(x)                                     # [B, H, W, 3]
 # fmt: on
 
