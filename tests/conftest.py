@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 
-from support import on_gpu
+from support import on_gpu, signatures
 
 # Before the first import of jax. The processes that tests start inherit all of it.
 if on_gpu.MODE:
@@ -26,6 +26,8 @@ if on_gpu.MODE != "1":
             "--xla_llvm_disable_expensive_passes=true",
         ]
     )
+if not on_gpu.MODE:
+    signatures.install()
 
 import jax
 import pytest

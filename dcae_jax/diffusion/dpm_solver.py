@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from dcae_jax.diffusion import objectives
 from dcae_jax.diffusion.objectives import Array, Cond, Model
@@ -57,7 +58,13 @@ def chain_schedule(betas: np.ndarray, first: int) -> Schedule:
     )
 
 
-def ddim(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
+def ddim(
+    model: Model,
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    schedule: Schedule,
+    times: Float[np.ndarray, " points"],
+) -> Float[Array, "B h w c"]:
     """DDIM (Song et al. 2021), which is DPM-Solver++ of order 1 (Lu et al. 2022, section 5)."""
     predict = _data_prediction(model, cond, schedule, times[:-1], x.dtype)
     phi_1, _, _ = _phis(np.diff(schedule.half_log_snr(times)))
@@ -70,7 +77,13 @@ def ddim(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarr
     return jax.lax.fori_loop(0, len(decay), step, x)
 
 
-def dpmpp_2m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
+def dpmpp_2m(
+    model: Model,
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    schedule: Schedule,
+    times: Float[np.ndarray, " points"],
+) -> Float[Array, "B h w c"]:
     """DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
 
     phi_1 / 2 replaces phi_2, as in the paper: equal up to the order.
@@ -94,7 +107,13 @@ def dpmpp_2m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.n
     return jax.lax.fori_loop(0, len(h), step, (x, jnp.zeros_like(x)))[0]
 
 
-def dpmpp_3m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
+def dpmpp_3m(
+    model: Model,
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    schedule: Schedule,
+    times: Float[np.ndarray, " points"],
+) -> Float[Array, "B h w c"]:
     """DPM-Solver++ multistep of order 3: D', D'' from the parabola through the last three D.
 
     D'' is TWICE the second divided difference; the published code omits the 2 and so
@@ -127,7 +146,7 @@ def dpmpp_3m(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.n
     return jax.lax.fori_loop(0, len(h), step, start)[0]
 
 
-def multistep_orders(evaluations: int, order: int) -> np.ndarray:
+def multistep_orders(evaluations: int, order: int) -> Int[np.ndarray, " {evaluations}"]:
     """The order [E] of each step of a multistep solver.
 
     The first steps have too few past evaluations. With fewer than 15 evaluations the last steps
@@ -137,7 +156,13 @@ def multistep_orders(evaluations: int, order: int) -> np.ndarray:
     return np.minimum(orders, orders[::-1]) if evaluations < 15 else orders
 
 
-def dpm_fast(model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray) -> Array:
+def dpm_fast(
+    model: Model,
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    schedule: Schedule,
+    times: Float[np.ndarray, " points"],
+) -> Float[Array, "B h w c"]:
     """Singlestep DPM-Solver++, "fast": order 3, lower in the last steps (`fast_orders`)."""
     return singlestep(model, x, cond, schedule, times, fast_orders(len(times) - 1))
 
@@ -154,8 +179,13 @@ def fast_orders(evaluations: int) -> list[int]:
 
 
 def singlestep(
-    model: Model, x: Array, cond: Cond, schedule: Schedule, times: np.ndarray, orders: list[int]
-) -> Array:
+    model: Model,
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    schedule: Schedule,
+    times: Float[np.ndarray, " points"],
+    orders: list[int],
+) -> Float[Array, "B h w c"]:
     """DPM-Solver++(S), Lu et al. 2022, algorithm 1, along times [E + 1] from noise to data.
 
     A step of order k spans k intervals of `times` and evaluates the model at its start s and at

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr
+from jaxtyping import Float, Float32, Int, Key, Shaped
 
 from dcae_jax.errors import UserError
 
@@ -29,7 +30,8 @@ Cond = Any
 Model = Callable[[Array, Array, Cond], Array]
 # (model, x0 [B, h, w, c], cond, key) -> (scalar, its terms). It may call the model and draw
 # from the key any number of times.
-Loss = Callable[[Model, Array, Cond, Array], tuple[Array, dict[str, Array]]]
+LossAndTerms = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+Loss = Callable[[Model, Array, Cond, Array], LossAndTerms]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +54,8 @@ def objective(name: str) -> Objective:
 
 
 def loss(
-    name: str, model: Model, x0: Array, cond: Cond, key: Array
-) -> tuple[Array, dict[str, Array]]:
+    name: str, model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+) -> LossAndTerms:
     """The loss of a batch of clean, scaled latents x0 [B, h, w, c]: a scalar, and its terms.
 
     The terms: "mse", and for learned_sigma "vb" in bits per value. The draws of example i come
@@ -63,7 +65,7 @@ def loss(
     return objective(name).loss(model, x0, cond, key)
 
 
-def scaled(latents: Array, scaling_factor: float) -> Array:
+def scaled(latents: Float[Array, "*n c"], scaling_factor: float) -> Float32[Array, "*n c"]:
     """The latents that a diffusion model is trained on: the autoencoder's, scaled to an rms of 1.
 
     Only this function and `unscaled` apply the factor.
@@ -71,27 +73,29 @@ def scaled(latents: Array, scaling_factor: float) -> Array:
     return latents.astype(jnp.float32) * scaling_factor
 
 
-def unscaled(latents: Array, scaling_factor: float) -> Array:
+def unscaled(latents: Float[Array, "*n c"], scaling_factor: float) -> Float32[Array, "*n c"]:
     """The latents that the autoencoder decodes: the inverse of `scaled`."""
     return latents.astype(jnp.float32) / scaling_factor
 
 
-def scaled_linear_betas(n: int = 1000) -> np.ndarray:
+def scaled_linear_betas(n: int = 1000) -> Float[np.ndarray, " {n}"]:
     """Betas [n] whose square roots are evenly spaced: those of UViT (and of Stable Diffusion)."""
     return np.linspace(np.sqrt(0.00085), np.sqrt(0.0120), n) ** 2
 
 
-def linear_betas(n: int = 1000) -> np.ndarray:
+def linear_betas(n: int = 1000) -> Float[np.ndarray, " {n}"]:
     """Evenly spaced betas [n]: those of DDPM (Ho et al. 2020, section 4) and DiT."""
     return np.linspace(1e-4, 0.02, n)
 
 
-def log_alphas(betas: np.ndarray) -> np.ndarray:
+def log_alphas(betas: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """log alpha [N]: log of the factor of x0 in x_t after each step (Ho et al. 2020, eq. 4)."""
     return 0.5 * np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
 
 
-def epsilon_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array, dict[str, Array]]:
+def epsilon_loss(
+    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+) -> LossAndTerms:
     """UViT's loss: MSE of the predicted noise (Ho et al. 2020, eq. 14). Time inputs are 1..1000."""
     betas = scaled_linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
@@ -102,8 +106,8 @@ def epsilon_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array
 
 
 def learned_sigma_loss(
-    model: Model, x0: Array, cond: Cond, key: Array
-) -> tuple[Array, dict[str, Array]]:
+    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+) -> LossAndTerms:
     """DiT's loss: MSE of the noise plus the variational bound, which trains only the variance.
 
     Nichol & Dhariwal 2021, section 3.1, with DiT's weight of 1 for the bound of a single step.
@@ -119,7 +123,9 @@ def learned_sigma_loss(
     return mse + vb, {"mse": mse, "vb": vb}
 
 
-def flow_loss(model: Model, x0: Array, cond: Cond, key: Array) -> tuple[Array, dict[str, Array]]:
+def flow_loss(
+    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+) -> LossAndTerms:
     """SiT's loss: MSE of the velocity (Ma et al. 2024), linear path; time 0 is noise, 1 is data."""
     t, noise = _draws(key, x0, lambda k: jax.random.uniform(k, (), x0.dtype))
     x_t = _like(t, x0) * x0 + _like(1 - t, x0) * noise  # [B, h, w, c]
@@ -138,7 +144,7 @@ def _draws(key: Array, x0: Array, draw_time: Callable[[Array], Array]) -> tuple[
     return jax.vmap(draw)(jnp.arange(x0.shape[0]))
 
 
-def _like(a: Array, x: Array) -> Array:
+def _like(a: Shaped[Array, " B"], x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """[B] -> [B, 1, ...], to broadcast against x."""
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
@@ -148,7 +154,9 @@ def _at(table: np.ndarray, n: Array, x: Array) -> Array:
     return _like(jnp.asarray(table, x.dtype)[n], x)
 
 
-def q_mean_variance(betas: np.ndarray, x0: Array, n: Array) -> tuple[Array, Array]:
+def q_mean_variance(
+    betas: Float[np.ndarray, " N"], x0: Float[Array, "B h w c"], n: Int[Array, " B"]
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B ..."]]:
     """Mean [B, ...] and variance [B, 1, ...] of x_t given x0, after step n [B] (0..N-1).
 
     Ho et al. 2020, eq. 4.
@@ -157,20 +165,35 @@ def q_mean_variance(betas: np.ndarray, x0: Array, n: Array) -> tuple[Array, Arra
     return _at(np.exp(log_alpha), n, x0) * x0, _at(-np.expm1(2 * log_alpha), n, x0)
 
 
-def q_sample(betas: np.ndarray, x0: Array, n: Array, noise: Array) -> Array:
+def q_sample(
+    betas: Float[np.ndarray, " N"],
+    x0: Float[Array, "B h w c"],
+    n: Int[Array, " B"],
+    noise: Float[Array, "B h w c"],
+) -> Float[Array, "B h w c"]:
     """x_t after step n [B]: clean latents x0 [B, ...] with standard normal `noise` mixed in."""
     mean, variance = q_mean_variance(betas, x0, n)
     return mean + jnp.sqrt(variance) * noise
 
 
-def x0_from_epsilon(betas: np.ndarray, x_t: Array, n: Array, epsilon: Array) -> Array:
+def x0_from_epsilon(
+    betas: Float[np.ndarray, " N"],
+    x_t: Float[Array, "B h w c"],
+    n: Int[Array, " B"],
+    epsilon: Float[Array, "B h w c"],
+) -> Float[Array, "B h w c"]:
     """The x0 of x_t if `epsilon` is the noise in it (Ho et al. 2020, eq. 4 solved for x0)."""
     log_alpha = log_alphas(betas)
     sigma = np.sqrt(-np.expm1(2 * log_alpha))
     return _at(np.exp(-log_alpha), n, x_t) * (x_t - _at(sigma, n, x_t) * epsilon)
 
 
-def posterior(betas: np.ndarray, x0: Array, x_t: Array, n: Array) -> tuple[Array, Array, Array]:
+def posterior(
+    betas: Float[np.ndarray, " N"],
+    x0: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
+    n: Int[Array, " B"],
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B ..."], Float[Array, "B ..."]]:
     """Mean, variance and clipped log variance of x before step n [B], given x0 and x_t.
 
     Ho et al. 2020, eq. 7. The variance [B, 1, ...] is 0 at n = 0; the log variance is that of
@@ -195,7 +218,9 @@ def _clipped_log(variance: np.ndarray) -> np.ndarray:
     return np.log(np.concatenate([variance[1:2], variance[1:]]))
 
 
-def learned_log_variance(betas: np.ndarray, v: Array, n: Array) -> Array:
+def learned_log_variance(
+    betas: Float[np.ndarray, " N"], v: Float[Array, "B h w c"], n: Int[Array, " B"]
+) -> Float[Array, "B h w c"]:
     """Log variance of a reverse step: v = -1 gives the posterior's, v = 1 gives log beta.
 
     Nichol & Dhariwal 2021, eq. 15, with v in [-1, 1] instead of [0, 1]. v [B, ...], n [B].
@@ -232,8 +257,13 @@ def discretised_log_likelihood(x: Array, mean: Array, log_variance: Array) -> Ar
 
 
 def variational_bound(
-    betas: np.ndarray, x0: Array, x_t: Array, n: Array, epsilon: Array, v: Array
-) -> Array:
+    betas: Float[np.ndarray, " N"],
+    x0: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
+    n: Int[Array, " B"],
+    epsilon: Float[Array, "B h w c"],
+    v: Float[Array, "B h w c"],
+) -> Float[Array, " B"]:
     """The bound's term of step n [B], in bits per value, averaged over each example: [B].
 
     The KL divergence of the model's reverse step from the posterior; at n = 0 the negative

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int, Key
 
 from dcae_jax.diffusion import dpm_solver, objectives
 from dcae_jax.diffusion.objectives import Array, Cond, Model
@@ -32,12 +33,12 @@ DPM_SOLVERS = {
 }
 
 
-def sample_keys(seed: int | Array, indices: Array) -> Array:
+def sample_keys(seed: int | Array, indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """The random key [B] of each sample, from `seed` and the sample's index alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
-def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+def initial_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float32[Array, "B ..."]:
     """Standard normal noise [B, *shape] float32 of the samples with `keys` [B] (`sample_keys`).
 
     A sample's noise is the same in every batch.
@@ -52,14 +53,14 @@ def _noise(keys: Array, use: int | Array, shape: tuple[int, ...], dtype: jnp.dty
 
 def sample(
     model: Model,
-    noise: Array,
+    noise: Float[Array, "B h w c"],
     cond: Cond = None,
     *,
     objective: str,
     sampler: str = "",
     steps: int,
-    keys: Array | None = None,
-) -> Array:
+    keys: Key[Array, " B"] | None = None,
+) -> Float[Array, "B h w c"]:
     """Clean, still scaled latents [B, h, w, c] from `noise` of that shape, in its dtype.
 
     model: (x [B, h, w, c], time [B], cond) -> prediction; 2 c channels for learned_sigma.
@@ -121,12 +122,12 @@ def respaced(betas: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ddpm(
     model: Model,
-    x: Array,
+    x: Float[Array, "B h w c"],
     cond: Cond,
     objective: objectives.Objective,
     steps: int,
-    keys: Array | None,
-) -> Array:
+    keys: Key[Array, " B"] | None,
+) -> Float[Array, "B h w c"]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over a respaced chain, x0 not clipped.
 
     A model without learned variance uses the posterior's.
@@ -154,7 +155,9 @@ def ddpm(
 # --- flows: a velocity, integrated from t = 0 (noise) to 1 (data) ---------------------------------
 
 
-def euler(model: Model, x: Array, cond: Cond, steps: int) -> Array:
+def euler(
+    model: Model, x: Float[Array, "B h w c"], cond: Cond, steps: int
+) -> Float[Array, "B h w c"]:
     """Euler's method, with uniform steps."""
     velocity = _velocity(model, cond)
 
@@ -164,7 +167,9 @@ def euler(model: Model, x: Array, cond: Cond, steps: int) -> Array:
     return jax.lax.fori_loop(0, steps, step, x)
 
 
-def heun(model: Model, x: Array, cond: Cond, steps: int) -> Array:
+def heun(
+    model: Model, x: Float[Array, "B h w c"], cond: Cond, steps: int
+) -> Float[Array, "B h w c"]:
     """Heun's method, order 2, with uniform steps: two evaluations per step."""
     velocity = _velocity(model, cond)
 
@@ -205,14 +210,14 @@ _ORDER_4 = np.array([1951 / 21600, 0, 22642 / 50085, 451 / 720, -12231 / 42400, 
 
 def dopri5(
     model: Model,
-    x: Array,
+    x: Float[Array, "B h w c"],
     cond: Cond,
     *,
     rtol: float = 1e-3,
     atol: float = 1e-6,
     first_step: float = 0.01,
     max_steps: int = 4096,
-) -> Array:
+) -> Float[Array, "B h w c"]:
     """Dormand-Prince 5(4), adaptive, with a step size per sample; NaN for unfinished samples.
 
     All samples go through the stages together, so the model is evaluated on the whole sharded

@@ -13,8 +13,9 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Real, Shaped
 
-from dcae_jax.models.weights import AnyArray
+from dcae_jax.models.weights import AnyArray, Array
 
 Moments = dict[str, AnyArray]  # see `moments_init`
 
@@ -22,7 +23,7 @@ PSNR_CAP = 100.0  # dB, for identical images, so a mean over images stays finite
 MIN_FRECHET_SAMPLES = 2048  # the features' dimension: with fewer the covariance is singular
 
 
-def psnr(x: AnyArray, y: AnyArray) -> jax.Array:
+def psnr(x: AnyArray, y: AnyArray) -> Float32[Array, " B"]:
     """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / MSE).
 
     x, y: [B, H, W, C] levels 0..255 (`transforms.to_levels`) -> [B] float32 in dB. Identical images
@@ -34,7 +35,7 @@ def psnr(x: AnyArray, y: AnyArray) -> jax.Array:
     return 10 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
 
 
-def ssim(x: AnyArray, y: AnyArray) -> jax.Array:
+def ssim(x: AnyArray, y: AnyArray) -> Float32[Array, " B"]:
     """Structural similarity of each pair (Wang et al. 2004), as torchmetrics computes it.
 
     x, y: [B, H, W, C] levels 0..255, H and W at least 6 -> [B] float32 in [-1, 1]. A Gaussian
@@ -45,7 +46,7 @@ def ssim(x: AnyArray, y: AnyArray) -> jax.Array:
     return jnp.mean(ssim_map(x, y), axis=(1, 2, 3))
 
 
-def ssim_map(x: AnyArray, y: AnyArray) -> jax.Array:
+def ssim_map(x: AnyArray, y: AnyArray) -> Float32[Array, "B H W C"]:
     """SSIM before the mean: [B, H, W, C], see `ssim`."""
     x, y = _pair(x, y)
     if min(x.shape[1:3]) < 6:
@@ -62,7 +63,7 @@ def ssim_map(x: AnyArray, y: AnyArray) -> jax.Array:
     return luminance * (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _pair(x: AnyArray, y: AnyArray) -> tuple[jax.Array, jax.Array]:
+def _pair(x: AnyArray, y: AnyArray) -> tuple[Float32[Array, "B H W C"], Float32[Array, "B H W C"]]:
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(
@@ -71,7 +72,7 @@ def _pair(x: AnyArray, y: AnyArray) -> tuple[jax.Array, jax.Array]:
     return x, y
 
 
-def _gaussian_blur(x: jax.Array) -> jax.Array:
+def _gaussian_blur(x: Float32[Array, "B H W C"]) -> Float32[Array, "B H W C"]:
     """[B, H, W, C] -> the same shape, 11 taps of sigma 1.5 along H and W, reflect padding."""
     taps = np.exp(-np.square(np.arange(-5, 6) / 1.5) / 2)
     taps = (taps / taps.sum()).tolist()
@@ -102,7 +103,11 @@ def moments_init(dim: int = 2048) -> Moments:
     }
 
 
-def moments_update(state: Moments, features: AnyArray, weight: AnyArray | None = None) -> Moments:
+def moments_update(
+    state: Moments,
+    features: Real[AnyArray, "B dim"],
+    weight: Shaped[AnyArray, " B"] | None = None,
+) -> Moments:
     """Adds a batch to the sums. Pure, for use under jit; the batch may be sharded over a mesh.
 
     features: [B, dim]; weight: [B], 1 for a row that counts and 0 for padding (a padded row may
@@ -136,7 +141,9 @@ def _two_sum(a: AnyArray, b: AnyArray) -> tuple[AnyArray, AnyArray]:
     return total, (a - (total - b_part)) + (b - b_part)
 
 
-def moments_finalize(state: Moments) -> tuple[np.ndarray, np.ndarray]:
+def moments_finalize(
+    state: Moments,
+) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, "dim dim"]]:
     """State -> (mu [dim], sigma [dim, dim]), float64 NumPy; sigma divides by n - 1."""
     count = float(state["count"])
     if count < 2:
@@ -293,7 +300,9 @@ def precision_recall(
     return precision, recall
 
 
-def _covered(queries: jax.Array, points: jax.Array, k: int, block: int) -> float:
+def _covered(
+    queries: Float32[Array, "M d"], points: Float32[Array, "N d"], k: int, block: int
+) -> float:
     """Fraction of queries closer to some point than that point is to its k-th neighbour."""
     radii = jnp.concatenate(
         [_kth_distance(points[i : i + block], points, k) for i in range(0, len(points), block)]
@@ -306,23 +315,29 @@ def _covered(queries: jax.Array, points: jax.Array, k: int, block: int) -> float
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _kth_distance(rows: jax.Array, points: jax.Array, k: int) -> jax.Array:
+def _kth_distance(
+    rows: Float32[Array, "M d"], points: Float32[Array, "N d"], k: int
+) -> Float32[Array, " M"]:
     nearest = -jax.lax.top_k(-_squared_distances(rows, points), k + 1)[0]
     # On CPUs a slice fused into top_k turns it into a full sort, five times slower.
     return jax.lax.optimization_barrier(nearest)[:, -1]
 
 
 @jax.jit
-def _inside(rows: jax.Array, points: jax.Array, radii: jax.Array) -> jax.Array:
+def _inside(
+    rows: Float32[Array, "M d"], points: Float32[Array, "N d"], radii: Float32[Array, " N"]
+) -> Bool[Array, " M"]:
     return jnp.any(_squared_distances(rows, points) <= radii, axis=1)
 
 
-def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
+def _squared_distances(a: Float32[Array, "M d"], b: Float32[Array, "N d"]) -> Float32[Array, "M N"]:
     product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1) - 2 * product
 
 
-def _feature_pair(a: AnyArray, b: AnyArray) -> tuple[np.ndarray, np.ndarray]:
+def _feature_pair(
+    a: AnyArray, b: AnyArray
+) -> tuple[Float32[np.ndarray, "N d"], Float32[np.ndarray, "M d"]]:
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(

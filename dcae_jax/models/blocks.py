@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32
 
 from dcae_jax.models.layers import GroupedLinear, Layers, NormKind
 from dcae_jax.models.weights import Array
@@ -22,13 +23,14 @@ BlockKind = Literal["res", "evit", "evit5"]  # evit5: with heads that see 5x5 ne
 
 HEAD_DIM = 32  # channels of one head of the linear attention [DC-AE, efficientvit]
 EXPAND = 8  # GLUMBConv's hidden channels / its input's, counting both halves of the gate
+Heads = Float32[Array, "B N heads D"]  # queries, keys or values
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": nnx.silu, "relu": nnx.relu}
 
 
 # --- parameter-free shortcuts (section 3.2) -------------------------------------------------------
 
 
-def space_to_channel(x: Array) -> Array:
+def space_to_channel(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*C"]:
     """[B, H, W, C] -> [B, H/2, W/2, 4C]; out channel = c*4 + i*2 + j, as PyTorch's unshuffle."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // 2, 2, w // 2, 2, c)  # [B, H/2, i, W/2, j, C]
@@ -36,7 +38,7 @@ def space_to_channel(x: Array) -> Array:
     return x.reshape(b, h // 2, w // 2, 4 * c)
 
 
-def channel_to_space(x: Array) -> Array:
+def channel_to_space(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
     """[B, H, W, 4C] -> [B, 2H, 2W, C], the inverse of `space_to_channel`."""
     b, h, w, c = x.shape
     x = x.reshape(b, h, w, c // 4, 2, 2)  # [B, H, W, C, i, j]
@@ -44,23 +46,25 @@ def channel_to_space(x: Array) -> Array:
     return x.reshape(b, 2 * h, 2 * w, c // 4)
 
 
-def average_channels(x: Array, channels: int) -> Array:
+def average_channels(x: Float[Array, "*n C"], channels: int) -> Float[Array, "*n {channels}"]:
     """[..., C] -> [..., channels]: the mean over consecutive groups of C / channels."""
     groups = x.reshape(*x.shape[:-1], channels, x.shape[-1] // channels)
     return groups.mean(-1, dtype=jnp.float32).astype(x.dtype)
 
 
-def duplicate_channels(x: Array, channels: int) -> Array:
+def duplicate_channels(x: Float[Array, "*n C"], channels: int) -> Float[Array, "*n {channels}"]:
     """[..., C] -> [..., channels]: each channel repeated channels / C times, consecutively."""
     return jnp.repeat(x, channels // x.shape[-1], axis=-1)
 
 
-def down_shortcut(x: Array, channels: int) -> Array:
+def down_shortcut(
+    x: Float[Array, "B H W C"], channels: int
+) -> Float[Array, "B H//2 W//2 {channels}"]:
     """[B, H, W, C] -> [B, H/2, W/2, channels]: space-to-channel, then channel averaging."""
     return average_channels(space_to_channel(x), channels)
 
 
-def up_shortcut(x: Array, channels: int) -> Array:
+def up_shortcut(x: Float[Array, "B H W C"], channels: int) -> Float[Array, "B 2*H 2*W {channels}"]:
     """[B, H, W, C] -> [B, 2H, 2W, channels]: channel duplication, then channel-to-space."""
     return channel_to_space(duplicate_channels(x, 4 * channels))
 
@@ -68,7 +72,13 @@ def up_shortcut(x: Array, channels: int) -> Array:
 # --- EfficientViT blocks --------------------------------------------------------------------------
 
 
-def relu_attention(q: Array, k: Array, v: Array, *, eps: float = 1e-15) -> Array:
+def relu_attention(
+    q: Float[Array, "B N heads D"],
+    k: Float[Array, "B N heads D"],
+    v: Float[Array, "B N heads D"],
+    *,
+    eps: float = 1e-15,
+) -> Float32[Array, "B N heads D"]:
     """Attention whose similarity is relu(q) . relu(k), float32 inside.
 
     q, k, v [B, N, heads, D] -> [B, N, heads, D]. Sums over keys first (linear in N). With no
@@ -82,7 +92,7 @@ def relu_attention(q: Array, k: Array, v: Array, *, eps: float = 1e-15) -> Array
     return form(q, k, v, eps)
 
 
-def linear_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
+def linear_attention(q: Heads, k: Heads, v: Heads, eps: float) -> Heads:
     """sum_n q (k_n v_n) / (sum_n q k_n + eps); a channel of ones in v gives the denominator."""
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)  # [B, N, heads, D+1]
     kv = jnp.einsum("bnhd,bnhe->bhde", k, v)  # [B, heads, D, D+1]
@@ -90,7 +100,7 @@ def linear_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
     return out[..., :-1] / (out[..., -1:] + eps)
 
 
-def quadratic_attention(q: Array, k: Array, v: Array, eps: float) -> Array:
+def quadratic_attention(q: Heads, k: Heads, v: Heads, eps: float) -> Heads:
     """The same as `linear_attention`, through the N x N matrix of similarities."""
     similarity = jnp.einsum("bnhd,bmhd->bhnm", q, k)  # [B, heads, N, N]
     similarity = similarity / (similarity.sum(-1, keepdims=True) + eps)
@@ -117,7 +127,7 @@ class LiteMLA(nnx.Module):
         self.proj = layers.linear(wide, channels, use_bias=False)
         self.norm = layers.last_norm(norm, channels)
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         b, h, w, _ = x.shape
         qkv = self.qkv(x)                                           # [B, H, W, 3C]
         if self.scale5:
@@ -140,7 +150,7 @@ class GLUMBConv(nnx.Module):
         self.point_conv = layers.linear(hidden // 2, channels, use_bias=False)
         self.norm = layers.last_norm(norm, channels)
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = nnx.silu(self.inverted_conv(x))                         # [B, H, W, 8C]
         x = self.depth_conv(x)                                      # [B, H, W, 8C]
         a, gate = jnp.split(x, 2, axis=-1)                          # each [B, H, W, 4C]
@@ -154,7 +164,7 @@ class EfficientViTBlock(nnx.Module):
         self.context_module = LiteMLA(channels, layers, norm=norm, scale5=scale5)
         self.local_module = GLUMBConv(channels, layers, norm=norm)
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = x + self.context_module(x)                              # [B, H, W, C]
         return x + self.local_module(x)                             # [B, H, W, C]
 
@@ -171,7 +181,7 @@ class ResBlock(nnx.Module):
         self.norm = layers.last_norm(norm, channels)
         self.act: Activation = "relu" if norm == "bn2d" else "silu"
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = ACTIVATIONS[self.act](self.conv1(x))                    # [B, H, W, C]
         return x + self.norm(self.conv2(y))                         # [B, H, W, C]
 
@@ -201,7 +211,9 @@ class Downsample(nnx.Module):
             self.conv = layers.conv(inputs, outputs, strides=2)
         self.form, self.shortcut, self.outputs = form, shortcut, outputs
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> Float[Array, "B H//2 W//2 {self.outputs}"]:
         y = self.conv(x)                                            # [B, H, W, C'/4] with 's2c'
         if self.form == "s2c":
             y = space_to_channel(y)                                 # [B, H/2, W/2, C']
@@ -223,7 +235,9 @@ class Upsample(nnx.Module):
         self.conv = layers.conv(inputs, 4 * outputs if form == "c2s" else outputs)
         self.form, self.shortcut, self.outputs = form, shortcut, outputs
 
-    def __call__(self, x: Array) -> Array:                          # [B, H, W, C]
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> Float[Array, "B 2*H 2*W {self.outputs}"]:
         if self.form == "c2s":
             y = channel_to_space(self.conv(x))                      # [B, 2H, 2W, C']
         else:

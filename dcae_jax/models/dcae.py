@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
@@ -72,7 +73,9 @@ class DCAE(nnx.Module):
         self.encoder = Encoder(arch, layers, remat=remat)
         self.decoder = Decoder(arch, layers, remat=remat)
 
-    def encode(self, x: Array, channels: int | Array | None = None) -> Array:
+    def encode(
+        self, x: Float[Array, "B H W 3"], channels: int | Array | None = None
+    ) -> Float32[Array, "B h w c"]:
         """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
         channels: c' in 1 .. c; zeroes the latent's channels from c' on (structured latents,
@@ -81,14 +84,18 @@ class DCAE(nnx.Module):
         """
         return self.keep(self.encoder(x).astype(jnp.float32), channels)
 
-    def decode(self, z: Array, channels: int | Array | None = None) -> Array:
+    def decode(
+        self, z: Float[Array, "B h w c"], channels: int | Array | None = None
+    ) -> Float32[Array, "B H W 3"]:
         """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped.
 
         channels: as in `encode`.
         """
         return self.decoder(self.keep(z, channels)).astype(jnp.float32)
 
-    def keep(self, z: Array, channels: int | Array | None) -> Array:
+    def keep(
+        self, z: Float[Array, "B h w c"], channels: int | Array | None
+    ) -> Float[Array, "B h w c"]:
         """z [B, h, w, c] with zeros in the channels from `channels` on; None: z as it is."""
         if channels is None:
             return z
@@ -99,7 +106,7 @@ class DCAE(nnx.Module):
             )
         return jnp.where(jnp.arange(z.shape[-1]) < channels, z, 0)
 
-    def __call__(self, x: Array) -> Array:                      # [B, H, W, 3]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float32[Array, "B H W 3"]:
         return self.decode(self.encode(x))                      # [B, H, W, 3]
 
 
@@ -116,7 +123,7 @@ class Encoder(nnx.Module):
         self.has_shortcut = arch.residual and arch.latent_shortcuts
         self.remat = remat
 
-    def __call__(self, x: Array) -> Array:                      # [B, H, W, 3]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
         x = self.project_in(x)                                  # [B, H, W, C0] or [B, H/2, W/2, C1]
         for stage in self.stages:
             x = run(stage, x, remat=self.remat)                 # [B, H/2^j, W/2^j, Cj], j = i + 1
@@ -136,7 +143,7 @@ class Decoder(nnx.Module):
         self.has_shortcut = arch.residual and arch.latent_shortcuts
         self.remat = remat
 
-    def __call__(self, z: Array) -> Array:                      # [B, H/f, W/f, c]
+    def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         x = self.project_in(z)                                  # [B, H/f, W/f, Cn]
         if self.has_shortcut:
             wide = blocks.duplicate_channels(z, x.shape[-1])    # [B, H/f, W/f, Cn]
@@ -185,8 +192,8 @@ class OutputHead(nnx.Module):
             self.conv = blocks.Upsample(width, 3, layers, form=arch.upsample)
         self.act: Activation = arch.output_act
 
-    def __call__(self, x: Array) -> Array:                      # [B, H, W, C0] or [B, H/2, W/2, C1]
-        x = blocks.ACTIVATIONS[self.act](self.norm(x))
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        x = blocks.ACTIVATIONS[self.act](self.norm(x))          # [B, H, W, C0] or [B, H/2, W/2, C1]
         return self.conv(x)                                     # [B, H, W, 3]
 # fmt: on
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int, Real
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
@@ -58,7 +59,7 @@ def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Ar
 # --- the model ------------------------------------------------------------------------------------
 
 
-def positions(side: int, width: int) -> np.ndarray:
+def positions(side: int, width: int) -> Float32[np.ndarray, "{side**2} {width}"]:
     """[side^2, width] float32: half of the channels encode the column, half the row.
 
     Each half is the sine, then the cosine, at width / 4 frequencies 1 .. ~1/10000.
@@ -88,7 +89,7 @@ class TimeEmbedder(nnx.Module):
         self.fc1 = Linear(FREQUENCIES, width, kernel_init=NORMAL, rngs=rngs)
         self.fc2 = Linear(width, width, kernel_init=NORMAL, rngs=rngs)
 
-    def __call__(self, t: Array) -> Array:                                       # [B]
+    def __call__(self, t: Real[Array, " B"]) -> Float32[Array, "B C"]:
         x = transformer.time_features(t, FREQUENCIES)                            # [B, 256]
         return self.fc2(jax.nn.silu(self.fc1(x)))                                # [B, C] float32
 
@@ -100,13 +101,15 @@ class Modulation(nnx.Module):
         self.linear = ZeroLinear(width, count * width, rngs=rngs)
         self.count = count
 
-    def __call__(self, c: Array) -> list[Array]:                                 # [B, C]
+    def __call__(self, c: Float32[Array, "B C"]) -> list[Float32[Array, "B 1 C"]]:
         vectors = constrain_activations(self.linear(jax.nn.silu(c)))             # [B, count C]
         return jnp.split(vectors[:, None], self.count, axis=-1)                  # each [B, 1, C]
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    return x * (1 + scale) + shift                                               # [B, N, C]
+def modulate(
+    x: Float[Array, "B N C"], shift: Float[Array, "B 1 C"], scale: Float[Array, "B 1 C"]
+) -> Float[Array, "B N C"]:
+    return x * (1 + scale) + shift
 
 
 class Block(nnx.Module):
@@ -121,7 +124,9 @@ class Block(nnx.Module):
         self.mlp = MLP(c, linear, approximate=True)
         self.adaLN_modulation = Modulation(c, 6, rngs=rngs)
 
-    def __call__(self, x: Array, c: Array) -> Array:                             # [B, N, C], [B, C]
+    def __call__(
+        self, x: Float[Array, "B N C"], c: Float32[Array, "B C"]
+    ) -> Float[Array, "B N C"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # [B, 1, C]
         h = gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))           # [B, N, C] float32
         x = constrain_activations(x + h.astype(x.dtype))                         # [B, N, C]
@@ -137,7 +142,9 @@ class FinalLayer(nnx.Module):
         self.adaLN_modulation = Modulation(arch.width, 2, rngs=rngs)
         self.linear = ZeroLinear(arch.width, arch.patch_size**2 * arch.out_channels, rngs=rngs)
 
-    def __call__(self, x: Array, c: Array) -> Array:                             # [B, N, C], [B, C]
+    def __call__(
+        self, x: Float[Array, "B N C"], c: Float32[Array, "B C"]
+    ) -> Float32[Array, "B N p"]:
         shift, scale = self.adaLN_modulation(c)                                  # [B, 1, C]
         return self.linear(modulate(self.norm(x), shift, scale))                 # [B, N, p^2 c']
 
@@ -171,7 +178,9 @@ class DiT(nnx.Module):
         )
         self.final_layer = FinalLayer(arch, rngs=rngs)
 
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:              # [B, h, w, c]
+    def __call__(
+        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"]
+    ) -> Float32[Array, "B h w {self.arch.out_channels}"]:
         b, arch = len(x), self.arch
         x = self.x_embedder(x).reshape(b, arch.patches, arch.width)              # [B, N, C] float32
         x = (x + positions(arch.side, arch.width)).astype(self.dtype)            # [B, N, C]

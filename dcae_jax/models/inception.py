@@ -15,8 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
-from dcae_jax.models.weights import AnyArray, AnyWeights
+from dcae_jax.models.weights import AnyArray, AnyWeights, Array
 
 Convolution = Callable[..., jax.Array]  # (x, name, stride=1, same=True)
 Pool = Callable[[jax.Array], jax.Array]
@@ -25,7 +26,7 @@ SIZE = 299  # pixels per side of the network's input
 PREPROCESSINGS = ("pytorch-fid", "torch-fidelity")
 
 
-def preprocess(levels: AnyArray, kind: str) -> jax.Array:
+def preprocess(levels: AnyArray, kind: str) -> Float32[Array, "B 299 299 3"]:
     """Images as levels 0..255 -> the network's input, [B, 299, 299, 3] float32 near [-1, 1].
 
     levels: [B, H, W, 3], uint8 or integer-valued floats (`transforms.to_levels`), any size. Two
@@ -64,7 +65,7 @@ def _resize(x: jax.Array, axis: int, half_pixel: bool) -> jax.Array:
 
 def features(
     weights: AnyWeights, images: AnyArray, fc_bias: bool = False
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float32[Array, "B 2048"], Float32[Array, "B 1008"]]:
     """Network input of `preprocess` -> (pool3 [B, 2048], logits [B, 1008]), float32.
 
     The logits leave out the bias of the last layer, as the Inception score needs them (Salimans

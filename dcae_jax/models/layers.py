@@ -19,6 +19,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from dcae_jax.models.weights import Array, only_shapes, zeros_view
 
@@ -189,14 +190,16 @@ def depthwise_form(form: Literal["auto", "grouped", "shifted"], platform: str) -
     return "shifted" if platform == "cpu" else "grouped"
 
 
-def _shifted(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+def _shifted(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "size size 1 C"], *_: Any, **__: Any
+) -> Float[Array, "B H W C"]:
     """[B, H, W, C] by [size, size, 1, C] -> [B, H, W, C]: the depthwise form 'shifted'."""
     taps = kernel.reshape(-1, kernel.shape[-1])  # [size^2, C]
     parts = [part * tap for part, tap in zip(_shifts(x, kernel.shape[0]), taps, strict=True)]
     return functools.reduce(jnp.add, parts)
 
 
-def _shifts(x: Array, size: int) -> list[Array]:
+def _shifts(x: Float[Array, "B H W C"], size: int) -> list[Float[Array, "B H W C"]]:
     """x shifted to each tap of a size x size kernel: size^2 times [B, H, W, C], row by row."""
     h, w = x.shape[1:3]
     pad = size // 2
@@ -211,8 +214,12 @@ SMALL_MAP = 16
 
 
 def conv_on_small_maps(
-    x: Array, kernel: Array, strides: tuple[int, ...], padding: Any, **settings: Any
-) -> Array:
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "size size C out"],
+    strides: tuple[int, ...],
+    padding: Any,
+    **settings: Any,
+) -> Float[Array, "B h w out"]:
     """jax.lax.conv_general_dilated; on a CPU, small maps use an equivalent matrix product."""
 
     def as_convolution(x: Array, kernel: Array) -> Array:
@@ -225,7 +232,9 @@ def conv_on_small_maps(
     return as_convolution(x, kernel)
 
 
-def _as_product(x: Array, kernel: Array) -> Array:
+def _as_product(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "size size C out"]
+) -> Float[Array, "B H W out"]:
     """[B, H, W, in] by [size, size, in, out] -> [B, H, W, out], zero-padded."""
     size, outputs = kernel.shape[0], kernel.shape[3]
     patches = jnp.concatenate(_shifts(x, size), axis=-1)  # [B, H, W, size^2 in]
@@ -240,7 +249,7 @@ class GroupedLinear(nnx.Module):
         self.kernel = nnx.Param(torch_uniform(inputs // groups)(layers.rngs.params(), shape))
         self.groups, self.dtype = groups, layers.dtype
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         b, h, w, c = x.shape
         x = x.reshape(b, h, w, self.groups, c // self.groups)
@@ -270,7 +279,7 @@ class RMSNorm(nnx.Module):
         self.bias = nnx.Param(np.zeros(channels, np.float32))
         self.eps, self.dtype = eps, dtype
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
         return (x * inverse * self.scale[...] + self.bias[...]).astype(self.dtype)
@@ -305,7 +314,7 @@ class BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x = x.astype(jnp.float32)
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]

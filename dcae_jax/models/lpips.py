@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Num
 
-from dcae_jax.models.weights import AnyArray, AnyWeights
+from dcae_jax.models.weights import AnyArray, AnyWeights, Array
 
 # torchvision's layers: (index, in, out, kernel, stride, padding), "pool" and "tap" (after ReLU).
 _POOL, _TAP = "pool", "tap"
@@ -46,7 +47,7 @@ def distance(
     net: str = "vgg",
     normalize: str = "lpips",
     precision: jax.lax.Precision | None = jax.lax.Precision.HIGHEST,
-) -> jax.Array:
+) -> Float32[Array, " B"]:
     """LPIPS of each pair: [B, H, W, 3] in [-1, 1], twice -> [B] float32, 0 for equal images.
 
     Differentiable in x and y. `normalize` selects how a feature vector f becomes a unit vector:
@@ -74,8 +75,11 @@ def distance(
 
 
 def _taps(
-    weights: AnyWeights, images: AnyArray, net: str, precision: jax.lax.Precision | None
-) -> list[jax.Array]:
+    weights: AnyWeights,
+    images: Num[AnyArray, "B H W 3"],
+    net: str,
+    precision: jax.lax.Precision | None,
+) -> list[Float32[Array, "B _h _w _c"]]:
     """Images [B, H, W, 3] -> the five feature maps [B, h, w, c], shallow to deep."""
     x = (jnp.asarray(images, jnp.float32) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
     taps = []
@@ -99,7 +103,7 @@ def _taps(
     return taps
 
 
-def _unit(x: jax.Array, normalize: str) -> jax.Array:
+def _unit(x: Float32[Array, "B h w c"], normalize: str) -> Float32[Array, "B h w c"]:
     """[B, h, w, c] -> the same shape, each channel vector scaled to unit length."""
     square = jnp.sum(jnp.square(x), axis=3, keepdims=True)
     if normalize == "torchmetrics":

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from dcae_jax.config.schema import Loss
 from dcae_jax.models.layers import ZEROS, Layers, normal
@@ -45,7 +46,7 @@ class PatchGAN(nnx.Module):
             self.norms.append(layers.group_norm(widths[i], groups=GROUPS, eps=EPS))
         self.project_out = conv(widths[-1], 1)
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float32[Array, "B h w"]:
         x = nnx.leaky_relu(self.convs[0](x), SLOPE)  # [B, H/2, W/2, C]
         for conv, norm in zip(self.convs[1:], self.norms, strict=True):
             x = nnx.leaky_relu(norm(conv(x)), SLOPE)  # [B, H/4, W/4, 2C] .. [B, h+1, w+1, 8C]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import Rngs
 from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Key
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
@@ -103,7 +104,7 @@ class ResBlock(nnx.Module):
         self.conv2 = layers.conv(outputs, outputs)
         self.shortcut = layers.linear(inputs, outputs) if inputs != outputs else None
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W out"]:
         y = self.conv1(nnx.silu(self.norm1(x)))  # [B, H, W, C']
         y = self.conv2(nnx.silu(self.norm2(y)))  # [B, H, W, C']
         return y + (x if self.shortcut is None else self.shortcut(x))  # [B, H, W, C']
@@ -119,7 +120,7 @@ class Attention(nnx.Module):
         self.v = layers.linear(channels, channels)
         self.out = layers.linear(channels, channels)
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, C]
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, c)  # [B, HW, C]
         q, k, v = self.q(y), self.k(y), self.v(y)  # each [B, HW, C]
@@ -164,7 +165,7 @@ class Encoder(nnx.Module):
         self.conv_out = layers.conv(inputs, 2 * arch.latent_channels)
         self.remat = remat
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = self.conv_in(x)  # [B, H, W, C0]
         for stage in self.stages:
             x = run(stage, x, remat=self.remat)  # [B, H/2, W/2, C0] .. [B, H/f, W/f, Cn]
@@ -193,7 +194,7 @@ class Decoder(nnx.Module):
         self.conv_out = layers.conv(inputs, 3)
         self.remat = remat
 
-    def __call__(self, z: Array) -> Array:  # [B, H/f, W/f, c]
+    def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         x = self.conv_in(z)  # [B, H/f, W/f, Cn]
         x = run(self.middle, x, remat=self.remat)  # [B, H/f, W/f, Cn]
         for stage in reversed(self.stages):
@@ -212,13 +213,17 @@ class SDVAE(nnx.Module):
         self.post_quant_conv = layers.linear(c, c)
         self.decoder = Decoder(arch, layers, remat=remat)
 
-    def posterior(self, x: Array) -> tuple[Array, Array]:
+    def posterior(
+        self, x: Float[Array, "B H W 3"]
+    ) -> tuple[Float32[Array, "B h w c"], Float32[Array, "B h w c"]]:
         """[B, H, W, 3] in [-1, 1] -> mean and standard deviation, each [B, H/f, W/f, c] float32."""
         moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)  # [B, H/f, W/f, 2c]
         mean, log_variance = jnp.split(moments, 2, axis=-1)  # each [B, H/f, W/f, c]
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE))
 
-    def encode(self, x: Array, sample_key: Array | None = None) -> Array:
+    def encode(
+        self, x: Float[Array, "B H W 3"], sample_key: Key[Array, ""] | None = None
+    ) -> Float32[Array, "B h w c"]:
         """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
 
         The posterior's mean, or a sample drawn with `sample_key`, a jax.random key.
@@ -228,11 +233,11 @@ class SDVAE(nnx.Module):
             return mean
         return mean + deviation * jax.random.normal(sample_key, mean.shape, jnp.float32)
 
-    def decode(self, z: Array) -> Array:
+    def decode(self, z: Float[Array, "B h w c"]) -> Float32[Array, "B H W 3"]:
         """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
-    def __call__(self, x: Array) -> Array:  # [B, H, W, 3]
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float32[Array, "B H W 3"]:
         return self.decode(self.encode(x))  # [B, H, W, 3]
 
 

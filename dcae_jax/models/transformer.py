@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.nn.initializers import Initializer
+from jaxtyping import Float, Float32, Real
 
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
         self.proj = linear(width, width)
         self.heads, self.attention = heads, attention
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         b, n, c = x.shape
         qkv = project_to_heads(self.qkv, x, self.heads)  # [B, N, 3, heads, D]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D]
@@ -116,7 +117,9 @@ class Attention(nnx.Module):
         return constrain_activations(self.proj(mixed.reshape(b, n, c)))  # [B, N, C]
 
 
-def plain_attention(q: Array, k: Array, v: Array) -> Array:
+def plain_attention(
+    q: Float[Array, "B N heads D"], k: Float[Array, "B N heads D"], v: Float[Array, "B N heads D"]
+) -> Float[Array, "B N heads D"]:
     """softmax(q k^T / sqrt(D)) v, [B, N, heads, D] each; scores and softmax in float32."""
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
     scores = constrain_activations(scores, 1)  # [B, heads, N, N]
@@ -124,7 +127,9 @@ def plain_attention(q: Array, k: Array, v: Array) -> Array:
     return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(v.dtype), v)
 
 
-def project_to_heads(qkv: nnx.Linear, x: Array, heads: int) -> Array:
+def project_to_heads(
+    qkv: nnx.Linear, x: Float[Array, "B N C"], heads: int
+) -> Float[Array, "B N 3 {heads} D"]:
     """qkv(x), [B, N, C] -> [B, N, 3, heads, D]: heads can be sharded where 3 C cannot."""
     b, n, c = x.shape
     shape = (3, heads, c // heads)
@@ -148,7 +153,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(MLP_RATIO * width, width)
         self.approximate = approximate
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         x = constrain_activations(x)  # [B, N, C]
         x = constrain_activations(self.fc1(x), 2)  # [B, N, 4 C]
         x = jax.nn.gelu(x, approximate=self.approximate)
@@ -199,9 +204,9 @@ class Stacked(nnx.Module):
     def scan(
         self,
         call: Callable[[Any, Array, Any], tuple[Array, Any]],
-        x: Array,
+        x: Float[Array, "B N C"],
         each: Any = None,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Float[Array, "B N C"], Any]:
         """(x after the last layer, the second results of all layers, stacked).
 
         call(layer, x, one layer's part of `each`) -> (x, second result).
@@ -255,14 +260,16 @@ def patch_embed(
     )
 
 
-def from_patches(x: Array, size: int, side: int) -> Array:
+def from_patches(
+    x: Float[Array, "B {side**2} p"], size: int, side: int
+) -> Float[Array, "B {side*size} {side*size} c"]:
     """[B, side^2, size^2 c] -> [B, h, w, c]; row by row, channels (row, column, c)."""
     b, c = x.shape[0], x.shape[-1] // size**2
     x = x.reshape(b, side, side, size, size, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, side * size, side * size, c)
 
 
-def time_features(t: Array, width: int) -> Array:
+def time_features(t: Real[Array, " B"], width: int) -> Float32[Array, "B {width}"]:
     """[B] -> [B, width] float32: cos, then sin, of t at width / 2 frequencies 1 .. ~1/10000."""
     half = width // 2
     scale = np.float32(-math.log(MAX_PERIOD))

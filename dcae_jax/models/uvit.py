@@ -19,6 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int, Real
 
 from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
@@ -82,7 +83,9 @@ class Block(nnx.Module):
         self.norm2 = layer_norm(c, rngs=rngs)
         self.mlp = MLP(c, linear, approximate=False)
 
-    def __call__(self, x: Array, skip: Array | None = None) -> Array:           # [B, N, C]
+    def __call__(
+        self, x: Float[Array, "B N C"], skip: Float[Array, "B N C"] | None = None
+    ) -> Float[Array, "B N C"]:
         if skip is not None:
             x = jnp.concatenate([x, skip], axis=-1)                             # [B, N, 2 C]
             x = constrain_activations(self.skip_linear(x))                      # [B, N, C]
@@ -120,7 +123,9 @@ class UViT(nnx.Module):
         # In float32: the cost is negligible next to a block, and the prediction is not rounded.
         self.decoder_pred = Linear(c, patch**2 * arch.out_channels, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Array, t: Array, labels: Array) -> Array:             # [B, h, w, c]
+    def __call__(
+        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"]
+    ) -> Float32[Array, "B h w {self.arch.out_channels}"]:
         b, arch = len(x), self.arch
         label = self.label_emb(labels)                                          # [B, C] float32
         time = transformer.time_features(t, arch.width)                         # [B, C] float32

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from dcae_jax.config.schema import Loss
 from dcae_jax.models import lpips
@@ -31,12 +32,12 @@ def reconstruction_terms(loss: Loss) -> dict[str, tuple[ReconstructionTerm, floa
     return terms
 
 
-def l1(x: Array, y: Array) -> Array:
+def l1(x: Float[Array, "B H W 3"], y: Float[Array, "B H W 3"]) -> Float32[Array, ""]:
     """Mean absolute difference of two batches of images in [-1, 1], a scalar."""
     return jnp.mean(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)))
 
 
-def psnr(x: Array, y: Array) -> Array:
+def psnr(x: Float[Array, "B H W 3"], y: Float[Array, "B H W 3"]) -> Float32[Array, ""]:
     """PSNR in dB over a batch of images in [-1, 1], without 8-bit rounding: for training curves.
 
     The reported metric is `metrics.psnr`: per image, on 8-bit levels.
@@ -45,7 +46,9 @@ def psnr(x: Array, y: Array) -> Array:
     return 10 * jnp.log10(4 / jnp.maximum(error, 1e-10))
 
 
-def perceptual(weights: Weights, x: Array, y: Array) -> Array:
+def perceptual(
+    weights: Weights, x: Float[Array, "B H W 3"], y: Float[Array, "B H W 3"]
+) -> Float32[Array, ""]:
     """Mean LPIPS (VGG16, v0.1) of two batches of images in [-1, 1], a scalar.
 
     Runs at JAX's default precision; the reported LPIPS uses the highest.
@@ -53,17 +56,19 @@ def perceptual(weights: Weights, x: Array, y: Array) -> Array:
     return jnp.mean(lpips.distance(weights, x, y, net="vgg", precision=None))
 
 
-def hinge(real: Array, fake: Array) -> Array:
+def hinge(real: Float[Array, "B h w"], fake: Float[Array, "B h w"]) -> Float[Array, ""]:
     """The discriminator's hinge loss on its logits: 1 at chance, 0 once all pass +-1."""
     return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
 
 
-def generator_hinge(fake: Array) -> Array:
+def generator_hinge(fake: Float[Array, "B h w"]) -> Float[Array, ""]:
     """The generator's side of the hinge loss: minus the mean logit of its outputs."""
     return -jnp.mean(fake)
 
 
-def adaptive_weight(reconstruction_norm: Array, gan_norm: Array, limit: float) -> Array:
+def adaptive_weight(
+    reconstruction_norm: Float[Array, ""], gan_norm: Float[Array, ""], limit: float
+) -> Float[Array, ""]:
     """The factor that scales the GAN loss to the reconstruction loss (Esser et al. 2021).
 
     The norms are those of the two losses' gradients at the last layer's kernel. `limit` bounds the

@@ -11,7 +11,7 @@ from dcae_jax.training import losses
 
 def test_hinge_by_its_formula():
     """Catches swapped signs, with which the discriminator learns to be wrong."""
-    real, fake = jnp.asarray([2.0, 0.5]), jnp.asarray([-3.0, 0.0])
+    real, fake = jnp.asarray([[[2.0, 0.5]]]), jnp.asarray([[[-3.0, 0.0]]])
     assert float(losses.hinge(real, fake)) == pytest.approx(0.5 * (0.25 + 0.5))
     assert float(losses.hinge(-real, -fake)) > 1
     assert float(losses.generator_hinge(fake)) == 1.5
@@ -27,7 +27,8 @@ def test_the_adaptive_weight_is_bounded():
 
 def test_l1_and_psnr_by_their_formulas():
     """Catches a sum in place of a mean, a peak of 1 in place of 2, and outputs not clipped."""
-    x, y = jnp.asarray([0.5, -3.0]), jnp.asarray([0.3, -1.0])
+    x = jnp.asarray([[[[0.5] * 3], [[-3.0] * 3]]])
+    y = jnp.asarray([[[[0.3] * 3], [[-1.0] * 3]]])
     assert float(losses.l1(x, y)) == pytest.approx((0.2 + 2) / 2)
     assert float(losses.psnr(x, y)) == pytest.approx(10 * np.log10(4 / (0.04 / 2)), rel=1e-5)
 
