@@ -49,7 +49,7 @@ def fit(source: Source, f: int, channels: int, patches: int, seed: int = 0) -> P
         for i in chosen:
             data[i] = np.asarray(random_crop(image, f, rng)).reshape(-1)
     solved = Solver(channels, svd_solver="covariance_eigh", copy=False).fit(data)
-    return PCA(solved.mean_.astype(np.float32), solved.components_.astype(np.float32))
+    return PCA(np.asarray(solved.mean_, np.float32), np.asarray(solved.components_, np.float32))
 
 
 def scores(pca: PCA, settings: Evaluate, source: Source) -> dict[str, float]:
