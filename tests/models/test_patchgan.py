@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from goldens import make_gan
 from support import phase3_golden
 
@@ -88,5 +87,5 @@ def test_the_discriminator_is_seeded_by_the_run_and_unlike_the_model(one_device)
             state_lib.init_state(config, one_device, spec).discriminator.params["convs.0.kernel"]
         )
     assert not np.array_equal(found[0], found[1])
-    as_model = patchgan.create(config.loss, dtype="float32", rngs=nnx.Rngs(1))
+    as_model = patchgan.create(config.loss, dtype="float32", rngs=weights_lib.host_rngs(1))
     assert not np.array_equal(found[1], weights_lib.split(as_model)[1]["convs.0.kernel"])
