@@ -13,6 +13,8 @@ WORDS = (
     ("dcae_jax/config.py", "dcae_jax/config/schema.py"),
     # Sub-commands of the one command line.
     ("python -m dcae_jax.torch_io", "dcae-jax convert"),
+    # One variant more.
+    (" tiny, f32c32, f64c128", " tiny, small, f32c32, f64c128"),
     ("make it with dcae_jax.torch_io", "make it with `dcae-jax convert`"),
     # The key `phase` is gone: what starts from weights says so itself.
     ("and phase 1 starts from weights", "but this configuration starts from weights"),
