@@ -55,3 +55,17 @@ def test_the_scales_of_guidance_are_the_published_ones():
     for name, variant, scale in rows:
         path = os.path.join(CONFIGS, f"{name.lower()}.py")
         assert config_lib.load_file(path, variant.lower()).sample.guidance == float(scale), name
+
+
+@pytest.mark.parametrize(
+    "phase, want",
+    [  # the authors' recipe, docs/training.md
+        ("phase1", dict(learning_rate=6.4e-5, b1=0.9, b2=0.999, weight_decay=0.1)),
+        ("phase2", dict(learning_rate=1.6e-5, b1=0.9, b2=0.999, weight_decay=1e-3)),
+        ("phase3", dict(learning_rate=5.4e-5, b1=0.5, b2=0.9, weight_decay=0.0)),
+    ],
+)
+def test_adamw_has_the_published_numbers(phase, want):
+    """Catches a default that a phase inherits and the authors do not have."""
+    optimizer = config_lib.load_file(os.path.join(CONFIGS, f"{phase}.py")).optimizer
+    assert {key: optimizer[key] for key in want} == want
