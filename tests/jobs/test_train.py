@@ -242,6 +242,7 @@ def test_skipped_steps_do_not_count_in_the_means():
     assert metric_writer.compute(totals) == {"loss": 2.0, "skipped": 1.0}
 
 
+@pytest.mark.slow
 def test_the_share_of_lpips_is_a_share(small, alone, tmp_path, caplog):
     """Catches a paper config that does not run with the file it asks for, or a share above 1."""
     from dcae_jax.models import lpips
@@ -308,6 +309,7 @@ def test_an_allowed_change_is_recorded(small, alone, tmp_path):
     assert changes == [{"step": 2, "key": "ema_decay", "before": 0.99, "now": 0.5}]
 
 
+@pytest.mark.slow
 def test_another_batch_size_with_several_resolutions_goes_on(small, alone, tmp_path):
     """Catches a traceback of images of two sizes in one batch, after the remedy that the line of a
     device out of memory names: lower batch_size."""

@@ -42,7 +42,9 @@ def test_a_run_leaves_rows_samples_and_what_the_latents_fix(
     assert saved["latents"]["encoder_checksum"] == manifest["encoder_checksum"]
 
 
-@pytest.mark.parametrize("file", ["uvit", "usit", "dit"])
+@pytest.mark.parametrize(
+    "file", ["uvit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("usit", "dit"))]
+)
 def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
     """Catches draws of noise, times or dropped labels that depend on where a run began."""
     config = small_models.diffusion_config(latents_folder, file)
@@ -162,6 +164,7 @@ def test_latents_of_another_encoder_under_the_same_path_are_told(
     assert run_job(train, diffusion_config, workdir) == train.DONE
 
 
+@pytest.mark.slow
 def test_latents_of_raw_weights_are_trained_on_and_sampled(small, alone, tmp_path):
     """Catches the averaged encoder looked for where the latents were made by the raw one."""
     small.steps, small.ema_decay = 2, 0.9

@@ -56,6 +56,7 @@ def test_flops_are_of_the_form_that_the_platform_runs(small, one_device, monkeyp
     assert counted == compile.flops(config, one_device, 32)
 
 
+@pytest.mark.slow
 def test_flops_count_every_evaluation_of_the_network(one_device):
     """Catches a sampler's loop, or the loop over blocks inside it, counted as one iteration."""
 

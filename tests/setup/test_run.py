@@ -82,6 +82,7 @@ def _factor(path):
     return dcae.architecture(saved.model).scaling_factor
 
 
+@pytest.mark.slow
 def test_the_factor_goes_with_the_weights_through_runs(small, alone, tmp_path, caplog):
     """Catches latents of a fine-tuned model that are exported with the scaling factor 1, and a run
     that cannot resume because it inherited one."""
