@@ -66,6 +66,7 @@ def test_device_arrays_are_read_only_when_asked(ae):
         ae.encode(x, check=True)
 
 
+@pytest.mark.slow
 def test_a_trained_workdir_loads_evaluates_and_reconstructs_one_image(small, alone, tmp_path):
     """Catches evaluation of other weights than training evaluated, and padding left in."""
     workdir = str(tmp_path / "run")

@@ -31,6 +31,7 @@ def _stopped(config, workdir, before):
     return int(kept.stem.removeprefix("step")), newest
 
 
+@pytest.mark.slow
 def test_an_exploding_gan_stops_with_good_checkpoints(small, alone, tmp_path):
     """Catches infinite weights saved as good, and good ones pushed out by skipped steps."""
     small.loss.gan_weight, small.loss.gan_channels, small.loss.gan_layers = 1.0, 8, 2

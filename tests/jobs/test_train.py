@@ -150,7 +150,13 @@ def test_tensorboard_shows_the_rows(whole):
     assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT)),
+    ],
+)
 def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, number):
     """Catches anything that a checkpoint forgets: moments, averages, data, means of metrics."""
     workdir = tmp_path / "run"

@@ -63,7 +63,7 @@ def test_predictions_equal_those_of_pytorch(model, unroll):
     assert error(y[1:], want[1:])[0] <= 2e-5
 
 
-@pytest.mark.parametrize("model", ["uvit-p2", "dit"])
+@pytest.mark.parametrize("model", ["uvit-p2", pytest.param("dit", marks=pytest.mark.slow)])
 def test_loops_and_recomputation_change_neither_prediction_nor_gradient(model):
     """Catches a skip lost from the loop's gradient, and a `remat` that nobody reads."""
     weights, inputs = weights_of(model), make_diffusion.inputs(model)

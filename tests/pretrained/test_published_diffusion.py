@@ -157,7 +157,7 @@ def test_a_width_of_no_variant_needs_to_be_told_the_heads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "variant,words", [("s", "512 channels, these weights 128"), ("xl", "tiny, s, h, 2b")]
+    "variant,words", [("s", "512 channels, but these weights have 128"), ("xl", "tiny, s, h, 2b")]
 )
 def test_a_variant_of_another_width_is_refused(tmp_path, variant, words):
     """Catches a wrong variant believed."""

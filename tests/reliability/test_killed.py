@@ -33,10 +33,8 @@ def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, se
 
 
 @pytest.mark.xdist_group("killed")
-@pytest.mark.parametrize(
-    "place, count",
-    [("step", 10), *(pytest.param(p, 2, marks=pytest.mark.slow) for p in ("save", "evaluate"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place, count", [("step", 10), ("save", 2), ("evaluate", 2)])
 def test_sigterm_saves_at_once_and_a_second_one_corrupts_nothing(
     forks, data, whole, tmp_path, place, count
 ):

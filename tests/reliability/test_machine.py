@@ -100,7 +100,7 @@ def test_a_read_only_workdir(forks, data, started, small_disk, tmp_path):
 
 
 @pytest.mark.xdist_group("machine")
-@pytest.mark.parametrize("where", [".", "checkpoints"])
+@pytest.mark.parametrize("where", [".", pytest.param("checkpoints", marks=pytest.mark.slow)])
 def test_a_workdir_of_somebody_else(forks, data, started, tmp_path, where):
     """Catches a traceback where a right is missing, also if that shows at the first save only."""
     workdir = tmp_path / "run"

@@ -124,7 +124,6 @@ def _assert_alike(rows, wanted, first=False):
 @pytest.mark.parametrize(
     "kind, axes",
     [
-        ("phase1", FSDP),
         ("uvit", (("tensor", 4),)),
         pytest.param("phase1@128", SPATIAL, marks=slow),
         pytest.param("uvit", FSDP, marks=slow),
@@ -132,7 +131,6 @@ def _assert_alike(rows, wanted, first=False):
             pytest.param(kind, axes, marks=slow)
             for kind in ("phase1", "phase2", "phase3")
             for axes in ((("data", 8),), (("fsdp", 8),), FSDP)
-            if (kind, axes) != ("phase1", FSDP)
         ],
         pytest.param("phase2@128", SPATIAL, marks=slow),
         pytest.param("phase3@128", SPATIAL, marks=slow),

@@ -154,6 +154,7 @@ def _checkpoint(config, mesh, workdir, step):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(everything)}
 
 
+@pytest.mark.slow
 def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
     """Catches a checkpoint without the discriminator, one of the two optimizers, or the draw of
     resolutions, and a warm-up of the GAN or of the rate that starts again."""
