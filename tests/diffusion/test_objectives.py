@@ -286,3 +286,37 @@ def test_an_unknown_objective_is_named():
     """Catches a misspelt objective that trains something else."""
     with pytest.raises(UserError, match="'eps' is not known; .* epsilon, learned_sigma, flow"):
         objectives.loss("eps", lambda x, *_: x, jnp.zeros((1, *SHAPE)), None, jax.random.key(0))
+
+
+def test_the_bound_is_a_mean_over_the_batch():
+    """Catches a bound that is summed, and so outweighs the noise in a large batch."""
+    x0, seen = jnp.asarray(draw(0, 4, *SHAPE)), {}
+
+    def model(x_t, time, cond):
+        seen.update(x_t=x_t, n=time.astype(int))
+        return jnp.concatenate([0.1 * x_t, jnp.zeros_like(x_t)], axis=-1)
+
+    total, metrics = objectives.loss("learned_sigma", model, x0, None, jax.random.key(0))
+    bound = objectives.variational_bound(
+        BETAS["learned_sigma"], x0, seen["x_t"], seen["n"], 0.1 * seen["x_t"], jnp.zeros_like(x0)
+    )
+    np.testing.assert_allclose(metrics["vb"], bound.mean(), rtol=1e-9)
+    np.testing.assert_allclose(total, metrics["mse"] + metrics["vb"], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "objective, data, noise", [("epsilon", 1, 1000), ("learned_sigma", 0, 999), ("flow", 1, 0)]
+)
+def test_noise_levels_run_to_1_at_pure_noise(objective, data, noise):
+    """Catches a guidance interval shifted by a step, or upside down."""
+    level = objectives.OBJECTIVES[objective].noise_level
+    np.testing.assert_allclose(level(noise), 1, atol=1e-12)
+    np.testing.assert_allclose(level(data), 0 if objective == "flow" else 1e-3, atol=1e-12)
+
+
+def test_bins_far_on_either_side_keep_their_digits_in_float32():
+    """Catches an integral in the right tail, where a difference of float32 near 1 is 0."""
+    for x in (0.3, -0.3):
+        arguments = (jnp.float32(value) for value in (x, 0.0, 2 * np.log(0.05)))
+        ours = objectives.discretised_log_likelihood(*arguments)
+        np.testing.assert_allclose(ours, bin_log_probability(x, 0.0, 0.05), rtol=1e-4)
