@@ -22,7 +22,7 @@ def whole(forks, data, tmp_path_factory):
 
 @pytest.mark.xdist_group("killed")
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, seed):
     """Catches anything that a checkpoint or a workdir forgets, or keeps twice, after kill -9."""
     workdir = tmp_path / "run"

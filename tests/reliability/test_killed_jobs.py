@@ -15,7 +15,7 @@ def commands(tmp_path_factory):
 @pytest.mark.xdist_group("killed")
 @pytest.mark.parametrize("job", ["encode", "sample"])
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
 def test_a_job_killed_anywhere_ends_with_the_same_files(forks, commands, tmp_path, job, seed):
     """Catches a shard or a batch that is kept half, made twice or left out, and rubbish left."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
