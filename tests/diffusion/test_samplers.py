@@ -341,3 +341,27 @@ def test_settings_that_cannot_be_sampled_are_named(settings, message):
         samplers.sample(
             lambda x, t, _: x, jnp.asarray(START), keys=keys, **{"steps": 30, **settings}
         )
+
+
+def test_each_draw_has_noise_of_its_own(monkeypatch):
+    """Catches ddpm's first step adding the initial noise again, or every step the same noise."""
+    numbers, draw = [], samplers._noise
+
+    def noise(keys, number, shape, dtype):
+        numbers.append(int(number))
+        return draw(keys, number, shape, dtype)
+
+    monkeypatch.setattr(samplers, "_noise", noise)
+    keys = samplers.sample_keys(0, jnp.arange(2))
+    model = functools.partial(chain_model, "epsilon")
+    with jax.disable_jit():
+        x = samplers.initial_noise(keys, (1, 1, 1)).astype(jnp.float64)
+        samplers.sample(model, x, objective="epsilon", sampler="ddpm", steps=4, keys=keys)
+    assert len(numbers) == 5 and len(set(numbers)) == 5, numbers
+
+
+def test_dormand_prince_treats_both_signs_alike():
+    """Catches a tolerance relative to x, not to its magnitude: negative latents get more steps."""
+    swing = lambda x, t, _: 20 * jnp.cos(20 * t)[:, None, None, None] * x  # noqa: E731
+    solve = jax.jit(functools.partial(samplers.dopri5, swing, rtol=1e-3, atol=1e-6))
+    np.testing.assert_allclose(solve(-START, None), -solve(START, None), rtol=1e-12, atol=0)
