@@ -68,9 +68,10 @@ def _our_step():
     config.model.encoder_depths = config.model.decoder_depths = DEPTHS
     config.resolution, config.batch_size, config.remat = 128, 8, "none"
     config.loss.lpips_weight = config.ema_decay = 0.0
+    config = config_lib.validate(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     spec = state.train_spec(config, mesh)
-    abstract = state.abstract_state(config, mesh, spec)
+    abstract = state.abstract_state(config.sharding, mesh, spec)
     shapes = run_lib.abstract_batch(config, 128, mesh)
     program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     rng = np.random.default_rng(0)

@@ -48,12 +48,12 @@ def ours(case: str):
         program = jax.jit(
             lambda weights, x: layers.merge(spec.graphdef, weights)(x, t, labels)
         ).lower(start.params, x)
-        config.unroll = True  # XLA counts a loop's body once
+        config = config_lib.replace(config, unroll=True)  # XLA counts a loop's body once
         cost = _cost(config, mesh, lambda graph, w: layers.merge(graph, w)(x, t, labels))
         compiled, weights = program.compile(), start.params
         x = jax.device_put(x)
         return lambda: jax.block_until_ready(compiled(weights, x)), cost
-    abstract = state.abstract_state(config, mesh, spec)
+    abstract = state.abstract_state(config.sharding, mesh, spec)
     shapes = run_lib.abstract_batch(config, side, mesh)
     program = steps.jit_step(config, spec, abstract).lower(abstract, shapes, {}).compile()
     batch = {"latent": x.astype(shapes["latent"].dtype), "label": np.zeros(BATCH, np.int32)}
@@ -64,7 +64,7 @@ def ours(case: str):
         kept[0], metrics = program(kept[0], batch, {})
         jax.block_until_ready((kept[0], metrics))
 
-    config.unroll = True
+    config = config_lib.replace(config, unroll=True)
     spec = state.train_spec(config, mesh)
     cost = jax.jit(steps.make_step(config, spec)).lower(abstract, shapes, {}).compile()
     cost = cost.cost_analysis()

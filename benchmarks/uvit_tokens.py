@@ -43,7 +43,7 @@ class Runner:
         spec = state_lib.train_spec(config, mesh)
         size = config.model.latent_size
         shapes = run_lib.abstract_batch(config, size, mesh)
-        abstract = state_lib.abstract_state(config, mesh, spec)
+        abstract = state_lib.abstract_state(config.sharding, mesh, spec)
         program = jax.jit(step.make_step(config, spec), donate_argnums=0)
         self.step = program.lower(abstract, shapes, {}).compile()
         self.state = state_lib.init_state(config, mesh, spec)
@@ -53,7 +53,7 @@ class Runner:
             "label": jax.device_put(np.zeros(config.batch_size, np.int32)),
         }
         # XLA counts a loop's body once: the cost is that of the unrolled program, not compiled.
-        config.unroll = True
+        config = config_lib.replace(config, unroll=True)
         spec = state_lib.train_spec(config, mesh)
         unrolled = jax.jit(step.make_step(config, spec)).lower(abstract, shapes, {})
         self.flops = unrolled.cost_analysis()["flops"]
