@@ -278,3 +278,22 @@ def test_scores_refuse_too_few_rows():
         metrics.inception_score(x)
     with pytest.raises(ValueError, match="one network"):
         metrics.precision_recall(x, np.zeros((4, 2)))
+
+
+def test_ssim_of_dark_images_is_scikit_images():
+    """Catches another constant of the luminance term, which brighter images hide."""
+    from skimage.metrics import structural_similarity
+
+    random = np.random.default_rng(0)
+    x = np.abs(random.normal(2, 1, (24, 24))).round()
+    y = np.abs(x + random.normal(1, 1, x.shape)).round()
+    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
+    _, want = structural_similarity(x, y, full=True, **options)
+    found = metrics.ssim_map(*(v[None, :, :, None].astype(np.float32) for v in (x, y)))
+    np.testing.assert_allclose(found[0, 5:-5, 5:-5, 0], want[5:-5, 5:-5], atol=1e-4)
+
+
+def test_inception_score_of_certain_predictions_is_the_number_of_classes():
+    """Catches a term of p log p that is not 0 where p is."""
+    logits = np.tile(np.eye(4, dtype=np.float32) * 1e4, (5, 1))
+    np.testing.assert_allclose(metrics.inception_score(logits, splits=1), (4, 0), atol=1e-9)
