@@ -71,8 +71,8 @@ LATENTS_F8P2 = {"side": 64, "channels": 4, "patch": 2}
 
 PARTS = {
     "matmul": Part(0, "gpu_parts.matmul", 1, 15),
-    "attention": Part(1, "gpu_parts.attention", 65536, 45),
-    "depthwise": Part(1, "gpu_parts.depthwise", 16, 35),
+    "attention": Part(1, "gpu_layers.attention", 65536, 45),
+    "depthwise": Part(1, "gpu_layers.depthwise", 16, 35),
     "uvit-h-f64p1-train": Part(1, "gpu_parts.denoiser_step", 1024, 50, F64P1),
     "uvit-h-f8p2-train": Part(1, "gpu_parts.denoiser_step", 128, 60, F8P2),
     "ae-decode-512": _ours(1, "decode", 512, 16, 38),

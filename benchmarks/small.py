@@ -7,7 +7,7 @@
 Every photograph gives `configs/phase1.py:small`'s fixed crops at its own scale. The spectrum column
 is the power above half the Nyquist frequency relative to the photographs: 1 is as sharp as they
 are. PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it
-has converged. Writes a JSON line per model to --out, and the linear model to --pca.
+has converged. Appends a JSON line per model to --out.
 """
 
 import argparse
@@ -21,9 +21,8 @@ import dcae_jax
 from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.config.schema import Evaluate
-from dcae_jax.data import pipeline, sources, transforms
+from dcae_jax.data import sources, transforms
 from dcae_jax.demo import pca
-from dcae_jax.evaluation import metrics
 
 PATCHES = (100_000, 200_000)
 
@@ -43,24 +42,15 @@ def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, 
     result = {}
     for size in settings.resolutions:
         rows, power = [], []
-        for batch in pipeline.evaluation_batches(
-            source,
-            size=size,
-            batch_size=settings.batch_size,
-            count=settings.count,
-            crops=settings.crops,
-        ):
-            keep = batch["mask"] > 0
-            x, y = batch["image"][keep], reconstruct(batch["image"])[keep]
-            levels = x.astype(np.float32), y.astype(np.float32)
-            rows.append(np.stack([metrics.psnr(*levels), metrics.ssim(*levels)]))
+        for x, y in pca.pairs(reconstruct, settings, source, size):
+            rows.append(pca.psnr_and_ssim(x, y))
             power.append((high_power(x) * len(x), high_power(y) * len(x)))
         psnr, ssim = np.concatenate(rows, axis=1).mean(1)
-        ours, theirs = np.sum(power, axis=0)[::-1]
+        photographs, outputs = np.sum(power, axis=0)
         result |= {
             f"psnr_{size}": float(psnr),
             f"ssim_{size}": float(ssim),
-            f"spectrum_{size}": float(ours / theirs),
+            f"spectrum_{size}": float(outputs / photographs),
         }
     return result
 
@@ -71,7 +61,6 @@ def main() -> None:
     parser.add_argument("--photos", default="photos")
     parser.add_argument("--only", default="", help="score the held-out files whose names have this")
     parser.add_argument("--out", default="")
-    parser.add_argument("--pca", default="", help="file for the linear model, .npz in float16")
     given = parser.parse_args()
     path = os.path.join(config_lib.SHIPPED, "phase1.py")
     config = config_lib.validate(config_lib.load_file(path, "small"))
@@ -94,9 +83,6 @@ def main() -> None:
     for patches in PATCHES:
         linear = pca.fit(train, 32, 32, patches)
         add(f"PCA, {patches} patches", linear.reconstruct)
-    if given.pca:
-        half = {"mean": linear.mean, "components": linear.components}
-        np.savez(given.pca, **{name: value.astype(np.float16) for name, value in half.items()})
     for model in given.models:
         ae = dcae_jax.load_autoencoder(model, dtype="float32")
         add(

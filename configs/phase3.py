@@ -61,7 +61,6 @@ def get_config(variant="f32c32"):
         config.steps = 1500
         config.batch_size = 32
         config.loss.lpips_weight = 0.0
-        config.loss.gan_weight = 0.5
         config.loss.gan_warmup_steps = 200
         config.loss.gan_learning_rate = 1e-4
         config.optimizer.learning_rate = 1e-4

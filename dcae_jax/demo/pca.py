@@ -2,6 +2,7 @@
 """The best linear autoencoder of a given latent size: PCA on f x f patches, the baseline."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -52,22 +53,35 @@ def fit(source: Source, f: int, channels: int, patches: int, seed: int = 0) -> P
     return PCA(np.asarray(solved.mean_, np.float32), np.asarray(solved.components_, np.float32))
 
 
+def pairs(
+    reconstruct: Callable[[np.ndarray], np.ndarray], settings: Evaluate, source: Source, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of the crops that `evaluation.reconstruction` takes, and their reconstructions.
+
+    reconstruct: [B, size, size, 3] uint8 -> the same. Yields two of those, without padding.
+    """
+    for batch in pipeline.evaluation_batches(
+        source,
+        size=size,
+        batch_size=settings.batch_size,
+        count=settings.count,
+        crops=settings.crops,
+    ):
+        keep = batch["mask"] > 0
+        yield batch["image"][keep], reconstruct(batch["image"])[keep]
+
+
+def psnr_and_ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[2, B] float: PSNR in dB and SSIM of each pair of images [B, H, W, 3] uint8."""
+    levels = x.astype(np.float32), y.astype(np.float32)
+    return np.stack([metrics.psnr(*levels), metrics.ssim(*levels)])
+
+
 def scores(pca: PCA, settings: Evaluate, source: Source) -> dict[str, float]:
-    """PSNR and SSIM on the crops that `evaluation.reconstruction` takes: {'psnr_256': ...}."""
+    """Mean PSNR and SSIM at each of settings.resolutions: {'psnr_256': ..., 'ssim_256': ...}."""
     result = {}
     for size in settings.resolutions:
-        sums = []
-        for batch in pipeline.evaluation_batches(
-            source,
-            size=size,
-            batch_size=settings.batch_size,
-            count=settings.count,
-            crops=settings.crops,
-        ):
-            x = batch["image"].astype(np.float32)
-            y = pca.reconstruct(batch["image"]).astype(np.float32)
-            both = np.stack([metrics.psnr(y, x), metrics.ssim(y, x)])
-            sums.append(both[:, batch["mask"] > 0])
-        means = np.concatenate(sums, axis=1).mean(1)
+        rows = [psnr_and_ssim(*pair) for pair in pairs(pca.reconstruct, settings, source, size)]
+        means = np.concatenate(rows, axis=1).mean(1)
         result |= {f"psnr_{size}": float(means[0]), f"ssim_{size}": float(means[1])}
     return result
