@@ -77,6 +77,12 @@ def all_cells() -> list[Cell]:
         for job, config, overrides in diffusion:
             topology = DIFFUSION_SLICES[slice_]
             jobs.append(Cell("jobs", job, config, topology, (*overrides, *fsdp)))
+    for variant in ("1.5-f32c128", "1.5-f64c128"):
+        job, config = f"{variant} phase 1", f"phase1.py:{variant}"
+        jobs.append(Cell("jobs", job, config, AUTOENCODER_SLICES[0], fsdp))
+    two = ("autoencoder=1.5-f64c128", "resolution=512", "batch_size=1024", "augment.count=2")
+    two += ("augment.channels=(16,32,48,64,80,96,112,128)",)
+    jobs.append(Cell("jobs", "USiT-2B f64 x2", "usit.py:2b", DIFFUSION_SLICES[0], (*two, *fsdp)))
     # The first of each kind on the smallest chips, then the rest.
     found += sorted(jobs, key=lambda cell: (cell.topology[:3] != "v5e", "phase 2" in cell.job))
 
@@ -142,11 +148,13 @@ def summary(cells: list[Cell]) -> str:
             best[cell.job] = cell, row
     head = ("model", "job", "slice", "batch", "size", *SHORT_HEAD)
     lines = []
-    for variant in ("f32c32", "f64c128", "f128c512", "UViT-H", "UViT-2B", "DiT-XL"):
+    for variant in dict.fromkeys(job.split()[0] for job in best):
         for job in sorted(job for job in best if job.split()[0] == variant):
             cell, row = best[job]
             what = " ".join(job.split()[1:])
-            what = what if what.startswith("phase") else f"training on {what} latents"
+            if not what.startswith("phase"):
+                what = f"training on {what.split()[0]} latents"
+                what += ", augment.count=2" if job.endswith("x2") else ""
             size = "256 to 1024, drawn" if row["size"] == cost.MEAN else row["size"]
             lines.append((variant, what, cell.topology, row["batch_size"], size, *_short(row)))
     return _markdown(head, lines)

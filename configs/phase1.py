@@ -17,7 +17,7 @@ def get_config(variant="f32c32"):
     config.model.variant = variant
     if variant in ("f64c128", "f128c512"):
         config.remat = "blocks"  # without it, eight images per chip need 17 GB (docs/scaling.md)
-    if variant == "tiny":
+    if variant in ("tiny", "tiny-1.5"):
         config.steps = 1200
         config.batch_size = 4
         config.resolution = 64
@@ -55,4 +55,8 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (256, 512)
         config.evaluate.count = 0
         config.evaluate.crops = 8
+    if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
+        full = 32 if variant == "tiny-1.5" else 128
+        config.structured.channels = tuple(range(full // 8, full + 1, 4))
+        config.evaluate.channels = (full // 8, full // 4, full // 2, full)
     return config

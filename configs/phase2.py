@@ -37,7 +37,7 @@ def get_config(variant="f32c32"):
     config.optimizer.warmup_steps = 1000
     config.evaluate.resolutions = (256, 512, 1024)
     config.evaluate_first = True
-    if variant == "tiny":
+    if variant in ("tiny", "tiny-1.5"):
         config.resolutions = (64, 128, 128)
         config.steps = 200
         config.batch_size = 4
@@ -72,4 +72,8 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (256, 512)
         config.evaluate.count = 0
         config.evaluate.crops = 8
+    if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
+        full = 32 if variant == "tiny-1.5" else 128
+        config.structured.channels = tuple(range(full // 8, full + 1, 4))
+        config.evaluate.channels = (full // 8, full // 4, full // 2, full)
     return config

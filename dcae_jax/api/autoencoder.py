@@ -81,6 +81,7 @@ class Autoencoder:
         tile: int = 0,
         overlap: int | None = None,
         check: bool = False,
+        channels: int | None = None,
     ) -> AnyArray:
         """Images [B, H, W, 3] float32 in [-1, 1] -> latents [B, H/f, W/f, c] float32, unscaled.
 
@@ -88,10 +89,15 @@ class Autoencoder:
         squares of tile x tile latents, which overlap by `overlap` latents (default: a quarter of
         the tile) and are blended; the result is a NumPy array. NumPy input is checked in full; a
         jax.Array by shape and dtype only, unless `check`. With `sample`, a model with a posterior
-        (sd-vae-f8) returns a sample drawn with `seed`, not the mean. Raises ValueError, naming the
-        argument.
+        (sd-vae-f8) returns a sample drawn with `seed`, not the mean. `channels` keeps only the
+        first channels, [B, H/f, W/f, channels], of a model without a latent shortcut
+        (docs/structured.md). Raises ValueError, naming the argument.
         """
         f = self.compression
+        if channels is not None:
+            models.check_channels(self.architecture, [channels], "channels")
+            z = self.encode(x, sample=sample, seed=seed, tile=tile, overlap=overlap, check=check)
+            return z[..., :channels]
         if sample:
             if tile or not self.has_posterior:
                 what = "tiles" if tile else "a deterministic encoder"
@@ -116,8 +122,13 @@ class Autoencoder:
     ) -> AnyArray:
         """Latents [B, h, w, c], unscaled -> images [B, h*f, w*f, 3] float32, not clipped.
 
+        A model without a latent shortcut also decodes latents of fewer channels, the first ones.
         Tiles, checks and errors as in `encode`.
         """
+        missing = self.latent_channels - (getattr(z, "shape", None) or (self.latent_channels,))[-1]
+        if missing > 0 and self.architecture.cuttable:
+            pad = np.pad if isinstance(z, np.ndarray) else jnp.pad
+            z = pad(z, [(0, 0)] * (z.ndim - 1) + [(0, missing)])
         if not tile:
             _check_input("z", z, self.latent_channels, (1, 1), check, limit=None)
             return self._decode(self.weights, self._place(z))
@@ -125,6 +136,17 @@ class Autoencoder:
         run = functools.partial(self.decode, check=check)
         tiles = tiling.plan(tile, overlap, self.reach[1])
         return tiling.run(run, z, tiles, (1, self.compression), 3)
+
+    def cut(self, channels: int) -> "Autoencoder":
+        """The autoencoder of only the first latent channels: smaller first and last kernels.
+
+        It gives what this one gives with `channels`. Raises ValueError for a model with a latent
+        shortcut.
+        """
+        models.check_channels(self.architecture, [channels], "channels")
+        config = dataclasses.replace(self.model_config, latent_channels=channels)
+        weights = models.find(config).cut(self.weights, channels)
+        return build_autoencoder(config, weights.items(), self.mesh, self.dtype)
 
     @functools.cached_property
     def _encode(self) -> jax.stages.Wrapped:

@@ -182,6 +182,7 @@ class Generator:
             guided=settings.guidance != 1,
             interval=(settings.interval[0], settings.interval[1]),
             shape=(arch.latent_size, arch.latent_size, arch.latent_channels),
+            decoded_channels=self.autoencoder.latent_channels,
             none=arch.num_classes,
             scaling_factor=self.scaling_factor,
             dtype=self.autoencoder.dtype,
@@ -200,6 +201,7 @@ class _Static:
     guided: bool
     interval: tuple[float, float]
     shape: tuple[int, int, int]  # of the latents
+    decoded_channels: int  # channels of the decoder's input
     none: int  # the unconditional label
     scaling_factor: float
     dtype: str  # compute dtype
@@ -241,6 +243,8 @@ def _sample_fn(
             z = objectives.unscaled(z, static.scaling_factor)  # [B, h, w, c]
             if not static.decode:
                 return z, jnp.isfinite(z).all((1, 2, 3))
+            more = static.decoded_channels - z.shape[-1]  # of latents cut to their first channels
+            z = jnp.pad(z, [(0, 0), (0, 0), (0, 0), (0, more)])
             images = weights_lib.merge(decoder, decoder_weights).decode(z)  # [B, H, W, 3]
         levels = transforms.to_levels(images)
         finite = jnp.isfinite(levels).all((1, 2, 3))  # [B]
@@ -308,7 +312,9 @@ def abstract_generator(
     Raises UserError if its latents do not fit the autoencoder.
     """
     arch, mesh = state_lib.architecture(model, diffusion), autoencoder.mesh
-    if arch.latent_channels != autoencoder.latent_channels:
+    inner = autoencoder.architecture
+    fits = arch.latent_channels == inner.latent_channels
+    if not fits and not (inner.cuttable and arch.latent_channels < inner.latent_channels):
         raise UserError(
             f"the model's latents have {arch.latent_channels} channels, the autoencoder's "
             f"{autoencoder.latent_channels}; give the autoencoder that the model was trained on"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks across keys that need only their values: no model, data or devices."""
 
-from dcae_jax.config.schema import Config
+from dcae_jax.config.schema import Augment, Config, Structured
 from dcae_jax.errors import UserError, nearest_multiples
 
 
@@ -23,6 +23,23 @@ def check(config: Config) -> None:
             "data.source='latents' is for diffusion models; set objective, as configs/uvit.py and "
             "dit.py do, or give images"
         )
+    for name, wrong, models in (
+        ("structured", bool(config.objective), "autoencoders"),
+        ("augment", config.job == "train" and not config.objective, "diffusion models"),
+    ):
+        section: Structured | Augment = getattr(config, name)
+        if section.channels and wrong:
+            raise UserError(
+                f"{name}.channels={section.channels} is for {models}; leave it at () in this job"
+            )
+        if section.count > 1 and not section.channels:
+            raise UserError(
+                f"{name}.count={section.count} needs {name}.channels, which is (); set both"
+            )
+        if section.always_full and section.count == 1:
+            raise UserError(
+                f"{name}.always_full=True leaves no draw with {name}.count=1; set it to 2 or more"
+            )
     if config.init_parts and not config.init_from:
         raise UserError(
             f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"

@@ -12,6 +12,8 @@ IDENTITY = (
     "model",
     "trainable",
     "loss",
+    "structured",
+    "augment",
     "optimizer",
     "ema_decay",
     "ema_warmup",

@@ -78,6 +78,33 @@ class Loss:
     gan_learning_rate: float = key(5.4e-5, "discriminator: learning rate", gt=0)
     gan_channels: int = key(64, "discriminator: channels of the first layer", ge=1)
     gan_layers: int = key(3, "discriminator: layers of stride 2", ge=1)
+    equivariance: float = key(0.0,
+        "probability of a step on transformed latents (EQ-VAE, docs/structured.md)", ge=0, le=1)
+    equivariance_scales: tuple[float, ...] = key((0.25, 0.5, 0.75),
+        "scales of such a step, those that leave a multiple of f; (): only quarter turns",
+        ge=0, le=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structured:
+    """config.structured: an autoencoder's structured latents (DC-AE 1.5, docs/structured.md)."""
+
+    channels: tuple[int, ...] = key((),
+        "latent channels to keep, one of these drawn per step; (): all channels, always",
+        ge=1, le=2**16)
+    count: int = key(1, "draws per step; the loss is their mean", ge=1)
+    always_full: bool = key(False, "with count > 1: the last draw is all channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """config.augment: augmented diffusion training (DC-AE 1.5, docs/structured.md)."""
+
+    channels: tuple[int, ...] = key((),
+        "latent channels to denoise, one of these drawn per step; (): all channels, always",
+        ge=1, le=2**16)
+    count: int = key(1, "draws per step, each with its own noise; the loss is their mean", ge=1)
+    always_full: bool = key(False, "with count > 1: the last draw is all channels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +164,9 @@ class Evaluate:
     batch_size: int = key(32, "images per step, over all devices and processes", ge=1)
     count: int = key(1000, "maximum number of crops, spread over the source; 0: all", ge=0)
     crops: int = key(1, "crops per image; 1: ADM's centre crop, else fixed random crops", ge=1)
+    channels: tuple[int, ...] = key((),
+        "score the first channels of the latent alone, for each of these counts; (): all",
+        ge=1, le=2**16)
     grid: int = key(8, "images in the PNG grids", ge=1)
     lpips_weights: str = key("", "converted AlexNet file; enables LPIPS (docs/evaluation.md)")
     inception_weights: str = key("",
@@ -155,6 +185,7 @@ class Encode:
     flip: bool = key(True, "also store the mirrored image's latents; the authors: False")
     crops: int = key(1, "crops per image; 1: ADM's centre crop, else fixed random crops", ge=1)
     count: int = key(0, "maximum number of crops, spread over the source; 0: all", ge=0)
+    channels: int = key(0, "store only the first channels of the latents; 0: all", ge=0, le=2**16)
     dtype: Literal["bfloat16", "float16"] = key("bfloat16", "dtype of the stored latents")
     shard_size: int = key(4096, "crops per file", ge=1)
     batch_size: int = key(64, "images per step, over all devices and processes", ge=1)
@@ -203,6 +234,8 @@ class Export:
     out: str = key("", "output folder; must be new or empty")
     dtype: Literal["float32", "float16"] = key("float32",
         "dtype of the stored parameters; float16: half the size, autoencoders only")
+    channels: int = key(0,
+        "export a model of only the first latent channels; 0: all", ge=0, le=2**16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +329,8 @@ class Config(Job, Training, Diffusion):
 
     model: Model = Model()
     loss: Loss = Loss()
+    structured: Structured = Structured()
+    augment: Augment = Augment()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     evaluate: Evaluate = Evaluate()

@@ -57,7 +57,7 @@ def run(workdir: str) -> int:
     return 0
 
 
-def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]:
+def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, np.ndarray]]:
     """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
     mesh = mesh_lib.make_mesh(config.mesh)
     source = sources.held_out_source(config.data)
@@ -70,7 +70,7 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[int, np.ndarray]]
     linear = pca.fit(sources.training_source(config.data), f, channels, PCA_PATCHES, config.seed)
     rows = [(name, pca.scores(linear, config.evaluate, source))]
     metric_networks = networks.load_networks(config.evaluate, mesh)
-    shown: dict[int, list[np.ndarray]] = {}
+    shown: dict[str, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
         results = reconstruction.evaluate(
             config.evaluate,
@@ -98,7 +98,7 @@ def columns(images: list[np.ndarray]) -> list[np.ndarray]:
 def write_page(
     workdir: str,
     rows: list,
-    grids: dict[int, np.ndarray],
+    grids: dict[str, np.ndarray],
     samples: diffusion.Samples,
     seconds: float,
 ) -> str:

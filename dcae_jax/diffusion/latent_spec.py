@@ -32,12 +32,16 @@ class LatentSpec:
         )
 
     @classmethod
-    def of_variant(cls, name: str, resolution: int, num_classes: int) -> "LatentSpec":
+    def of_variant(
+        cls, name: str, resolution: int, num_classes: int, channels: int = 0
+    ) -> "LatentSpec":
         """For images of `resolution` pixels per side, encoded by the autoencoder VARIANT `name`.
 
-        num_classes: 0 for ImageNet's. Raises UserError.
+        num_classes: 0 for ImageNet's. channels: as encode.channels. Raises UserError.
         """
         arch = models.autoencoder_of(name).variant(name)
+        if channels:
+            models.check_channels(arch, [channels], "encode.channels")
         if resolution % arch.compression:
             raise UserError(
                 f"resolution={resolution} is not a multiple of {arch.compression}, the "
@@ -45,7 +49,7 @@ class LatentSpec:
             )
         return cls(
             latent_size=resolution // arch.compression,
-            latent_channels=arch.latent_channels,
+            latent_channels=channels or arch.latent_channels,
             num_classes=num_classes or CLASSES,
             scaling_factor=arch.scaling_factor or 1.0,
         )

@@ -21,6 +21,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Float, Float32, Int, Key, Shaped
 
 from dcae_jax.errors import UserError
+from dcae_jax.models import layers
 
 Array = jax.Array
 # Conditioning besides the time: a pytree of arrays with a leading axis B. In all models so far,
@@ -28,10 +29,10 @@ Array = jax.Array
 Cond = Any
 # (x_t [B, h, w, c], time [B] as the network takes it, cond) -> prediction [B, h, w, c or 2 c]
 Model = Callable[[Array, Array, Cond], Array]
-# (model, x0 [B, h, w, c], cond, key) -> (scalar, its terms). It may call the model and draw
-# from the key any number of times.
+# (model, x0 [B, h, w, c], cond, key, channels [B] or None) -> (scalar, its terms). It may call the
+# model and draw from the key any number of times.
 LossAndTerms = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
-Loss = Callable[[Model, Array, Cond, Array], LossAndTerms]
+Loss = Callable[[Model, Array, Cond, Array, Array | None], LossAndTerms]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,15 +55,23 @@ def objective(name: str) -> Objective:
 
 
 def loss(
-    name: str, model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+    name: str,
+    model: Model,
+    x0: Float[Array, "B h w c"],
+    cond: Cond,
+    key: Key[Array, ""],
+    channels: Int[Array, " B"] | None = None,
 ) -> LossAndTerms:
     """The loss of a batch of clean, scaled latents x0 [B, h, w, c]: a scalar, and its terms.
+
+    channels: how many of each example's channels are there. The model sees zeros in the others,
+    and its prediction of them does not count (DC-AE 1.5, arXiv:2508.00413); None: all are there.
 
     The terms: "mse", and for learned_sigma "vb" in bits per value. The draws of example i come
     from fold_in(key, i), so they do not depend on how the batch is sharded. Raises UserError
     for an unknown objective.
     """
-    return objective(name).loss(model, x0, cond, key)
+    return objective(name).loss(model, x0, cond, key, channels)
 
 
 def scaled(latents: Float[Array, "*n c"], scaling_factor: float) -> Float32[Array, "*n c"]:
@@ -94,19 +103,28 @@ def log_alphas(betas: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def epsilon_loss(
-    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+    model: Model,
+    x0: Float[Array, "B h w c"],
+    cond: Cond,
+    key: Key[Array, ""],
+    channels: Int[Array, " B"] | None = None,
 ) -> LossAndTerms:
     """UViT's loss: MSE of the predicted noise (Ho et al. 2020, eq. 14). Time inputs are 1..1000."""
     betas = scaled_linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
     x_t = q_sample(betas, x0, n, noise)  # [B, h, w, c]
+    x_t = _first(x_t, channels)
     prediction = model(x_t, (n + 1).astype(x0.dtype), cond).astype(x0.dtype)
-    mse = jnp.mean(jnp.square(prediction - noise))
+    mse = _mean(jnp.square(prediction - noise), channels)
     return mse, {"mse": mse}
 
 
 def learned_sigma_loss(
-    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+    model: Model,
+    x0: Float[Array, "B h w c"],
+    cond: Cond,
+    key: Key[Array, ""],
+    channels: Int[Array, " B"] | None = None,
 ) -> LossAndTerms:
     """DiT's loss: MSE of the noise plus the variational bound, which trains only the variance.
 
@@ -116,21 +134,27 @@ def learned_sigma_loss(
     betas = linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
     x_t = q_sample(betas, x0, n, noise)  # [B, h, w, c]
-    prediction = model(x_t, n.astype(x0.dtype), cond).astype(x0.dtype)  # [B, h, w, 2 c]
+    prediction = model(_first(x_t, channels), n.astype(x0.dtype), cond)  # [B, h, w, 2 c]
+    prediction = prediction.astype(x0.dtype)
     epsilon, v = jnp.split(prediction, 2, axis=-1)  # [B, h, w, c] each
-    mse = jnp.mean(jnp.square(epsilon - noise))
-    vb = jnp.mean(variational_bound(betas, x0, x_t, n, jax.lax.stop_gradient(epsilon), v))
+    mse = _mean(jnp.square(epsilon - noise), channels)
+    detached = jax.lax.stop_gradient(epsilon)
+    vb = jnp.mean(variational_bound(betas, x0, x_t, n, detached, v, channels))
     return mse + vb, {"mse": mse, "vb": vb}
 
 
 def flow_loss(
-    model: Model, x0: Float[Array, "B h w c"], cond: Cond, key: Key[Array, ""]
+    model: Model,
+    x0: Float[Array, "B h w c"],
+    cond: Cond,
+    key: Key[Array, ""],
+    channels: Int[Array, " B"] | None = None,
 ) -> LossAndTerms:
     """SiT's loss: MSE of the velocity (Ma et al. 2024), linear path; time 0 is noise, 1 is data."""
     t, noise = _draws(key, x0, lambda k: jax.random.uniform(k, (), x0.dtype))
     x_t = _like(t, x0) * x0 + _like(1 - t, x0) * noise  # [B, h, w, c]
-    prediction = model(x_t, t, cond).astype(x0.dtype)
-    mse = jnp.mean(jnp.square(prediction - (x0 - noise)))
+    prediction = model(_first(x_t, channels), t, cond).astype(x0.dtype)
+    mse = _mean(jnp.square(prediction - (x0 - noise)), channels)
     return mse, {"mse": mse}
 
 
@@ -142,6 +166,23 @@ def _draws(key: Array, x0: Array, draw_time: Callable[[Array], Array]) -> tuple[
         return draw_time(time_key), jax.random.normal(noise_key, x0.shape[1:], x0.dtype)
 
     return jax.vmap(draw)(jnp.arange(x0.shape[0]))
+
+
+def _first(x: Array, channels: Array | None) -> Array:
+    """x [B, h, w, c] with zeros from each example's number of channels [B] on; None: x."""
+    return x if channels is None else layers.first_channels(x, channels)
+
+
+def _mean(x: Array, channels: Array | None) -> Array:
+    """The mean over examples of the mean of x [B, h, w, c] over their first channels [B]."""
+    return jnp.mean(x if channels is None else _example_means(x, channels))
+
+
+def _example_means(x: Array, channels: Array | None) -> Array:
+    """The mean of each example of x [B, h, w, c], over its first channels [B]; None: over all."""
+    if channels is None:
+        return jnp.mean(x, axis=range(1, x.ndim))
+    return jnp.sum(_first(x, channels), (1, 2, 3)) / (x.shape[1] * x.shape[2] * channels)
 
 
 def _like(a: Shaped[Array, " B"], x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
@@ -263,11 +304,12 @@ def variational_bound(
     n: Int[Array, " B"],
     epsilon: Float[Array, "B h w c"],
     v: Float[Array, "B h w c"],
+    channels: Int[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """The bound's term of step n [B], in bits per value, averaged over each example: [B].
 
     The KL divergence of the model's reverse step from the posterior; at n = 0 the negative
-    discretised log likelihood of x0 (Nichol & Dhariwal 2021, section 2.1).
+    discretised log likelihood of x0 (Nichol & Dhariwal 2021, section 2.1). channels: see `loss`.
     """
     true_mean, _, true_log_variance = posterior(betas, x0, x_t, n)
     mean, _, _ = posterior(betas, x0_from_epsilon(betas, x_t, n, epsilon), x_t, n)
@@ -275,7 +317,7 @@ def variational_bound(
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretised_log_likelihood(x0, mean, log_variance)
     term = jnp.where(_like(n == 0, x0), nll, kl)
-    return jnp.mean(term, axis=range(1, x0.ndim)) / np.log(2)
+    return _example_means(term, channels) / np.log(2)
 
 
 _DPM = ("dpm_fast", "dpmpp_2m", "dpmpp_3m", "ddim")

@@ -7,6 +7,7 @@ metric, means over images. docs/evaluation.md says what each number is computed 
 
 import dataclasses
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from dcae_jax.data.sources import Source
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks
 from dcae_jax.evaluation.networks import MetricNetworks
+from dcae_jax.models import layers
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Weights
 from dcae_jax.runtime import mesh as mesh_lib
@@ -34,6 +36,7 @@ from dcae_jax.runtime import precision, sharding
 Pair = tuple[np.ndarray, np.ndarray]  # images and their reconstructions, uint8
 Extremes = dict[int, tuple[float, np.ndarray, np.ndarray]]  # row number -> PSNR, image, output
 SCORES = ("psnr", "ssim", "lpips")  # of each image, in the order of tables
+CUT = "_c"  # in a result's name, between the resolution and the number of latent channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +75,27 @@ class Totals:
 def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
     """A jitted function that reconstructs a batch and scores it.
 
-    (weights, networks, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, sums of the
-    scores, PSNR [B], reconstructions [B, H, W, 3] uint8). The moments passed in are donated.
+    (weights, networks, channels, moments, images [B, H, W, 3] uint8, mask [B]) -> (moments, sums
+    of the scores, PSNR [B], reconstructions [B, H, W, 3] uint8). The moments passed in are donated.
+    channels: how many of the latent's to keep, a scalar; None: all.
     """
     rows = NamedSharding(mesh, P(mesh_lib.BATCH_AXES))
 
     def step(
         weights: Weights,
         metric_networks: MetricNetworks,
+        channels: jax.Array | None,
         moments: dict[str, metrics.Moments],
         images: jax.Array,
         mask: jax.Array,
     ) -> tuple[dict[str, metrics.Moments], dict[str, jax.Array], jax.Array, jax.Array]:
         model = weights_lib.merge(graphdef, sharding.replicate_weights(weights, mesh))
         with precision.of("float32"):  # also for a bfloat16 model's float32 sums
-            output = model(transforms.to_float(images))
+            output = transforms.to_float(images)
+            if channels is None:
+                output = model(output)
+            else:
+                output = model.decode(layers.first_channels(model.encode(output), channels))
         # From here on, levels in float32, whatever the model's dtype. Each image stays on one
         # device, so the networks' resizing and pooling need no rows from another device.
         output = transforms.to_levels(output)
@@ -105,7 +114,7 @@ def eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable:
         return moments, sums, scores["psnr"], output.astype(jnp.uint8)
 
     everywhere = mesh_lib.replicated(mesh)
-    return jax.jit(step, donate_argnums=2, out_shardings=(everywhere, everywhere, rows, rows))
+    return jax.jit(step, donate_argnums=3, out_shardings=(everywhere, everywhere, rows, rows))
 
 
 class Stopped(Exception):
@@ -121,24 +130,39 @@ def evaluate(
     source: Source,
     metric_networks: MetricNetworks,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[int, Result]:
+) -> dict[str, Result]:
     """Scores at each of settings.resolutions, counting every image of `source` once.
+
+    The keys are resolutions, as in '256'; with settings.channels, '256_c16' for each number of
+    latent channels. The model's latents must then be cuttable.
 
     stopped: called before each batch; if true, raises Stopped. Raises UserError.
     """
-    step = functools.partial(eval_step(graphdef, mesh), weights, metric_networks)
+    step = eval_step(graphdef, mesh)
     results = {}
     count = pipeline.evaluated(source, settings.count, settings.crops)
     shown = pipeline.spread(min(count, len(source)), min(count, settings.grid))
-    for size in settings.resolutions:
+    for name, (size, channels) in result_names(settings).items():
         moments: dict[str, metrics.Moments] = {}
         if "inception" in metric_networks:
             for name in ("image", "output"):
                 moments[name] = networks.empty_moments(metric_networks, mesh)
         batches = networks.batches(settings, data, source, size, mesh)
-        totals = accumulate(step, moments, batches, mesh, shown, settings.grid, stopped)
-        results[size] = finalize(totals, size, settings.grid)
+        kept = None if channels is None else np.int32(channels)
+        run = functools.partial(step, weights, metric_networks, kept)
+        totals = accumulate(run, moments, batches, mesh, shown, settings.grid, stopped)
+        results[name] = finalize(totals, size, settings.grid)
     return results
+
+
+def result_names(settings: Evaluate) -> dict[str, tuple[int, int | None]]:
+    """{name of a result: (resolution, latent channels; None: all)}, in the order of tables."""
+    cuts = [("", None), *((f"{CUT}{count}", count) for count in settings.channels)]
+    return {
+        f"{size}{suffix}": (size, count)
+        for size in settings.resolutions
+        for suffix, count in cuts[bool(settings.channels) :]
+    }
 
 
 def accumulate(
@@ -152,7 +176,7 @@ def accumulate(
 ) -> Totals:
     """Sums over the images of `batches`. Raises UserError, and Stopped.
 
-    step: an `eval_step` with its first two arguments bound; moments: empty ones, donated. shown:
+    step: an `eval_step` with its first three arguments bound; moments: empty ones, donated. shown:
     ascending row numbers for the preview; a row that is another process's or unreadable is replaced
     by the next one.
     """
@@ -266,27 +290,30 @@ def _gather(extremes: Extremes, size: int, grid: int) -> Extremes:
 # --- reports --------------------------------------------------------------------------------------
 
 
-def flat_scores(results: Mapping[int, Summary]) -> dict[str, float]:
-    """{'psnr_256': ...}, as in metrics.jsonl."""
+def flat_scores(results: Mapping[str, Summary]) -> dict[str, float]:
+    """{'psnr_256': ...} or {'psnr_256_c16': ...}, as in metrics.jsonl."""
     return {
-        f"{name}_{size}": score
-        for size, result in results.items()
+        f"{name}_{where}": score
+        for where, result in results.items()
         for name, score in result.scores.items()
     }
 
 
-def row_values(results: Mapping[int, Summary]) -> dict[str, float | bool]:
+def row_values(results: Mapping[str, Summary]) -> dict[str, float | bool]:
     """The flat scores, and 'biased_256' where there were too few images for the rFID."""
     return flat_scores(results) | {
-        f"biased_{size}": True for size, r in results.items() if r.biased
+        f"biased_{where}": True for where, r in results.items() if r.biased
     }
 
 
-def score_table(results: Mapping[int, Summary]) -> str:
+def score_table(results: Mapping[str, Summary]) -> str:
     """The results as aligned text."""
     names = list(next(iter(results.values())).scores)
-    head = ["resolution", "images", *(name.upper() for name in names)]
-    rows = [[size, r.count, *(r.scores[n] for n in names)] for size, r in results.items()]
+    cut = any(CUT in where for where in results)
+    head = ["resolution", *["channels"] * cut, "images", *(name.upper() for name in names)]
+    rows = [
+        [*where.split(CUT), r.count, *(r.scores[n] for n in names)] for where, r in results.items()
+    ]
     if any(r.biased for r in results.values()):
         head.append("")
         for row, result in zip(rows, results.values(), strict=True):
@@ -294,12 +321,31 @@ def score_table(results: Mapping[int, Summary]) -> str:
     return files.table([head, *rows])
 
 
+def channel_plot(results: Mapping[str, Summary]) -> bytes:
+    """PSNR over the number of latent channels, a curve per resolution, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained", dpi=150)
+    axes = figure.add_subplot(xlabel="latent channels", ylabel="PSNR (dB)")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for where, result in results.items():
+        size, _, count = where.partition(CUT)
+        curves.setdefault(size, []).append((int(count), result.scores["psnr"]))
+    for size, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{size} pixels")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
 def write_grids(
-    results: Mapping[int, Result], workdir: str, name: str, extremes: bool = False
+    results: Mapping[str, Result], workdir: str, name: str, extremes: bool = False
 ) -> None:
     """`WORKDIR/images/NAME_<resolution>.png` for each result; `extremes` adds _best and _worst."""
-    for size, result in results.items():
-        path = os.path.join(workdir, "images", f"{name}_{size}")
+    for where, result in results.items():
+        path = os.path.join(workdir, "images", f"{name}_{where}")
         files.write_png(f"{path}.png", result.grid())
         for which, pair in result.extremes.items() if extremes else ():
             files.write_png(f"{path}_{which}.png", _grid(*pair))

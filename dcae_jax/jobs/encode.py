@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dcae_jax import config as config_lib
-from dcae_jax import files
+from dcae_jax import files, models
 from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config import Config
@@ -51,6 +51,11 @@ class Job:
     source: sources.ImageSource
     shards: list[Shard]
     identity: dict[str, Any]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the stored latents."""
+        return self.config.encode.channels or self.model.latent_channels
 
     def image(self, number: int) -> str:
         """Name of the image of crop `number`."""
@@ -83,6 +88,8 @@ def run(config: Config, workdir: str) -> int:
         config.init_from, config.dtype, mesh, config.weights, config.model.variant
     )
     config_lib.check_resolution(config.resolution, model.compression, "resolution")
+    if settings.channels:
+        models.check_channels(model.architecture, [settings.channels], "encode.channels")
     crops = pipeline.evaluated(source, settings.count, settings.crops)
     shards = latents.plan_shards(crops, settings.shard_size)
     job = Job(config, workdir, model, source, shards, identify(config, model, source))
@@ -112,7 +119,7 @@ def identify(
         "dtype": mesh_lib.compute_dtype(config.dtype, model.mesh),
         **contents.identity(config.data, source),
     }
-    for key in ("flip", "crops", "count", "dtype", "shard_size"):
+    for key in ("flip", "crops", "count", "channels", "dtype", "shard_size"):
         values[f"encode.{key}"] = getattr(config.encode, key)
     values |= {f"model.{k}": v for k, v in dataclasses.asdict(model.model_config).items()}
     return json.loads(json.dumps(values))
@@ -152,19 +159,24 @@ def encode_shards(job: Job, stopped: Callable[[], bool]) -> None:
     for shard, rows in zip(todo, numbers, strict=True):
         began = time.perf_counter()
         batches = itertools.islice(encoded, len(rows))
-        channels = job.model.latent_channels
-        sums = latents.write_shard(job.workdir, shard, channels, batches, job.image)
+        sums = latents.write_shard(job.workdir, shard, job.channels, batches, job.image)
         rate = sums.records / (time.perf_counter() - began)
         logging.info("%s: %d crops, %.1f crops/s", shard.file, sums.records, rate)
 
 
-def encode_fn(model: autoencoder.Autoencoder, dtype: str) -> Callable[[Weights, Array], Array]:
-    """A jitted (weights, images [B, H, W, 3] uint8) -> unscaled latents [B, h, w, c] of `dtype`."""
+def encode_fn(
+    model: autoencoder.Autoencoder, dtype: str, channels: int
+) -> Callable[[Weights, Array], Array]:
+    """A jitted (weights, images [B, H, W, 3] uint8) -> unscaled latents of `dtype`.
+
+    They are [B, h, w, channels]: the first ones.
+    """
 
     def encode(weights: Weights, images: Array) -> Array:
         x = transforms.to_float(images)
         with precision.of(model.dtype):
-            return weights_lib.merge(model.graphdef, weights).encode(x).astype(dtype)
+            z = weights_lib.merge(model.graphdef, weights).encode(x)
+        return z[..., :channels].astype(dtype)
 
     return jax.jit(encode, out_shardings=NamedSharding(model.mesh, P(mesh_lib.BATCH_AXES)))
 
@@ -186,7 +198,9 @@ def _encoded(
         threads=config.data.threads,
         workers=config.data.workers,
     )
-    run_model = functools.partial(encode_fn(model, config.encode.dtype), model.weights)
+    run_model = functools.partial(
+        encode_fn(model, config.encode.dtype, job.channels), model.weights
+    )
     place = mesh_lib.batch_sharding(model.mesh, 4)
     waiting = None
     for wanted, batch in zip(numbers, batches, strict=True):
@@ -249,7 +263,7 @@ def make_manifest(job: Job, shards: list[ShardSums]) -> dict[str, Any]:
         "resolution": config.resolution,
         "compression": model.compression,
         "latent_size": size,
-        "latent_channels": model.latent_channels,
+        "latent_channels": job.channels,
         "dtype": config.encode.dtype,
         "flips": flips,
         "crops": config.encode.crops,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dcae_jax import config as config_lib
-from dcae_jax import files
+from dcae_jax import files, models
 from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.config import Config
@@ -51,7 +51,13 @@ def _evaluate_model(config: Config, workdir: str) -> None:
     missing = networks.missing_files(metric_networks)
     if jax.process_index() == 0 and missing:
         logging.info("%s", missing)
+    models.check_channels(model.architecture, settings.channels, "evaluate.channels")
     if data.source == "folder" and os.path.isfile(data.path):
+        if settings.channels:
+            raise UserError(
+                f"evaluate.channels={settings.channels} is for a data set, and data.path="
+                f"{data.path!r} is one image; leave it out, or name the image's folder"
+            )
         _evaluate_image(data.path, model, metric_networks, workdir)
         return
     for size in settings.resolutions:
@@ -70,6 +76,9 @@ def _evaluate_model(config: Config, workdir: str) -> None:
     )
     if jax.process_index() == 0:
         reconstruction.write_grids(results, workdir, "evaluate", extremes=True)
+        if settings.channels:
+            plot = os.path.join(workdir, "images", "evaluate_channels.png")
+            files.write_file(plot, reconstruction.channel_plot(results))
         _write(config, workdir, step_of(config.init_from), results)
 
 
@@ -163,14 +172,14 @@ def _evaluate_samples(config: Config, workdir: str) -> None:
         scores = samples_lib.sample_scores(samples, reference)
         counts = (samples.count, reference.count) if reference else ()
         biased = any(metrics.biased(count) for count in counts if count)
-        _write(config, workdir, 0, {size: Summary(scores, samples.count, biased)})
+        _write(config, workdir, 0, {f"{size}": Summary(scores, samples.count, biased)})
 
 
-def _write(config: Config, workdir: str, step: int, results: Mapping[int, Summary]) -> None:
+def _write(config: Config, workdir: str, step: int, results: Mapping[str, Summary]) -> None:
     """Writes WORKDIR/evaluate.json and the row of `step` in metrics.jsonl."""
     scores = {
-        str(size): {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
-        for size, r in results.items()
+        where: {**r.scores, "images": r.count} | ({"biased": True} if r.biased else {})
+        for where, r in results.items()
     }
     summary = {"config": config_lib.to_json(config), "step": step, "results": scores}
     files.write_json(os.path.join(workdir, RESULTS), summary)

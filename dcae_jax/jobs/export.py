@@ -4,6 +4,7 @@
 Every export is written to a temporary folder, read back and compared, and only then renamed.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -47,6 +48,13 @@ def run(config: Config, workdir: str) -> int:
         weights, saved = checkpoint_weights.load_weights(
             config.init_from, config.weights, config.model.variant
         )
+        if channels := config.export.channels:
+            module = models.find(saved.model)
+            models.check_channels(module.architecture(saved.model), [channels], "export.channels")
+            weights = module.cut(weights, channels)
+            saved = dataclasses.replace(
+                saved, model=dataclasses.replace(saved.model, latent_channels=channels)
+            )
         writer = functools.partial(write, config_lib.replace(config, model=saved.model), weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
@@ -163,6 +171,11 @@ def _load_generator(config: Config) -> generator.Generator:
     Raises UserError if the format cannot hold it.
     """
     form = config.export.format
+    if config.export.channels:
+        raise UserError(
+            f"export.channels={config.export.channels} is for autoencoders, and init_from="
+            f"{config.init_from!r} is a diffusion model; leave it out"
+        )
     if config.export.dtype != "float32":
         raise UserError(
             f"export.dtype={config.export.dtype!r} is for autoencoders, and init_from="

@@ -109,8 +109,8 @@ def _reconstructions(run: Run) -> Evaluate:
         if jax.process_index() == 0:
             logging.info("step %d\n%s", step, reconstruction.score_table(results))
             reconstruction.write_grids(results, run.workdir, f"step{step:07d}")
-            for size, result in results.items():
-                writer.image(step, f"reconstruction_{size}", result.grid())
+            for where, result in results.items():
+                writer.image(step, f"reconstruction_{where}", result.grid())
             if step and step == config.steps:
                 _compare_with_start(run.workdir, reconstruction.flat_scores(results))
         return True
@@ -160,7 +160,8 @@ def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
     if due and config.objective:
         return not files.exists(_samples_file(workdir, step))
     row = next((row for row in files.read_rows(workdir) if row["step"] == step), {})
-    return bool(due) and not all(f"psnr_{size}" in row for size in config.evaluate.resolutions)
+    names = reconstruction.result_names(config.evaluate)
+    return bool(due) and not all(f"psnr_{name}" in row for name in names)
 
 
 def _samples_file(workdir: str, step: int) -> str:

@@ -8,6 +8,7 @@ A file that implements models/protocol.py is a model, found here by its name or 
 import functools
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, cast
 
@@ -48,6 +49,25 @@ def names_in(module: AutoencoderModule) -> tuple[str, ...]:
 def is_autoencoder(module: Any) -> bool:
     """Whether a model file defines autoencoders rather than backbones."""
     return hasattr(module, "last_layer")
+
+
+def check_channels(architecture: Any, channels: Iterable[int], key: str) -> None:
+    """Raises UserError unless the first `channels` of an autoencoder's latent can stand alone.
+
+    key: what asks for them, for the message.
+    """
+    for count in channels:
+        if not 1 <= count <= architecture.latent_channels:
+            raise UserError(
+                f"{key}={count} is not in [1, {architecture.latent_channels}], the channels of the "
+                "model's latents"
+            )
+        if not architecture.cuttable:
+            raise UserError(
+                f"{key}={count} needs a model without a latent shortcut (1.5-f32c128, 1.5-f64c128, "
+                "tiny-1.5): where the shortcut averages over channels, the first ones alone are "
+                "no latent; leave it out"
+            )
 
 
 def autoencoders() -> list[AutoencoderModule]:

@@ -9,6 +9,8 @@ Shapes: Ci = widths[i], n is the deepest stage, f = 2^n the compression, c = lat
 
 import dataclasses
 import itertools
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,6 +56,14 @@ class Variant:
         """Downsampling factor f: pixels per latent position, along each side."""
         return 2 ** (len(self.widths) - 1)
 
+    @property
+    def cuttable(self) -> bool:
+        """Whether the first channels alone are a latent, that of a model with fewer channels.
+
+        Not with a latent shortcut: which channels it averages depends on their number.
+        """
+        return not (self.residual and self.latent_shortcuts)
+
 
 # --- the network ----------------------------------------------------------------------------------
 
@@ -73,38 +83,13 @@ class DCAE(nnx.Module):
         self.encoder = Encoder(arch, layers, remat=remat)
         self.decoder = Decoder(arch, layers, remat=remat)
 
-    def encode(
-        self, x: Float[Array, "B H W 3"], channels: int | Array | None = None
-    ) -> Float32[Array, "B h w c"]:
-        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled.
+    def encode(self, x: Float[Array, "B H W 3"]) -> Float32[Array, "B h w c"]:
+        """[B, H, W, 3] float in [-1, 1] -> [B, H/f, W/f, c] float32, unscaled."""
+        return self.encoder(x).astype(jnp.float32)
 
-        channels: c' in 1 .. c; zeroes the latent's channels from c' on (structured latents,
-        arXiv:2508.00413). It may be traced, so one program serves every c'. Raises UserError if the
-        model has a latent shortcut.
-        """
-        return self.keep(self.encoder(x).astype(jnp.float32), channels)
-
-    def decode(
-        self, z: Float[Array, "B h w c"], channels: int | Array | None = None
-    ) -> Float32[Array, "B H W 3"]:
-        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped.
-
-        channels: as in `encode`.
-        """
-        return self.decoder(self.keep(z, channels)).astype(jnp.float32)
-
-    def keep(
-        self, z: Float[Array, "B h w c"], channels: int | Array | None
-    ) -> Float[Array, "B h w c"]:
-        """z [B, h, w, c] with zeros in the channels from `channels` on; None: z as it is."""
-        if channels is None:
-            return z
-        if self.encoder.has_shortcut:
-            raise UserError(
-                "channels needs a variant without a latent shortcut (1.5-*): the shortcut averages "
-                "over channels, so the first channels alone are not a latent"
-            )
-        return jnp.where(jnp.arange(z.shape[-1]) < channels, z, 0)
+    def decode(self, z: Float[Array, "B h w c"]) -> Float32[Array, "B H W 3"]:
+        """[B, H/f, W/f, c], unscaled -> [B, H, W, 3] float32, about [-1, 1], not clipped."""
+        return self.decoder(z).astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float32[Array, "B H W 3"]:
         return self.decode(self.encode(x))                      # [B, H, W, 3]
@@ -120,7 +105,7 @@ class Encoder(nnx.Module):
             self.project_in = blocks.Downsample(3, arch.widths[1], layers, form=arch.downsample)
         self.stages = nnx.List(encoder_stage(arch, i, layers) for i in range(len(arch.widths)))
         self.project_out = layers.conv(arch.widths[-1], arch.latent_channels)
-        self.has_shortcut = arch.residual and arch.latent_shortcuts
+        self.has_shortcut = not arch.cuttable
         self.remat = remat
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
@@ -140,7 +125,7 @@ class Decoder(nnx.Module):
         self.project_in = layers.conv(arch.latent_channels, arch.widths[-1])
         self.stages = nnx.List(decoder_stage(arch, i, layers) for i in range(len(arch.widths)))
         self.project_out = OutputHead(arch, layers)
-        self.has_shortcut = arch.residual and arch.latent_shortcuts
+        self.has_shortcut = not arch.cuttable
         self.remat = remat
 
     def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
@@ -232,6 +217,15 @@ _DCAE15 = Variant(  # residual blocks only, RMSNorm only, no shortcut at the lat
     output_act="silu",
     latent_shortcuts=False,
 )
+_TINY = Variant(  # ours, for a CPU; no published weights
+    latent_channels=32,
+    widths=(32, 32, 64, 64, 128),
+    encoder_depths=(0, 1, 1, 1, 1),
+    decoder_depths=(0, 1, 1, 1, 1),
+    encoder_blocks=("res",) * 3 + ("evit",) * 2,
+    decoder_blocks=("res",) * 3 + ("evit",) * 2,
+    decoder_norms=("bn2d",) * 3 + ("trms2d",) * 2,
+)
 
 
 def _deeper(arch: Variant, *widths: int, **changes: Any) -> Variant:
@@ -246,14 +240,15 @@ def _deeper(arch: Variant, *widths: int, **changes: Any) -> Variant:
 
 
 VARIANTS = {
-    "tiny": Variant(  # ours, for a CPU; no published weights
-        latent_channels=32,
-        widths=(32, 32, 64, 64, 128),
-        encoder_depths=(0, 1, 1, 1, 1),
-        decoder_depths=(0, 1, 1, 1, 1),
-        encoder_blocks=("res",) * 3 + ("evit",) * 2,
-        decoder_blocks=("res",) * 3 + ("evit",) * 2,
-        decoder_norms=("bn2d",) * 3 + ("trms2d",) * 2,
+    "tiny": _TINY,
+    "tiny-1.5": dataclasses.replace(
+        _TINY,
+        encoder_blocks=("res",) * 5,
+        decoder_blocks=("res",) * 5,
+        decoder_norms=("trms2d",) * 5,
+        output_act="silu",
+        latent_shortcuts=False,
+        block_scale=0.0,
     ),
     "small": Variant(  # ours, for minutes on one GPU; no published weights
         latent_channels=32,
@@ -295,11 +290,18 @@ PUBLISHED = {
     "dc-ae-lite-f32c32-sana-1.1": ("f32c32-lite", 0.41407),
     "dc-ae-f32c128-1.5": ("1.5-f32c128", None),
     "dc-ae-f64c128-1.5": ("1.5-f64c128", 0.5935),
+    "dc-ae-1.5-f32c128": ("1.5-f32c128", None),  # the same two by their newer names
+    "dc-ae-1.5-f64c128": ("1.5-f64c128", 0.5935),
+    "dc-ae-f32c128-1.1": ("1.5-f32c128", None),  # trained without structure
 }
+# A suffix of f32c128's names: all 128 channels, but trained further on the first N alone.
+CUT = re.compile(r"(dc-ae-f32c128-1\.[15]|dc-ae-1\.5-f32c128)-c(?:16|32|48|64|80|96|112)")
 
 
 def variant(name: str) -> Variant:
     """The architecture of a key of VARIANTS or a published name. Raises UserError."""
+    if cut := CUT.fullmatch(name):
+        name = cut[1]
     if name in PUBLISHED:
         base, scaling = PUBLISHED[name]
         return dataclasses.replace(VARIANTS[base], scaling_factor=scaling)
@@ -337,7 +339,7 @@ def architecture(model_config: Model) -> Variant:
             )
     # Averaging and duplicating need whole groups of channels.
     pairs = [(4 * a, b) for a, b in itertools.pairwise(arch.widths)] if arch.residual else []
-    if arch.residual and arch.latent_shortcuts:
+    if not arch.cuttable:
         pairs.append((arch.widths[-1], arch.latent_channels))
     for wide, narrow in pairs:
         if wide % narrow:
@@ -383,6 +385,13 @@ def reach(arch: Variant) -> tuple[int | None, int | None]:
 
 def _attends(kinds: tuple[BlockKind, ...], depths: tuple[int, ...]) -> bool:
     return any("evit" in kind for kind, depth in zip(kinds, depths, strict=True) if depth)
+
+
+def cut(weights: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """The weights of the model of only the first latent channels, from those of a cuttable one."""
+    out, into = "encoder.project_out.", "decoder.project_in.kernel"
+    kept = {name: weights[name][..., :channels] for name in (f"{out}kernel", f"{out}bias")}
+    return {**weights, **kept, into: weights[into][:, :, :channels]}
 
 
 def last_layer(arch: Variant) -> str:

@@ -22,9 +22,12 @@ from dcae_jax.models.dcae import Variant
 FORMATS = ("diffusers", "authors")
 CLASS_NAME = dcae_diffusers.CLASS_NAME
 
-# Values of `model_name` that the authors' code accepts. dc-ae-lite-f32c32 exists on the
-# hub, but their code does not know it.
-AUTHORS_NAMES = tuple(name for name in dcae.PUBLISHED if name != "dc-ae-lite-f32c32")
+# Values of `model_name` that the authors' code accepts. The others exist only on the hub.
+AUTHORS_NAMES = tuple(
+    name
+    for name in dcae.PUBLISHED
+    if name != "dc-ae-lite-f32c32" and not name.startswith("dc-ae-1.5-")
+)
 
 # Our name of a layer inside a block -> theirs.
 _RES = {
@@ -257,8 +260,8 @@ def variant_of(config: Mapping[str, Any], form: str) -> Variant:
     """The architecture that a `config.json` of `form` describes. Raises UserError."""
     if form == "diffusers":
         return dcae_diffusers.variant_of(config)
-    name = config.get("model_name")
-    if name not in dcae.PUBLISHED:
+    name = str(config.get("model_name"))
+    if name not in dcae.PUBLISHED and not dcae.CUT.fullmatch(name):
         known = ", ".join(dcae.PUBLISHED)
         raise UserError(f"config.json: model_name={name!r} is not known; give one of {known}")
     return dcae.variant(name)

@@ -257,6 +257,15 @@ class GroupedLinear(nnx.Module):
         return y.reshape(b, h, w, -1)
 
 
+def first_channels(z: Float[Array, "B h w c"], channels: int | Array) -> Float[Array, "B h w c"]:
+    """z with zeros in the channels from `channels` on: a number c', or one for each example [B].
+
+    It may be traced, so one program serves every c'.
+    """
+    counts = jnp.reshape(channels, (-1, 1, 1, 1))
+    return jnp.where(jnp.arange(z.shape[-1]) < counts, z, 0)
+
+
 # --- norms ----------------------------------------------------------------------------------------
 
 

@@ -30,12 +30,15 @@ class AutoencoderArchitecture(Protocol):
     def scaling_factor(self) -> float | None: ...
     @property
     def compression(self) -> int: ...
+    @property
+    def cuttable(self) -> bool: ...
 
 
 class AutoencoderModule(Protocol):
     """Its model has `encode` and `decode`, and `posterior` if it encodes to a distribution.
 
-    An optional mapping PUBLISHED has further names that `variant` accepts.
+    An optional mapping PUBLISHED has further names that `variant` accepts. A module with cuttable
+    variants has `cut`.
     """
 
     __name__: str

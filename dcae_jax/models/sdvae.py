@@ -40,6 +40,11 @@ class Variant:
         return 2 ** (len(self.widths) - 1)
 
     @property
+    def cuttable(self) -> bool:
+        """False: see `dcae.Variant`. Its quant_conv mixes the channels."""
+        return False
+
+    @property
     def encoder_depths(self) -> tuple[int, ...]:
         return (self.depth,) * len(self.widths)
 

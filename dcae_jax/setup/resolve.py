@@ -13,6 +13,7 @@ from dcae_jax.errors import UserError, nearest_multiples
 from dcae_jax.models import patchgan
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
+from dcae_jax.training import latent_draws
 
 
 def training(config: Config, mesh: Mesh) -> tuple[Config, Latents | None]:
@@ -47,7 +48,7 @@ def on_latents(config: Config) -> tuple[Config, Latents]:
         model=spec.completed(config.model, f"data.path={config.data.path!r}"),
         autoencoder=config.autoencoder or manifest["autoencoder"],
         resolution=manifest["resolution"],
-        encode={"dtype": manifest["dtype"]},
+        encode={"dtype": manifest["dtype"], "channels": manifest["latent_channels"]},
     )
     return config, latents
 
@@ -65,7 +66,9 @@ def on_variant(config: Config) -> Config:
             f"autoencoder={name!r} is not a VARIANT, and data.source={config.data.source!r} has no "
             "latents; run configs/encode.py first and set data.source=latents and data.path"
         ) from error
-    spec = LatentSpec.of_variant(name, config.resolution, config.model.num_classes)
+    spec = LatentSpec.of_variant(
+        name, config.resolution, config.model.num_classes, config.encode.channels
+    )
     return config_lib.replace(config, model=spec.completed(config.model, "the autoencoder"))
 
 
@@ -79,8 +82,17 @@ def check_training(config: Config, mesh: Mesh) -> None:
                 f"mesh.spatial={config.mesh.spatial} splits images, but a diffusion model trains "
                 "on latents; use mesh.data, mesh.fsdp and mesh.tensor"
             )
+        for count in config.augment.channels:
+            if config.model.latent_channels and count > config.model.latent_channels:
+                raise UserError(
+                    f"augment.channels={config.augment.channels}: {count} is more than the "
+                    f"{config.model.latent_channels} channels of the latents"
+                )
         return
-    f = models.find(config.model).architecture(config.model).compression
+    arch = models.find(config.model).architecture(config.model)
+    models.check_channels(arch, config.structured.channels, "structured.channels")
+    models.check_channels(arch, config.evaluate.channels, "evaluate.channels")
+    f = arch.compression
     sizes = config_lib.training_resolutions(config)
     key = "resolutions" if config.resolutions else "resolution"
     for size in sizes:
@@ -94,6 +106,8 @@ def check_training(config: Config, mesh: Mesh) -> None:
     for size in config.evaluate.resolutions:
         check_resolution(size, f, "evaluate.resolutions")
         mesh_lib.check_height(size, mesh, key="evaluate.resolutions", compression=f)
+    if config.loss.equivariance:
+        sizes = [round(s * size) for size in sizes for s in _equivariance_scales(config, size, f)]
     if config.loss.gan_weight:
         groups = patchgan.GROUPS // 2  # the first norm has twice the channels
         if config.loss.gan_channels % groups:
@@ -108,3 +122,14 @@ def check_training(config: Config, mesh: Mesh) -> None:
                 "use fewer layers or a higher resolution"
             )
     mesh_lib.check_batch(config.evaluate.batch_size, mesh, key="evaluate.batch_size")
+
+
+def _equivariance_scales(config: Config, size: int, compression: int) -> tuple[float, ...]:
+    """1, and the scales of a step on transformed latents. Raises UserError if none fits."""
+    found = latent_draws.scales(config.loss, size, compression)
+    if not found:
+        raise UserError(
+            f"loss.equivariance_scales={config.loss.equivariance_scales}: none of them leaves a "
+            f"multiple of f={compression} of {size} pixels; name one that does, or () for turns"
+        )
+    return (1.0, *found)

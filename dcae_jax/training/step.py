@@ -2,6 +2,7 @@
 """One training step: a pure function (state, batch, lpips) -> (state, metrics), jitted once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dcae_jax import models
 from dcae_jax.config import Config
 from dcae_jax.data import transforms
 from dcae_jax.diffusion import objectives
@@ -17,7 +19,8 @@ from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Array, Weights
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
-from dcae_jax.training import losses, optim
+from dcae_jax.training import latent_draws, losses, optim
+from dcae_jax.training.latent_draws import LatentDraws
 from dcae_jax.training.state import Discriminator, TrainSpec, TrainState
 
 Metrics = dict[str, Array]  # scalars
@@ -46,12 +49,14 @@ def make_step(config: Config, spec: TrainSpec) -> TrainStep:
     gradient was not finite. Such a step changes only the counters.
     """
     learning_rate = optim.schedule(config.optimizer, config.steps)
+    draw = drawing(config)
 
     def train_step(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads = accumulated_gradients(config, spec, state, batch, key, lpips)
+        draws = draw(batch, key)
+        grads = accumulated_gradients(config, spec, state, batch, key, draws, lpips)
         trained = {name: grad for name, grad in grads.params.items() if name in spec.trained}
-        metrics = grads.metrics | {"grad_norm": optax.global_norm(trained)}
+        metrics = grads.metrics | draws.metrics | {"grad_norm": optax.global_norm(trained)}
 
         updates, opt_state = spec.optimizer.update(grads.params, state.opt_state, state.params)
         params = apply_updates(state.params, updates, spec.trained)
@@ -106,16 +111,52 @@ def jit_step(config: Config, spec: TrainSpec, abstract: TrainState) -> jax.stage
 # --- gradients ------------------------------------------------------------------------------------
 
 
+def drawing(config: Config) -> Callable[[Batch, Array], LatentDraws]:
+    """(batch, the step's key) -> what the step draws for its latents."""
+    if config.objective:
+        full = config.model.latent_channels
+        return lambda _, key: latent_draws.draw(config.augment, None, full, 0, key)
+    arch = models.find(config.model).architecture(config.model)
+
+    def draw(batch: Batch, key: Array) -> LatentDraws:
+        size = batch["image"].shape[1]
+        scales = latent_draws.scales(config.loss, size, arch.compression)
+        return latent_draws.draw(
+            config.structured, config.loss, arch.latent_channels, len(scales), key
+        )
+
+    return draw
+
+
 def accumulated_gradients(
-    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, key: Array, lpips: Weights
+    config: Config,
+    spec: TrainSpec,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    draws: LatentDraws,
+    lpips: Weights,
 ) -> Gradients:
     """Gradients over the batch, in config.accumulate microbatches."""
 
     def once(stats: Weights, batch: Batch, key: Array) -> Gradients:
         now = dataclasses.replace(state, stats=stats)
         if config.objective:
-            return denoising_gradients(config, spec, now, batch, key)
-        return reconstruction_gradients(config, spec, now, batch, lpips)
+            return denoising_gradients(config, spec, now, batch, key, draws)
+        if draws.scale is None:
+            return reconstruction_gradients(config, spec, now, batch, lpips, draws)
+        arch = models.find(config.model).architecture(config.model)
+        scales = latent_draws.scales(config.loss, batch["image"].shape[1], arch.compression)
+        # One branch per scale: their shapes differ, so each has a program of its own inside.
+        return jax.lax.switch(
+            draws.scale,
+            [
+                functools.partial(
+                    reconstruction_gradients, config, spec, now, batch, lpips, draws, scale
+                )
+                for scale in (None, *scales)
+            ],
+        )
 
     count = config.accumulate
     if count == 1:
@@ -139,26 +180,44 @@ def accumulated_gradients(
 
 
 def denoising_gradients(
-    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, key: Array
+    config: Config,
+    spec: TrainSpec,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    draws: LatentDraws,
 ) -> Gradients:
-    """One forward and backward pass of a diffusion model."""
-    x0 = objectives.scaled(batch["latent"], config.model.scaling_factor)
+    """One forward and backward pass of a diffusion model.
+
+    With draws.channels [n], of a batch of n copies: each has its own noise, time and dropped label.
+    """
+    x0, channels = latent_draws.repeated(batch["latent"], draws.channels)  # [Bn, h, w, c]
+    x0 = objectives.scaled(x0, config.model.scaling_factor)
+    labels, _ = latent_draws.repeated(batch["label"], draws.channels)
     label_key, key = jax.random.split(key)
-    labels = drop_labels(batch["label"], label_key, config.label_dropout, config.model.num_classes)
+    labels = drop_labels(labels, label_key, config.label_dropout, config.model.num_classes)
 
     def loss_fn(params: Weights) -> tuple[Array, Metrics]:
         model = weights_lib.merge(spec.graphdef, stop_frozen_gradients(spec, params))
         model = sharding.all_gather_weights(model)
-        return objectives.loss(config.objective, model, x0, labels, key)
+        return objectives.loss(config.objective, model, x0, labels, key, channels)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return Gradients(grads, {}, metrics | {"loss": loss}, state.stats)
 
 
 def reconstruction_gradients(
-    config: Config, spec: TrainSpec, state: TrainState, batch: Batch, lpips: Weights
+    config: Config,
+    spec: TrainSpec,
+    state: TrainState,
+    batch: Batch,
+    lpips: Weights,
+    draws: LatentDraws,
+    scale: float | None = None,
 ) -> Gradients:
     """One forward and backward pass of an autoencoder, and of its discriminator, if any.
+
+    scale: of the transform between encoder and decoder; None: no transform.
 
     The losses are first differentiated with respect to the model's output. The backward pass
     through the model is linear in those gradients, so the GAN loss is weighted before that pass,
@@ -166,12 +225,12 @@ def reconstruction_gradients(
     """
     images = transforms.to_float(batch["image"])  # [B, H, W, 3]
 
-    def forward(params: Weights) -> tuple[Array, Weights]:
+    def forward(params: Weights) -> tuple[Array, tuple[Array, Weights]]:
         weights = {**stop_frozen_gradients(spec, params), **state.stats}
         model = sharding.all_gather_weights(weights_lib.merge(spec.graphdef, weights))
         model = layers.training_norms(model, spec.trained.__contains__)
-        output = model(images)
-        return output, weights_lib.split(model)[2]
+        output, targets = latent_draws.reconstruct(model, images, draws, scale)
+        return output, (targets, weights_lib.split(model)[2])
 
     def reconstruction_loss(output: Array) -> tuple[Array, Metrics]:
         terms = losses.reconstruction_terms(config.loss)
@@ -180,7 +239,7 @@ def reconstruction_gradients(
         loss = sum(weighted, jnp.zeros(()))
         return loss, values | {"psnr": losses.psnr(output, images)}
 
-    output, backward, new_stats = jax.vjp(forward, state.params, has_aux=True)
+    output, backward, (images, new_stats) = jax.vjp(forward, state.params, has_aux=True)
     (loss, metrics), pull = jax.value_and_grad(reconstruction_loss, has_aux=True)(output)
 
     discriminator_grads: Weights = {}

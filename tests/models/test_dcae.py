@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from dcae_jax import config as config_lib
+from dcae_jax import models
 from dcae_jax.errors import UserError
-from dcae_jax.models import dcae
+from dcae_jax.models import dcae, dcae_torch, layers
 from dcae_jax.models.weights import abstract, merge, num_parameters, split
 
 # Parameters of the published files: (all, encoder).
@@ -71,37 +72,74 @@ def test_latents_are_f_times_smaller_and_decode_to_the_size_of_the_image(name):
     assert z.shape == (1, 1, 2, 16) and y.shape == (1, f, 2 * f, 3)
 
 
-def test_the_first_channels_are_those_of_a_latent_zeroed_by_hand():
-    """Catches a mask that is off by one or left out on one side, and a program for each count."""
-    graph, weights = _build(_small("1.5-f32c128"))
+CUTS = (16, 32, 48, 64, 80, 96, 112)  # of f32c128, as released
+
+
+def test_a_cut_model_is_the_whole_one_on_masked_latents():
+    """Catches a kernel cut on the wrong axis, and a mask that is off by one."""
+    arch = dataclasses.replace(_small("1.5-f32c128"), latent_channels=128)
+    graph, weights = _build(arch)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+    z = rng.normal(size=(1, 1, 1, 128)).astype(np.float32)
+    whole = merge(graph, weights)
+    latent = np.asarray(whole.encode(x))
+    for channels in CUTS:
+        small, _ = _build(dataclasses.replace(arch, latent_channels=channels))
+        cut = merge(small, dcae.cut(weights, channels))
+        np.testing.assert_allclose(cut.encode(x), latent[..., :channels], atol=1e-5)
+        want = np.asarray(whole.decode(layers.first_channels(z, channels)))
+        assert np.abs(cut.decode(z[..., :channels]) - want).max() <= 1e-5 * want.std()
+        beyond = np.asarray(whole.decode(layers.first_channels(z, channels + 1)))
+        assert np.abs(beyond - want).max() > 1e-3 * want.std()
+
+
+@pytest.mark.parametrize("name", ["1.5-f32c128", "1.5-f64c128"])
+def test_full_size_weights_can_be_cut_to_every_released_number_of_channels(name):
+    """Catches a path that the real layout does not have, or an axis of another length."""
+    arch = dcae.VARIANTS[name]
+
+    def shapes(arch):
+        _, params, _ = split(
+            abstract(lambda r: dcae.DCAE(arch, depthwise="grouped", dtype=jnp.float32, rngs=r))
+        )
+        return {k: v.shape for k, v in params.items()}, params
+
+    whole = shapes(arch)[1]
+    for channels in CUTS:
+        cut = jax.eval_shape(lambda w, c=channels: dcae.cut(w, c), whole)
+        want, _ = shapes(dataclasses.replace(arch, latent_channels=channels))
+        assert {k: v.shape for k, v in cut.items()} == want
+
+
+def test_the_mask_may_be_traced_and_differ_between_examples():
+    """Catches a program for each number of channels, and one number for the whole batch."""
     traced = []
 
     @jax.jit
-    def first(weights, x, z, channels):
+    def first(z, channels):
         traced.append(channels)
-        model = merge(graph, weights)
-        return model.encode(x, channels), model.decode(z, channels)
+        return layers.first_channels(z, channels)
 
-    rng = np.random.default_rng(0)
-    x, z = rng.uniform(-1, 1, (1, 32, 32, 3)), rng.normal(size=(1, 1, 1, 16))
-    whole = np.asarray(jax.jit(lambda w: merge(graph, w).encode(x))(weights))
-    decode = jax.jit(lambda w, z: merge(graph, w).decode(z))
-    for channels in (1, 5, 16):
-        latent, image = first(weights, x, z, channels)
-        np.testing.assert_allclose(latent[..., :channels], whole[..., :channels], atol=1e-6)
-        assert not np.any(latent[..., channels:])
-        kept = np.concatenate([z[..., :channels], np.zeros((1, 1, 1, 16 - channels))], -1)
-        np.testing.assert_allclose(image, decode(weights, kept), atol=1e-6)
+    z = np.ones((2, 1, 1, 8), np.float32)
+    for counts in ([1, 8], [5, 3]):
+        kept = first(z, np.array(counts))
+        np.testing.assert_array_equal(np.asarray(kept).sum((1, 2, 3)), counts)
+        assert all(np.all(np.asarray(kept)[i, ..., :n] == 1) for i, n in enumerate(counts))
     assert len(traced) == 1
 
 
 def test_channels_are_refused_where_a_shortcut_averages_them():
     """Catches a mask on latents whose channels are averages: a result, and a wrong one."""
-    graph, weights = _build(_small("f64c128"))
-    model = merge(graph, weights)
-    for call, shape in ((model.encode, (1, 64, 64, 3)), (model.decode, (1, 1, 1, 16))):
-        with pytest.raises(ValueError, match="latent shortcut"):
-            jax.eval_shape(lambda x, call=call: call(x, 3), jnp.zeros(shape))
+    for name in ("f64c128", "tiny", "sd-vae-f8"):
+        arch = models.autoencoder_of(name).variant(name)
+        with pytest.raises(UserError, match="evaluate.channels=3 needs .* latent shortcut.* 1.5-"):
+            models.check_channels(arch, [3], "evaluate.channels")
+    models.check_channels(dcae.VARIANTS["1.5-f64c128"], [1, 128], "channels")
+    models.check_channels(_small("f64c128", residual=False), [16], "channels")
+    for count in (0, 129):
+        with pytest.raises(UserError, match=rf"channels={count} is not in \[1, 128\]"):
+            models.check_channels(dcae.VARIANTS["1.5-f64c128"], [count], "channels")
 
 
 def test_without_residual_no_shortcut_is_left():
@@ -147,6 +185,25 @@ def test_published_names_give_variant_and_scaling_factor():
     assert dcae.variant("dc-ae-f32c32-in-1.0").scaling_factor == 0.3189
     assert dcae.variant("dc-ae-f32c32-mix-1.0").scaling_factor == 0.4552
     assert dcae.variant("dc-ae-f64c128-1.5").widths[-1] == 1024
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dc-ae-1.5-f32c128",
+        "dc-ae-f32c128-1.1",
+        *(f"dc-ae-f32c128-{family}-c{c}" for family in ("1.1", "1.5") for c in CUTS),
+        "dc-ae-1.5-f32c128-c64",
+    ],
+)
+def test_newer_names_and_cuts_are_the_whole_architecture(name):
+    """Catches a file of the authors that is refused, or read as one of fewer channels."""
+    assert dcae.variant(name) == dcae.variant("dc-ae-f32c128-1.5")
+    config = {"model_name": name}
+    assert dcae_torch.variant_of(config, "authors") == dcae.variant("dc-ae-f32c128-1.5")
+    for wrong in ("dc-ae-f32c128-1.5-c17", "dc-ae-f64c128-1.5-c16"):
+        with pytest.raises(UserError, match=f"model.variant='{wrong}' is not known"):
+            dcae.variant(wrong)
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,30 @@ def test_random_weights_of_diffusers_give_the_same_numbers(layout):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("channels", [16, 96])
+def test_a_cut_model_gives_the_numbers_of_diffusers_with_as_many_channels(channels):
+    """Catches a cut that only agrees with our own mask: diffusers' network has `channels` outputs
+    and inputs, and takes slices of the whole network's kernels."""
+    torch = pytest.importorskip("torch")
+    config = {**make_dcae.DCAE["1.5"], "latent_channels": 128}
+    network = torch_network(config)
+    arch = dcae_torch.variant_of(config, "diffusers")
+    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    weights = dcae_torch.from_torch(tensors, arch, "diffusers")
+    narrow = torch_network({**config, "latent_channels": channels}, seed=1)
+    cut = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+        cut[name] = cut[name][:channels]
+    cut["decoder.conv_in.weight"] = cut["decoder.conv_in.weight"][:, :channels]
+    narrow.load_state_dict(cut)
+    x = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    want_z, want_y = theirs(narrow, x)
+    small_arch = dataclasses.replace(arch, latent_channels=channels)
+    z, y = runner(small_arch)(dcae.cut(weights, channels), x)
+    assert close(z, want_z) and close(y, want_y)
+
+
+@pytest.mark.torch
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["f32c32", "f32c32-sana"])
 def test_full_size_models_give_the_same_numbers(name):

@@ -74,7 +74,7 @@ def test_float32_of_the_interface_is_float32(one_device, dtype, variant):
     for lowered in (
         model._encode.lower(model.weights, x),
         model._decode.lower(model.weights, z),
-        encode.encode_fn(model, "bfloat16").lower(model.weights, images),
+        encode.encode_fn(model, "bfloat16", model.latent_channels).lower(model.weights, images),
     ):
         found = [highest for _, highest in products(lowered)]
         assert found and (all(found) if dtype == "float32" else not any(found))

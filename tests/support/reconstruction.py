@@ -22,7 +22,7 @@ def evaluate_random(config, devices=1, source=None):
     metric_networks = networks.load_networks(config.evaluate, mesh)
     return reconstruction.evaluate(
         config.evaluate, config.data, model.graphdef, model.weights, mesh, source, metric_networks
-    )[32]
+    )["32"]
 
 
 def model_weights(config):

@@ -19,7 +19,7 @@ def test_latents_are_scaled_once_and_labels_are_dropped_by_their_share(
     """Catches a factor that is left out, inverted or applied twice, and labels never dropped."""
     seen = {}
 
-    def loss(objective, model, x0, cond, key):
+    def loss(objective, model, x0, cond, key, channels):
         jax.debug.callback(lambda x: seen.update(x0=np.asarray(x)), x0)
         return jnp.sum(model(x0, jnp.zeros(x0.shape[0]), cond)), {}
 
@@ -49,11 +49,11 @@ def test_microbatches_see_their_own_latents_and_labels(diffusion_config, one_dev
     }
     found = {}
 
-    def spy(diffusion_config, spec, state, batch, key):
+    def spy(diffusion_config, spec, state, batch, key, draws):
         jax.debug.callback(
             lambda x, y: found.setdefault(int(y[0]), np.asarray(x)), batch["latent"], batch["label"]
         )
-        return real(diffusion_config, spec, state, batch, key)
+        return real(diffusion_config, spec, state, batch, key, draws)
 
     real, step_lib.denoising_gradients = step_lib.denoising_gradients, spy
     try:
