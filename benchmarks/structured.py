@@ -15,10 +15,10 @@ import argparse
 import json
 import os
 
+import common
 import jax
 import numpy as np
 
-import common
 import dcae_jax
 from dcae_jax import config as config_lib
 from dcae_jax import files
