@@ -175,4 +175,4 @@ def test_scores_by_channels_stand_in_one_table_and_plot(
     assert row["psnr_32_c3"] == by_channels["32_c3"]["psnr"]
     assert (tmp_path / "cut" / "images" / "evaluate_channels.png").stat().st_size > 5000
     table = next(r.getMessage() for r in caplog.records if "channels" in r.getMessage())
-    assert [line.split()[:2] for line in table.splitlines()[1:3]] == [["32", "3"], ["32", "8"]]
+    assert [line.split()[:2] for line in table.splitlines()[2:4]] == [["32", "3"], ["32", "8"]]
