@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Key, Shaped
 
-from dcae_jax.config.schema import Augment, Loss, Structured
+from dcae_jax.config.schema import Loss
 from dcae_jax.models import layers
 from dcae_jax.models.weights import Array
 
@@ -41,28 +41,31 @@ class LatentDraws:
         return found
 
 
-def draw(
-    settings: Structured | Augment, loss: Loss | None, full: int, scales: int, key: Key[Array, ""]
-) -> LatentDraws:
-    """The draws of the step with this key.
+def channel_counts(
+    choices: tuple[int, ...], count: int, last: int | None, key: Key[Array, ""]
+) -> Int[Array, " n"] | None:
+    """`count` draws from `choices` for the step with this key; None without choices.
 
-    loss: of an autoencoder. full: channels of the latent. scales: number of transforms.
+    last: takes the place of the last draw; None: that one is drawn too.
     """
-    channels = scale = turn = None
-    if settings.channels:
-        choices = jnp.asarray(settings.channels, jnp.int32)
-        number = jax.random.randint(
-            jax.random.fold_in(key, CHANNELS), (settings.count,), 0, len(choices)
-        )
-        channels = choices[number]
-        if settings.always_full:
-            channels = channels.at[-1].set(full)
-    if loss and loss.equivariance:
-        keys = jax.random.split(jax.random.fold_in(key, TRANSFORM), 3)
-        drawn = jax.random.uniform(keys[0]) < loss.equivariance
-        scale = jnp.where(drawn, 1 + jax.random.randint(keys[1], (), 0, scales), 0)
-        turn = jax.random.randint(keys[2], (), 0, 4)
-    return LatentDraws(channels, scale, turn)
+    if not choices:
+        return None
+    key = jax.random.fold_in(key, CHANNELS)
+    number = jax.random.randint(key, (count,), 0, len(choices))
+    counts = jnp.asarray(choices, jnp.int32)[number]
+    return counts if last is None else counts.at[-1].set(last)
+
+
+def transform(
+    probability: float, scales: int, key: Key[Array, ""]
+) -> tuple[Int[Array, ""], Int[Array, ""]] | tuple[None, None]:
+    """(scale, turn) of `LatentDraws` for the step with this key; scales: how many there are."""
+    if not probability:
+        return None, None
+    keys = jax.random.split(jax.random.fold_in(key, TRANSFORM), 3)
+    drawn = jax.random.uniform(keys[0]) < probability
+    scale = jnp.where(drawn, 1 + jax.random.randint(keys[1], (), 0, scales), 0)
+    return scale, jax.random.randint(keys[2], (), 0, 4)
 
 
 def repeated(

@@ -49,11 +49,10 @@ def make_step(config: Config, spec: TrainSpec) -> TrainStep:
     gradient was not finite. Such a step changes only the counters.
     """
     learning_rate = optim.schedule(config.optimizer, config.steps)
-    draw = drawing(config)
 
     def train_step(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        draws = draw(batch, key)
+        draws = draw_latents(config, batch, key)
         grads = accumulated_gradients(config, spec, state, batch, key, draws, lpips)
         trained = {name: grad for name, grad in grads.params.items() if name in spec.trained}
         metrics = grads.metrics | draws.metrics | {"grad_norm": optax.global_norm(trained)}
@@ -111,21 +110,20 @@ def jit_step(config: Config, spec: TrainSpec, abstract: TrainState) -> jax.stage
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def drawing(config: Config) -> Callable[[Batch, Array], LatentDraws]:
-    """(batch, the step's key) -> what the step draws for its latents."""
+def draw_latents(config: Config, batch: Batch, key: Array) -> LatentDraws:
+    """What the step with this key draws for its latents."""
     if config.objective:
-        full = config.model.latent_channels
-        return lambda _, key: latent_draws.draw(config.augment, None, full, 0, key)
+        augment = config.augment
+        last = config.model.latent_channels if augment.always_full else None
+        counts = latent_draws.channel_counts(augment.channels, augment.count, last, key)
+        return LatentDraws(counts)
     arch = models.find(config.model).architecture(config.model)
-
-    def draw(batch: Batch, key: Array) -> LatentDraws:
-        size = batch["image"].shape[1]
-        scales = latent_draws.scales(config.loss, size, arch.compression)
-        return latent_draws.draw(
-            config.structured, config.loss, arch.latent_channels, len(scales), key
-        )
-
-    return draw
+    structured = config.structured
+    last = arch.latent_channels if structured.always_full else None
+    counts = latent_draws.channel_counts(structured.channels, structured.count, last, key)
+    scales = latent_draws.scales(config.loss, batch["image"].shape[1], arch.compression)
+    scale, turn = latent_draws.transform(config.loss.equivariance, len(scales), key)
+    return LatentDraws(counts, scale, turn)
 
 
 def accumulated_gradients(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcae_jax import config as config_lib
-from dcae_jax.config.schema import Loss, Structured
+from dcae_jax.config.schema import Loss
 from dcae_jax.errors import UserError
 from dcae_jax.models import layers
 from dcae_jax.models import weights as weights_lib
@@ -43,22 +43,23 @@ def _run(config, mesh, change=lambda s: s):
     return before, after, {name: float(value) for name, value in metrics.items()}
 
 
-def _draw(settings, number, loss=None, scales=0):
-    key = jax.random.fold_in(jax.random.key(0), number)
-    return latent_draws.draw(settings, loss, 32, scales, key)
+def _key(number):
+    return jax.random.fold_in(jax.random.key(0), number)
 
 
 def test_each_count_is_drawn_as_often_and_the_last_draw_can_be_all_channels():
     """Catches a choice that never comes up, one draw for all, and a full draw that is not full."""
-    settings = Structured(channels=(4, 12, 20), count=3, always_full=True)
-    drawn = np.stack([_draw(settings, number).channels for number in range(200)])
+    drawn = [latent_draws.channel_counts((4, 12, 20), 3, 32, _key(n)) for n in range(200)]
+    drawn = np.stack(drawn)
     assert drawn.shape == (200, 3) and np.all(drawn[:, 2] == 32)
     for column in (drawn[:, 0], drawn[:, 1]):
         values, counts = np.unique(column, return_counts=True)
         assert values.tolist() == [4, 12, 20] and counts.min() > 40
     assert 0.2 < np.mean(drawn[:, 0] == drawn[:, 1]) < 0.5
-    np.testing.assert_array_equal(drawn[7], _draw(settings, 7).channels)
-    assert _draw(Structured(), 7) == latent_draws.LatentDraws()
+    again = latent_draws.channel_counts((4, 12, 20), 3, None, _key(7))
+    np.testing.assert_array_equal(drawn[7, :2], again[:2])
+    assert int(again[2]) in (4, 12, 20)
+    assert latent_draws.channel_counts((), 1, None, _key(7)) is None
 
 
 def test_the_loss_is_the_mean_of_those_with_masked_latents(cuttable, one_device):
@@ -162,15 +163,13 @@ def test_images_and_latents_shrink_alike():
 
 def test_transformed_steps_come_up_by_their_probability():
     """Catches a probability that is ignored, a scale or a turn that is never drawn."""
-    loss = Loss(equivariance=0.5)
-    draws = [_draw(Structured(), number, loss, 2) for number in range(300)]
-    values, counts = np.unique([int(d.scale) for d in draws], return_counts=True)
+    draws = [latent_draws.transform(0.5, 2, _key(number)) for number in range(300)]
+    values, counts = np.unique([int(scale) for scale, _ in draws], return_counts=True)
     assert values.tolist() == [0, 1, 2]
     assert 110 < counts[0] < 190 and counts[1:].min() > 45
-    turns = np.bincount([int(d.turn) for d in draws])
+    turns = np.bincount([int(turn) for _, turn in draws])
     assert len(turns) == 4 and turns.min() > 45
-    always = [_draw(Structured(), n, Loss(equivariance=1.0), 2).scale for n in range(50)]
-    assert min(map(int, always)) == 1
+    assert min(int(latent_draws.transform(1.0, 2, _key(n))[0]) for n in range(50)) == 1
 
 
 def test_a_step_with_equivariance_is_the_plain_one_until_it_draws_a_transform(cuttable, one_device):
