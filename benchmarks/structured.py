@@ -35,6 +35,7 @@ FULL = 32  # channels of tiny-1.5's latents
 CUTS = tuple(range(4, FULL + 1, 4))
 SEEDS = (0, 1)
 MODES = ("structured", "plain")
+PLAIN = {"structured": {"channels": (), "count": 1, "always_full": False}}
 AUGMENT = {"channels": CUTS, "count": 2, "always_full": True}
 
 
@@ -48,7 +49,6 @@ def autoencoders(workdir: str, steps: int) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for mode in MODES:
         for seed in SEEDS:
-            channels = CUTS if mode == "structured" else ()
             folder = os.path.join(workdir, f"{mode}{seed}")
             run = config(
                 "phase1.py",
@@ -56,7 +56,7 @@ def autoencoders(workdir: str, steps: int) -> dict[str, list[list[float]]]:
                 seed=seed,
                 steps=steps,
                 evaluate_every=0,
-                structured={"channels": channels},
+                **({} if mode == "structured" else PLAIN),
                 evaluate={"channels": CUTS, "resolutions": (64,)},
             )
             assert train.run(run, folder) == train.DONE
