@@ -48,13 +48,14 @@ def load_weights(
     PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
     'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
     a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
-    Raises UserError if there is nothing to load.
+    Raises UserError if there is nothing to load or the weights are not of the variant.
     """
     full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
-        return _load_export(full, kind)
+        weights, saved = _load_export(full, kind)
+        return weights, _named(path, saved, variant)
     if saved := _run_at(full):
-        return _load_run(full, which, kind, saved), saved
+        return _load_run(full, which, kind, saved), _named(path, saved, variant)
     workdir, step = checkpoints.split_path(full)
     if step is not None:
         raise UserError(
@@ -62,6 +63,13 @@ def load_weights(
         )
     read = published.read_generator if kind == "generator" else published.read
     return read(_of_others(path), variant)
+
+
+def _named(path: str, saved: Saved, variant: str) -> Saved:
+    try:
+        return published.named(saved, variant)
+    except UserError as error:
+        raise UserError(f"init_from={path!r}: {error}") from error
 
 
 def kind_of(path: str) -> str:

@@ -47,7 +47,9 @@ def _evaluate_model(config: Config, workdir: str) -> None:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
     mesh = mesh_lib.make_mesh(config.mesh)
     metric_networks = networks.load_networks(settings, mesh)
-    model = autoencoder.load_autoencoder(config.init_from, config.dtype, mesh, config.weights)
+    model = autoencoder.load_autoencoder(
+        config.init_from, config.dtype, mesh, config.weights, config.model.variant
+    )
     missing = networks.missing_files(metric_networks)
     if jax.process_index() == 0 and missing:
         logging.info("%s", missing)

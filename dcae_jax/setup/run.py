@@ -26,6 +26,7 @@ from dcae_jax.data.sources import ImageSource
 from dcae_jax.errors import UserError
 from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
+from dcae_jax.pretrained.published import Saved
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import inputs, partial_init, tables
@@ -261,6 +262,8 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
             f"init_from={config.init_from!r} has weights of the variant {theirs}, but this run's "
             f"is {ours}; use --config=...:{theirs}"
         ) from error
+    if not config.init_parts:
+        _check_network(config, saved)
     # An autoencoder that takes only parts of another has latents of a different scale.
     other = config.objective or config.init_parts
     factor = None if other else _inherited_factor(run, saved.model)
@@ -271,6 +274,19 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
             f"are scaled by {ours}; encode with the autoencoder that it was trained on"
         )
     return state, Origin(origin, factor)
+
+
+def _check_network(config: Config, saved: Saved) -> None:
+    """Raises UserError if weights fit in shape, but another network (of other heads) has them."""
+    ours = state_lib.architecture(config.model, config)
+    theirs = state_lib.architecture(saved.model, saved.diffusion)
+    for field in dataclasses.fields(ours):
+        a, b = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.compare and field.name not in ("scaling_factor", "latent_size") and a != b:
+            raise UserError(
+                f"init_from={config.init_from!r} has weights of a model with {field.name}={a!r}, "
+                f"but this run's has {b!r}; use the same, or init_parts=('.*',) to start from them"
+            )
 
 
 def _inherited_factor(run: Run, source: Model) -> float | None:
