@@ -18,7 +18,6 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import Arrays
 from dcae_jax.models.weights import AnyWeights
@@ -89,9 +88,7 @@ def kind_of(path: str) -> str:
 def _of_others(path: str) -> str:
     """The file, folder or hub name of published weights. Raises UserError for a chain's workdir."""
     full = os.path.abspath(os.path.expanduser(path))
-    phases = [os.path.join(full, phase) for phase in PHASES]
-    phases = [p for p in phases if os.path.exists(os.path.join(p, checkpoints.CONFIG))]
-    if phases:
+    if phases := checkpoints.phase_workdirs(full):
         raise UserError(
             f"init_from={path!r} is the workdir of several phases; choose one: {', '.join(phases)}"
         )
