@@ -225,9 +225,10 @@ HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that the
 def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a published UViT, USiT or DiT: folder, file or hub name.
 
-    Objective and autoencoder come from the config.json beside the weights; without it a UViT is
-    assumed to predict epsilon, since a USiT has the same tensors. model.latent_size is 0 if the
-    weights do not determine it (a DiT without its fixed position table).
+    Objective, autoencoder and its scaling factor come from the config.json beside the weights, as
+    far as its model_name tells; without it a UViT is assumed to predict epsilon, since a USiT has
+    the same tensors. model.latent_size is 0 if the weights do not determine it (a DiT without its
+    fixed position table).
     variant: gives the number of heads; needed if no variant has the model's width, otherwise
     checked. From a trainer's file the averaged weights are read. Raises UserError.
     """
@@ -245,6 +246,8 @@ def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     autoencoder = _autoencoder_of(name)
     if autoencoder:
         inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
+        factor = _stated_factor({"model_name": autoencoder}, _names_of({}))
+        model = dataclasses.replace(model, scaling_factor=factor or 0.0)
         autoencoder = path if inside else f"{HUB_OWNER}/{autoencoder}"
     logging.info("read %s %s weights from %s", model.name, model.variant, path)
     diffusion = Diffusion(
