@@ -87,14 +87,22 @@ class Checkpoint:
 def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
     """The newest undamaged checkpoint in `workdir`; None if nothing was saved yet.
 
-    Raises UserError if it belongs to another run, unless allow_change covers every difference.
+    Raises UserError if it belongs to another run, unless allow_change covers every difference, and
+    if `workdir` holds an export or published weights.
     """
     step = checkpoints.resume_step(workdir)
     distributed.assert_same_config({"step": step or 0})
+    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG))
+    of_run = record is not None and isinstance(record.get("config"), dict)
+    others = record is not None and not of_run
+    if step is None and (others or files.exists(os.path.join(workdir, weights_lib.EXPORT))):
+        name = checkpoints.CONFIG if others else weights_lib.EXPORT
+        raise UserError(
+            f"{workdir} holds weights that are not a run's ({name}); use another --workdir"
+        )
     if step is None:
         return None
-    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG))
-    if record is None or not isinstance(record.get("config"), dict):
+    if record is None or not of_run:
         raise UserError(
             f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
         )

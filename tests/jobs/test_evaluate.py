@@ -74,6 +74,22 @@ def test_a_variant_that_is_not_that_of_the_weights_is_refused(
         run_job(evaluate, evaluate_config, str(tmp_path / "evaluated"))
 
 
+@pytest.mark.parametrize("init_from", ["other", "run/checkpoints/3", ""])
+def test_scores_are_not_mixed_into_another_run(init_from, tmp_path):
+    """Fails if a run's metrics.jsonl gets the scores of other weights, or cannot get its own."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
+    path = init_from and str(tmp_path / init_from)
+    if init_from.startswith("run"):
+        evaluate._check_workdir(path, str(tmp_path / "run"))
+        return
+    with pytest.raises(
+        UserError, match="holds a run, but not that of init_from=.*another --workdir"
+    ):
+        evaluate._check_workdir(path, str(tmp_path / "run"))
+    evaluate._check_workdir(path, str(tmp_path / "scores"))
+
+
 def test_few_images_are_marked_biased(trained, small_inception, tmp_path, caplog):
     """Fails if an FID of ten images looks like one of fifty thousand in the table or the files."""
     caplog.set_level("INFO")

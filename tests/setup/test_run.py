@@ -130,6 +130,20 @@ def test_a_published_name_contradicts_no_weights(
     assert dcae.architecture(saved.model).scaling_factor == found
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.json"])
+def test_a_run_does_not_begin_among_weights_of_others(name, small, tmp_path):
+    """Catches the config.json of downloaded weights that is replaced by that of a run, and an
+    export with a run in it, which is still read as the export."""
+    (tmp_path / name).write_text('{"model_name": "dc-ae-f32c32-in-1.0"}')
+    with pytest.raises(
+        UserError, match=rf"holds weights that are not a run's \({name}\); use anoth"
+    ):
+        run_lib.find_checkpoint(config_lib.validate(small), str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / "config.json").write_text('{"config": {}}')  # of a run that has saved nothing yet
+    assert run_lib.find_checkpoint(config_lib.validate(small), str(tmp_path)) is None
+
+
 def test_weights_of_another_network_with_the_same_shapes_are_refused(
     small, first_weights, tmp_path
 ):
