@@ -238,7 +238,7 @@ def load_autoencoder(
     dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 uses full-precision
     matrix products on every device. weights: 'ema' or 'raw', for a workdir. variant: the model of
     a bare weights file; a published name also sets the scaling factor. Raises UserError (a
-    ValueError) if there is nothing to load.
+    ValueError) if there is nothing to load or the weights are of another variant.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())

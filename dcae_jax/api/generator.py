@@ -285,6 +285,12 @@ def load_generator(
             saved.latents, where, checkpoint_weights.encoder_checksum(inner.weights)
         )
     model = saved.model
+    ours, theirs = model.scaling_factor, inner.scaling_factor
+    if autoencoder and not saved.latents and ours and theirs and ours != theirs:
+        raise UserError(
+            f"{path!r} was trained on latents scaled by {ours}, but autoencoder={where!r} has the "
+            f"scaling factor {theirs}; give the autoencoder that it was trained on"
+        )
     if not model.latent_size and not resolution:
         raise UserError(f"{path!r} does not store its resolution; give resolution=")
     model = dataclasses.replace(

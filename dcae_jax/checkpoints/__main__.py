@@ -36,6 +36,7 @@ def copy(source: str, workdir: str) -> list[int]:
     if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
         raise UserError(
             f"{source!r} has no finished checkpoint; give a workdir or one of its checkpoints"
+            f"{_phases(source)}"
         )
     if os.path.realpath(workdir) == os.path.realpath(origin):
         raise UserError(f"{workdir!r} is the source; give another workdir")
@@ -53,6 +54,12 @@ def copy(source: str, workdir: str) -> list[int]:
                 files.write_file(os.path.join(workdir, name), content)
         _remove_halves(os.path.join(workdir, checkpoints.FOLDER))
         return [step for step in whole if _copy_step(origin, workdir, step)]
+
+
+def _phases(path: str) -> str:
+    """The workdirs of a chain's phases, for a message; '' if `path` is not a chain's workdir."""
+    found = checkpoints.phase_workdirs(path)
+    return f": {', '.join(found)}" if found else ""
 
 
 def _not_a_copy(origin: str, workdir: str) -> str:
@@ -78,9 +85,9 @@ def _not_a_copy(origin: str, workdir: str) -> str:
 
 
 def _read(folder: str, name: str) -> bytes:
-    """The content of a file, b'' if there is none."""
+    """The content of a file, b'' if there is none. Raises UserError for a link out of `folder`."""
     try:
-        with open(os.path.join(folder, name), "rb") as file:
+        with open(files.inside(folder, name), "rb") as file:
             return file.read()
     except FileNotFoundError:
         return b""
@@ -137,7 +144,9 @@ def check(workdir: str) -> bool:
     workdir, worst = os.path.expanduser(workdir), ""
     steps = checkpoints.saved_steps(workdir)
     if not steps:
-        raise UserError(f"{workdir!r} has no finished checkpoint; give the workdir of a run")
+        raise UserError(
+            f"{workdir!r} has no finished checkpoint; give the workdir of a run{_phases(workdir)}"
+        )
     for step in steps:
         wrong = integrity.damage(checkpoints.step_folder(workdir, step))
         worst = worst or wrong

@@ -61,10 +61,14 @@ def damage(folder: str, part: str = "") -> str:
 def copy(source: str, target: str) -> None:
     """Copies the folder `source` to `target`; `target` appears only once the copy is verified.
 
-    Raises ValueError with a short reason if the copy is damaged, e.g. because the source is.
+    Raises ValueError with a short reason if the copy is damaged, e.g. because the source is, or if
+    the source has links, which are not followed.
     """
     with files_lib.atomic_folder(target) as beside:
-        shutil.copytree(source, beside, dirs_exist_ok=True)
+        shutil.copytree(source, beside, symlinks=True, dirs_exist_ok=True)
+        for parent, folders, names in os.walk(beside):
+            if links := [n for n in (*folders, *names) if os.path.islink(os.path.join(parent, n))]:
+                raise ValueError(f"{links[0][:80]} is a link")
         for name in _names(beside):
             _measure(os.path.join(beside, name), sync=True)
         if wrong := damage(beside):

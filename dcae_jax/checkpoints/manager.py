@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
+from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -121,6 +122,12 @@ def split_path(path: str) -> tuple[str, int | None]:
     """(WORKDIR, step) of the path of a checkpoint; (path, None) of any other."""
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
     return (match[1], int(match[2])) if match else (path, None)
+
+
+def phase_workdirs(path: str) -> list[str]:
+    """The workdirs of the phases in the workdir of a chain; [] if `path` is not one."""
+    phases = [os.path.join(path, phase) for phase in PHASES]
+    return [phase for phase in phases if files.exists(os.path.join(phase, CONFIG))]
 
 
 def saved_steps(workdir: str) -> list[int]:

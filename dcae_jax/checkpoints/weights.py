@@ -18,7 +18,6 @@ from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import integrity
 from dcae_jax.checkpoints import manager as checkpoints
-from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import UserError
 from dcae_jax.models.protocol import Arrays
 from dcae_jax.models.weights import AnyWeights
@@ -48,13 +47,14 @@ def load_weights(
     PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
     'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
     a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
-    Raises UserError if there is nothing to load.
+    Raises UserError if there is nothing to load or the weights are not of the variant.
     """
     full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
-        return _load_export(full, kind)
+        weights, saved = _load_export(full, kind)
+        return weights, _named(path, saved, variant)
     if saved := _run_at(full):
-        return _load_run(full, which, kind, saved), saved
+        return _load_run(full, which, kind, saved), _named(path, saved, variant)
     workdir, step = checkpoints.split_path(full)
     if step is not None:
         raise UserError(
@@ -62,6 +62,13 @@ def load_weights(
         )
     read = published.read_generator if kind == "generator" else published.read
     return read(_of_others(path), variant)
+
+
+def _named(path: str, saved: Saved, variant: str) -> Saved:
+    try:
+        return published.named(saved, variant)
+    except UserError as error:
+        raise UserError(f"init_from={path!r}: {error}") from error
 
 
 def kind_of(path: str) -> str:
@@ -81,9 +88,7 @@ def kind_of(path: str) -> str:
 def _of_others(path: str) -> str:
     """The file, folder or hub name of published weights. Raises UserError for a chain's workdir."""
     full = os.path.abspath(os.path.expanduser(path))
-    phases = [os.path.join(full, phase) for phase in PHASES]
-    phases = [p for p in phases if os.path.exists(os.path.join(p, checkpoints.CONFIG))]
-    if phases:
+    if phases := checkpoints.phase_workdirs(full):
         raise UserError(
             f"init_from={path!r} is the workdir of several phases; choose one: {', '.join(phases)}"
         )

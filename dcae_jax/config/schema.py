@@ -221,7 +221,7 @@ class Plan:
         "v4, v5e, v5p or v6e with the chips per axis; or cpu")
     find_batch: bool = key(False, "search for the largest batch size that fits")
     effort: float = key(-1.0,
-        "compiler effort: 0 as in a run; -1 is 6 times faster (docs/scaling.md)")
+        "compiler effort: 0 as in a run; -1: 4 to 6 times faster (docs/scaling.md)")
     watts: float = key(0.0, "watts per chip, for kWh; 0: the chip table's", ge=0, le=1000000.0)
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -213,7 +214,7 @@ def _given_moments(path: str, metric_networks: MetricNetworks) -> tuple[np.ndarr
     try:
         with np.load(path) as arrays:
             mu, sigma = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(
             f"evaluate.reference={path!r}: mu or sigma cannot be read ({error}); fetch it again"
         ) from error
@@ -239,7 +240,11 @@ def image_source(path: str, key: str) -> Source:
             f"{key}={path!r} holds {', '.join(sorted(names)[:4])}; images must be in arr_0 "
             "(uint8 [N, H, W, 3])"
         )
-    images = _map_array(path, "arr_0")
+    try:
+        images = _map_array(path, "arr_0")
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}={path!r}: arr_0 is damaged ({reason}); fetch it again") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise UserError(
             f"{key}={path!r}: arr_0 is {images.dtype} {images.shape}; give uint8 [N, H, W, 3]"

@@ -33,11 +33,23 @@ def run(config: Config, workdir: str) -> int:
     """Evaluates a trained model on a data set or one image, or samples."""
     config = resolve(config)
     with lease.hold(workdir, jax.process_index()):
+        _check_workdir(config.init_from, workdir)
         if config.evaluate.samples:
             _evaluate_samples(config, workdir)
         else:
             _evaluate_model(config, workdir)
     return 0
+
+
+def _check_workdir(init_from: str, workdir: str) -> None:
+    """Raises UserError for the workdir of a run other than init_from's: its rows would be mixed."""
+    own, _ = checkpoints.split_path(os.path.abspath(os.path.expanduser(init_from)))
+    other = not init_from or os.path.realpath(own) != os.path.realpath(workdir)
+    if other and files.exists(os.path.join(workdir, checkpoints.CONFIG)):
+        raise UserError(
+            f"{workdir} holds a run, but not that of init_from={init_from!r}: its {files.METRICS} "
+            "would mix the two; use another --workdir"
+        )
 
 
 def _evaluate_model(config: Config, workdir: str) -> None:
@@ -47,7 +59,9 @@ def _evaluate_model(config: Config, workdir: str) -> None:
         raise UserError("init_from is empty; set --config.init_from to a workdir or checkpoint")
     mesh = mesh_lib.make_mesh(config.mesh)
     metric_networks = networks.load_networks(settings, mesh)
-    model = autoencoder.load_autoencoder(config.init_from, config.dtype, mesh, config.weights)
+    model = autoencoder.load_autoencoder(
+        config.init_from, config.dtype, mesh, config.weights, config.model.variant
+    )
     missing = networks.missing_files(metric_networks)
     if jax.process_index() == 0 and missing:
         logging.info("%s", missing)

@@ -18,11 +18,13 @@ def run(config: Config, workdir: str) -> int:
     job = compile.target_job(config.plan)
     for topology in config.plan.topologies:
         chips.check_compiler(topology)
+    effort = "=".join(map(str, compile.effort_option(config.plan.effort)))
     rows: list[Row] = []
     with lease.hold(workdir):
         for number, topology in enumerate(config.plan.topologies, 1):
             of = len(config.plan.topologies)
-            logging.info("%s on %s: topology %d of %d", config.plan.config, topology, number, of)
+            what = config.plan.config, topology, number, of, effort
+            logging.info("%s on %s: topology %d of %d, %s", *what)
             rows += cost.plan(config.plan, job, topology)
             files.write_json(os.path.join(workdir, PLAN), rows)
     logging.info("%s", cost.table(rows))

@@ -185,7 +185,7 @@ def run_request(request: Facts) -> Facts:
     """In the subprocess: the statistics, or {error} for a user error."""
     # Compile time is one of the statistics.
     jax.config.update("jax_enable_compilation_cache", False)
-    set_effort(request["effort"])
+    jax.config.update(*effort_option(request["effort"]))
     try:
         config = job_config(request["config"], tuple(request["overrides"]), request["generator"])
         return measure(config, request["topology"], request["size"])
@@ -193,13 +193,14 @@ def run_request(request: Facts) -> Facts:
         return {"error": str(error)}
 
 
-def set_effort(effort: float) -> None:
-    """Sets how hard the compiler searches for fast code: plan.effort, in [-1, 1]."""
+def effort_option(effort: float) -> tuple[str, float | str]:
+    """(option of jax.config, its value) for plan.effort, how hard the compiler searches.
+
+    In [-1, 1]. jax 0.11 and later have levels alone.
+    """
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
-        jax.config.update("jax_exec_time_optimization_effort", effort)
-    else:  # jax 0.11 and later have only levels
-        level = "UNKNOWN" if effort == 0 else "O1" if effort < 0 else "O3"
-        jax.config.update("jax_optimization_level", level)
+        return "jax_exec_time_optimization_effort", effort
+    return "jax_optimization_level", "UNKNOWN" if effort == 0 else "O1" if effort < 0 else "O3"
 
 
 # --- the program ----------------------------------------------------------------------------------

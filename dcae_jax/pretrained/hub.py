@@ -50,11 +50,14 @@ HUB_HALF_FILES = [
 
 
 def read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """(config.json or None, tensors) of a folder, file or hub name. Raises UserError."""
+    """(config.json or None, tensors) of a folder, file or hub name. Raises UserError.
+
+    The config.json of a file is the one in its folder, which may be of something else.
+    """
     if os.path.isdir(path):
         config, files = _folder(path)
     elif os.path.isfile(path):
-        config, files = None, [path]
+        config, files = _beside(path), [path]
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and not os.path.exists(path.split("/")[0]):
         config, files = _folder(fetch(path))
     else:
@@ -70,6 +73,15 @@ def read_tensors(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         which = "half-precision weights" if half else "full-precision weights, not the half ones"
         logging.info("%s: read the %s", files[0], which)
     return config, _unwrapped(path, tensors)
+
+
+def _beside(file: str) -> dict[str, Any] | None:
+    """config.json in the folder of a weights file; None, with a warning, if it is not readable."""
+    try:
+        return files_lib.read_object(files_lib.inside(os.path.dirname(file) or ".", "config.json"))
+    except UserError as error:
+        logging.warning("%s: read without the config.json beside it: %s", file, error)
+        return None
 
 
 def _unwrapped(path: str, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ each model in dcae_jax/models; no model is hard-coded here.
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -46,12 +47,15 @@ def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
 
     variant: of the weights; needed for files whose tensors are ambiguous, otherwise checked. The
     scaling factor is that of config.json if it states one; a published name with another one is an
-    error. Arrays are NumPy, float32. Raises UserError.
+    error. The config.json beside a file counts if it describes the file's tensors. Arrays are
+    NumPy, float32. Raises UserError.
     """
     config, tensors = hub.read_tensors(path)
     if any(name.startswith(AUTOENCODER_PREFIX) for name in tensors):
         config, tensors = _inside(config, tensors)
     try:
+        if os.path.isfile(path):
+            config = _of_file(path, config, tensors, variant)
         names, arch, form = _identify(tensors, config, variant)
         weights = names.from_torch(tensors, arch, form)
     except UserError as error:
@@ -61,6 +65,25 @@ def read(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     return weights, Saved(model)
 
 
+def named(saved: Saved, variant: str) -> Saved:
+    """`saved`, of a run or an export, with the scaling factor of `variant` if it has none.
+
+    Raises UserError if the variant, '' for none, contradicts it.
+    """
+    model = saved.model
+    if not variant or (saved.kind == "generator" and variant == model.variant):
+        return saved
+    if saved.kind == "generator":
+        raise UserError(_another_model(variant, f"these weights, of {model.variant}"))
+    arch, own = (models.find(m).architecture(m) for m in (Model(variant=variant), model))
+    if variant != model.variant and _network(arch) != _network(own):
+        raise UserError(_another_model(variant, f"these weights, of {model.variant}"))
+    factor = _agreed_factor(variant, arch.scaling_factor, own.scaling_factor, "these weights have")
+    if factor == own.scaling_factor:
+        return saved
+    return dataclasses.replace(saved, model=dataclasses.replace(model, scaling_factor=factor))
+
+
 def _identify(
     tensors: Mapping[str, Any], config: dict[str, Any] | None, variant: str
 ) -> tuple[AutoencoderNames, AutoencoderArchitecture, str]:
@@ -68,13 +91,14 @@ def _identify(
     if variant:
         module = models.autoencoder_of(variant)
         names, arch = models.autoencoder_names(module), module.variant(variant)
-        ours, theirs = arch.scaling_factor, _stated_factor(config or {}, names)
-        if theirs and ours and theirs != ours and variant not in module.VARIANTS:
-            raise UserError(
-                f"variant={variant!r} has the scaling factor {ours}, but config.json beside the "
-                f"weights states {theirs}; leave the variant out"
-            )
-        arch = dataclasses.replace(arch, scaling_factor=theirs or ours)
+        described = _described(config)
+        if described and described != _network(arch):
+            where = f"config.json beside the weights, of {described.variant}"
+            raise UserError(_another_model(variant, where))
+        stated = _stated_factor(config or {}, names)
+        words = "config.json beside the weights states"
+        factor = _agreed_factor(variant, arch.scaling_factor, stated, words)
+        arch = dataclasses.replace(arch, scaling_factor=factor)
     elif config is None:
         return _guess(tensors)
     else:
@@ -82,6 +106,60 @@ def _identify(
         form = "authors" if "model_name" in config else "diffusers"
         return names, names.variant_of(config, form), form
     return names, arch, _form(names, tensors)
+
+
+def _another_model(variant: str, where: str) -> str:
+    return f"variant={variant!r} is another model than that of {where}; leave the variant out"
+
+
+def _agreed_factor(
+    variant: str, ours: float | None, theirs: float | None, words: str
+) -> float | None:
+    """The scaling factor of weights, `theirs`, or else of the variant, `ours`.
+
+    Raises UserError if the variant is a published name and they differ.
+    """
+    row = variant in models.autoencoder_of(variant).VARIANTS
+    if theirs and ours and theirs != ours and not row:
+        raise UserError(
+            f"variant={variant!r} has the scaling factor {ours}, but {words} {theirs}; leave the "
+            "variant out"
+        )
+    return theirs or ours
+
+
+def _network(arch: Any) -> Model:
+    """Equal for architectures that differ in the scaling factor alone."""
+    return model_settings(dataclasses.replace(arch, scaling_factor=None))
+
+
+def _described(config: Mapping[str, Any] | None) -> Model | None:
+    """The network of the autoencoder that a config.json describes; None if it describes none."""
+    config = config or {}
+    form = "authors" if "model_name" in config else "diffusers"
+    for names in _all_names():
+        if form == "authors" or config.get("_class_name") == names.CLASS_NAME:
+            with contextlib.suppress(UserError):  # a name or a field that is not known here
+                return _network(names.variant_of(config, form))
+    return None
+
+
+def _of_file(
+    path: str, config: dict[str, Any] | None, tensors: Mapping[str, Any], variant: str
+) -> dict[str, Any] | None:
+    """The config.json beside a file if it is of these tensors, as far as they tell; else None."""
+    described = _described(config)
+    if described:
+        try:
+            found = _network(_identify(tensors, None, variant)[1])
+        except UserError:  # no variant has these tensors: config.json is all that there is
+            return config
+        if found == described:
+            logging.info("%s: read with the config.json beside it", path)
+            return config
+    if config is not None:
+        logging.warning("%s: read without the config.json beside it, of another model", path)
+    return None
 
 
 def _stated_factor(config: Mapping[str, Any], names: AutoencoderNames) -> float | None:
@@ -147,9 +225,10 @@ HUB_OWNER = "mit-han-lab"  # where the authors publish the autoencoders that the
 def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a published UViT, USiT or DiT: folder, file or hub name.
 
-    Objective and autoencoder come from the config.json beside the weights; without it a UViT is
-    assumed to predict epsilon, since a USiT has the same tensors. model.latent_size is 0 if the
-    weights do not determine it (a DiT without its fixed position table).
+    Objective, autoencoder and its scaling factor come from the config.json beside the weights, as
+    far as its model_name tells; without it a UViT is assumed to predict epsilon, since a USiT has
+    the same tensors. model.latent_size is 0 if the weights do not determine it (a DiT without its
+    fixed position table).
     variant: gives the number of heads; needed if no variant has the model's width, otherwise
     checked. From a trainer's file the averaged weights are read. Raises UserError.
     """
@@ -162,9 +241,13 @@ def read_generator(path: str, variant: str = "") -> tuple[Arrays, Saved]:
     except UserError as error:
         raise UserError(f"init_from={path!r}: {error}") from error
     name = str((config or {}).get("model_name", ""))
+    if os.path.isfile(path) and not re.search(rf"(^|-)({'|'.join(names.KINDS.values())})-", name):
+        name = ""  # the config.json beside the file is of another model
     autoencoder = _autoencoder_of(name)
     if autoencoder:
         inside = any(key.startswith(AUTOENCODER_PREFIX) for key in tensors)
+        factor = _stated_factor({"model_name": autoencoder}, _names_of({}))
+        model = dataclasses.replace(model, scaling_factor=factor or 0.0)
         autoencoder = path if inside else f"{HUB_OWNER}/{autoencoder}"
     logging.info("read %s %s weights from %s", model.name, model.variant, path)
     diffusion = Diffusion(

@@ -23,9 +23,9 @@ from dcae_jax.errors import UserError
 
 FILE = ".lock"
 # Subfolders of a workdir where jobs write temporary files before renaming them.
-FOLDERS = ("images", "diverged", "parts")
+FOLDERS = ("images", "diverged", "parts", "reference")
 # What jobs write into or append to; none of it may be a link.
-OWN = (*FOLDERS, "checkpoints", "damaged", "profile", "reference", "metrics.jsonl")
+OWN = (*FOLDERS, "checkpoints", "damaged", "profile", "metrics.jsonl")
 # Errors of file systems without locks (some network and object stores).
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 

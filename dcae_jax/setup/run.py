@@ -26,6 +26,7 @@ from dcae_jax.data.sources import ImageSource
 from dcae_jax.errors import UserError
 from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
+from dcae_jax.pretrained.published import Saved
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import inputs, partial_init, tables
@@ -86,14 +87,22 @@ class Checkpoint:
 def find_checkpoint(config: Config, workdir: str) -> Checkpoint | None:
     """The newest undamaged checkpoint in `workdir`; None if nothing was saved yet.
 
-    Raises UserError if it belongs to another run, unless allow_change covers every difference.
+    Raises UserError if it belongs to another run, unless allow_change covers every difference, and
+    if `workdir` holds an export or published weights.
     """
     step = checkpoints.resume_step(workdir)
     distributed.assert_same_config({"step": step or 0})
+    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG))
+    of_run = record is not None and isinstance(record.get("config"), dict)
+    others = record is not None and not of_run
+    if step is None and (others or files.exists(os.path.join(workdir, weights_lib.EXPORT))):
+        name = checkpoints.CONFIG if others else weights_lib.EXPORT
+        raise UserError(
+            f"{workdir} holds weights that are not a run's ({name}); use another --workdir"
+        )
     if step is None:
         return None
-    record = files.read_object(os.path.join(workdir, checkpoints.CONFIG))
-    if record is None or not isinstance(record.get("config"), dict):
+    if record is None or not of_run:
         raise UserError(
             f"{workdir} has checkpoints but no config.json of a run; use another --workdir"
         )
@@ -261,6 +270,8 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
             f"init_from={config.init_from!r} has weights of the variant {theirs}, but this run's "
             f"is {ours}; use --config=...:{theirs}"
         ) from error
+    if not config.init_parts:
+        _check_network(config, saved)
     # An autoencoder that takes only parts of another has latents of a different scale.
     other = config.objective or config.init_parts
     factor = None if other else _inherited_factor(run, saved.model)
@@ -271,6 +282,19 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
             f"are scaled by {ours}; encode with the autoencoder that it was trained on"
         )
     return state, Origin(origin, factor)
+
+
+def _check_network(config: Config, saved: Saved) -> None:
+    """Raises UserError if weights fit in shape, but another network (of other heads) has them."""
+    ours = state_lib.architecture(config.model, config)
+    theirs = state_lib.architecture(saved.model, saved.diffusion)
+    for field in dataclasses.fields(ours):
+        a, b = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.compare and field.name not in ("scaling_factor", "latent_size") and a != b:
+            raise UserError(
+                f"init_from={config.init_from!r} has weights of a model with {field.name}={a!r}, "
+                f"but this run's has {b!r}; use the same, or init_parts=('.*',) to start from them"
+            )
 
 
 def _inherited_factor(run: Run, source: Model) -> float | None:

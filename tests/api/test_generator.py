@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generators: samples that depend on seed and number alone, decoded at the right scale."""
 
+import dataclasses
+import functools
+import json
 import re
 import shutil
 
@@ -8,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support import small_models
+from support.published_weights import PUBLISHED, random_weights, write_export
 
 import dcae_jax
 from dcae_jax.api import generator
 from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
+from dcae_jax.models import uvit, uvit_torch
 from dcae_jax.runtime import mesh as mesh_lib
 
 
@@ -92,3 +98,36 @@ def test_a_checkpoint_of_other_latents_is_refused(
     with pytest.raises(UserError, match="did not make these latents"):
         dcae_jax.load_generator(moved, autoencoder=other)
     assert dcae_jax.load_generator(moved, autoencoder=autoencoder_export).num_classes == 3
+
+
+def test_a_published_models_autoencoder_has_the_factor_of_its_name(tmp_path, one_device):
+    """Catches a model whose name says 0.3189 sampled with the factor 0.4552 of other weights."""
+    arch = uvit.Architecture(
+        depth=2, width=128, heads=4, latent_size=4, latent_channels=8, out_channels=8,
+        patch_size=2, num_classes=10,
+    )  # fmt: skip
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in uvit.shapes(arch).items()}
+    tensors = uvit_torch.to_torch(tensors, arch, "diffusion_model.")
+    (tmp_path / "published").mkdir()
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+        tmp_path / "published" / "model.safetensors",
+    )
+    name = {"model_name": "dc-ae-f32c32-in-1.0-usit-s-in-128px"}
+    (tmp_path / "published" / "config.json").write_text(json.dumps(name))
+    for folder, factor in (("same", 0.3189), ("other", 0.4552), ("unknown", None)):
+        own = dataclasses.replace(PUBLISHED, scaling_factor=factor)
+        write_export(tmp_path / folder, own, random_weights(own))
+        load = functools.partial(
+            dcae_jax.load_generator,
+            str(tmp_path / "published"),
+            autoencoder=str(tmp_path / folder),
+            mesh=one_device,
+        )
+        if folder == "other":
+            with pytest.raises(
+                UserError, match="scaled by 0.3189, but autoencoder=.* factor 0.4552"
+            ):
+                load()
+        else:
+            assert load().scaling_factor == 0.3189

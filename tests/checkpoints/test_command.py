@@ -99,6 +99,30 @@ def test_an_interrupted_copy_is_completed_by_the_same_command(runs, monkeypatch,
     assert _copy(one, there, capsys)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/2/extra"])
+def test_a_copy_takes_nothing_from_elsewhere(name, runs, tmp_path, capsys):
+    """Catches a link in a downloaded run, by which a private file gets into the copy."""
+    one, _, there = runs
+    (tmp_path / "private").write_text("{}")
+    (one / name).unlink(missing_ok=True)
+    (one / name).symlink_to(tmp_path / "private")
+    status, said = _copy(one, there, capsys)
+    if name.endswith("extra"):
+        assert status == 0 and f"not copied: {one / 'checkpoints' / '2'} is damaged" in said
+        assert "extra is a link" in said and os.listdir(there / "checkpoints") == ["1"]
+    else:
+        assert status == 2 and "is a link out of its folder" in said and not there.exists()
+
+
+def test_a_chains_phases_are_named(runs, tmp_path, capsys):
+    """Catches a chain's workdir that is called empty, without the workdirs to name in its place."""
+    one, _, there = runs
+    one.rename(tmp_path / "phase1")
+    for command in (["check"], ["copy", str(there)]):
+        assert __main__.main([command[0], str(tmp_path), *command[1:]]) == 2
+        assert f": {tmp_path / 'phase1'}\n" in capsys.readouterr().err
+
+
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
     """Catches a mistyped path reported as undamaged, and a traceback for an impossible target."""
     assert __main__.main(["check", str(tmp_path / "none")]) == 2

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from support import to_json
 from support.published_weights import random_weights, write_export, write_folder
 
+from dcae_jax import config as config_lib
 from dcae_jax import files
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.checkpoints import weights as checkpoint_weights
@@ -23,6 +24,17 @@ from dcae_jax.pretrained import hub
 from dcae_jax.training import state as state_lib
 
 
+def save_run(config, mesh, workdir, **record):
+    """A workdir with a checkpoint of step 3, before any training, with averages of their own."""
+    fresh = state_lib.init_state(config, mesh, state_lib.train_spec(config, mesh))
+    fresh = state_lib.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
+    manager = checkpoints.open_manager(workdir, 2)
+    checkpoints.save(manager, fresh, {}, 3, 0)
+    manager.close()
+    record = {"config": to_json(config), **record}
+    files.write_json(os.path.join(workdir, "config.json"), record)
+
+
 @pytest.mark.parametrize("at_once", [1, 2000, 2**27])  # each array alone, a few, all
 def test_weights_are_read_without_the_optimizer(
     small, one_device, tmp_path, caplog, monkeypatch, at_once
@@ -30,12 +42,7 @@ def test_weights_are_read_without_the_optimizer(
     """Catches 'ema' that returns raw weights, arrays lost between reads, Orbax's warnings."""
     monkeypatch.setattr(checkpoint_weights, "READ_AT_ONCE", at_once)
     spec = state_lib.train_spec(small, one_device)
-    fresh = state_lib.init_state(small, one_device, spec)
-    fresh = state_lib.dataclasses.replace(fresh, ema={k: v + 1 for k, v in fresh.ema.items()})
-    manager = checkpoints.open_manager(str(tmp_path), 2)
-    checkpoints.save(manager, fresh, {}, 3, 0)
-    manager.close()
-    files.write_json(str(tmp_path / "config.json"), {"config": to_json(small)})
+    save_run(small, one_device, str(tmp_path))
     averaged, saved = checkpoint_weights.load_weights(str(tmp_path))
     raw, _ = checkpoint_weights.load_weights(str(tmp_path / "checkpoints" / "3"), "raw")
     assert saved.model.variant == "tiny"
@@ -44,6 +51,55 @@ def test_weights_are_read_without_the_optimizer(
         assert isinstance(leaf, np.ndarray)
         np.testing.assert_array_equal(leaf + 1, averaged[name])
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+@pytest.mark.parametrize(
+    "variant, own, found",
+    [
+        (
+            "published",
+            0.5,
+            "'published' has the scaling factor 0.3, but these weights have 0.5; le",
+        ),
+        ("published", 0.3, 0.3),
+        ("published", None, 0.3),
+        ("tiny", 0.5, 0.5),
+        ("small", 0.5, "variant='small' is another model than that of these weights, of tiny; lea"),
+        ("dc-ae-f32c32-in-1.0", None, "is another model than that of these weights, of tiny"),
+        ("tinny", None, "model.variant='tinny' is not known"),
+    ],
+)
+def test_a_variant_contradicts_no_weights_of_ours(
+    kind, variant, own, found, small, one_device, tmp_path, monkeypatch
+):
+    """Catches a variant that is ignored where a run or an export has another factor or network."""
+    arch = dcae.architecture(config_lib.validate(small).model)
+    monkeypatch.setitem(dcae.VARIANTS, "narrow", arch)
+    monkeypatch.setitem(dcae.PUBLISHED, "published", ("narrow", 0.3))
+    path = str(tmp_path / "ours")
+    if kind == "run":
+        save_run(small, one_device, path, scaling_factor=own)
+    else:
+        settings = {**to_json(small.model), "scaling_factor": own or 0.0}
+        write_export(tmp_path / "ours", arch, random_weights(arch), **settings)
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=f"init_from='{path}': .*{found}"):
+            checkpoint_weights.load_weights(path, variant=variant)
+        return
+    _, saved = checkpoint_weights.load_weights(path, variant=variant)
+    assert dcae.architecture(saved.model).scaling_factor == found
+    assert saved.model.variant == "tiny"
+
+
+def test_a_variant_contradicts_no_generator_of_ours(generator_run):
+    """Catches another number of heads that is asked for and ignored."""
+    with pytest.raises(
+        UserError, match="variant='s' is another model .* of tiny; leave the variant"
+    ):
+        checkpoint_weights.load_weights(generator_run, variant="s", kind="generator")
+    _, saved = checkpoint_weights.load_weights(generator_run, variant="tiny", kind="generator")
+    assert saved.model.heads == 2
 
 
 def test_nothing_to_load_is_said_in_one_line(tmp_path):

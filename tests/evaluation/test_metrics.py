@@ -190,6 +190,16 @@ def test_frechet_distance_of_any_rank(counts):
     assert metrics.frechet_distance(*statistics[:2], *statistics[:2]) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [4.0**-40, 4.0, 4.0**40])
+def test_frechet_distance_leaves_out_the_noise_of_a_singular_covariance(scale):
+    """Fails if eigenvalues that rounding made of 0 are counted, or small true ones are not."""
+    sigma = scale * np.ones((200, 200))  # rank 1, eigenvalue 200 * scale
+    expected = 2 * np.trace(sigma) - 2 * np.sqrt(200) * scale
+    zero = np.zeros(200)
+    found = metrics.frechet_distance(zero, sigma, zero, scale * np.eye(200))
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 def test_frechet_distance_edge_cases():
     """Fails if a point mass breaks it, NaN passes for a number, or two networks are mixed."""
     zero, mu, eye = np.zeros((3, 3)), np.array([1.0, 2.0, 2.0]), np.eye(3)

@@ -143,6 +143,28 @@ def test_samples_that_cannot_be_scored_are_named(sample_config, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("form", ["compressed", "header", "short"])
+def test_a_damaged_npz_is_named(form, tmp_path):
+    """Fails if a traceback stands for one flipped byte, of the array or before it."""
+    path = tmp_path / "samples.npz"
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    if form == "compressed":
+        np.savez_compressed(path, arr_0=images)
+    else:
+        np.savez(path, arr_0=images)
+    data = bytearray(path.read_bytes())
+    if form == "short":  # the array claims more images than the file has
+        data = data.replace(b"(20, 32, 32, 3), }", b"(2000000,32,32,3)}")
+    else:
+        place = len(data) // 2 if form == "compressed" else data.index(np.lib.format.MAGIC_PREFIX)
+        data[place] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"evaluate.samples='.*': arr_0 is damaged \(.*fetch it again"
+    ):
+        samples_lib.image_source(str(path), "evaluate.samples")
+
+
 @pytest.mark.parametrize("form", ["stored", "job", "compressed", "fortran"])
 def test_images_of_an_npz_stay_on_disk_where_they_can(form, tmp_path):
     """Catches 10 GB of samples read into memory, and pixels from the wrong place of the file."""

@@ -23,7 +23,7 @@ from dcae_jax.runtime import process
 def trained(evaluate_config, alone, monkeypatch):
     """Makes the job find a model of random weights wherever init_from points."""
 
-    def load(path, dtype, mesh, weights):
+    def load(path, dtype, mesh, weights, variant):
         model = config_lib.validate(evaluate_config).model
         weights = model_weights(evaluate_config).items()
         return autoencoder_lib.build_autoencoder(model, weights, mesh)
@@ -60,6 +60,34 @@ def test_the_job_leaves_its_files_and_says_what_is_locked(trained, tmp_path, cap
     assert rows[1] == {"step": 40, "loss": 1.0} | {f"{k}_32": scores[k] for k in ("psnr", "ssim")}
     names = {path.name for path in (workdir / "images").iterdir()}
     assert names == {f"evaluate_32{which}.png" for which in ("", "_best", "_worst")}
+
+
+def test_a_variant_that_is_not_that_of_the_weights_is_refused(
+    evaluate_config, autoencoder_export, alone, tmp_path
+):
+    """Fails if the job evaluates other weights than those of the name that it was given."""
+    evaluate_config.init_from = autoencoder_export
+    evaluate_config.model.variant = "dc-ae-f32c32-in-1.0"
+    with pytest.raises(
+        UserError, match="1.0' is another model than that of these weights, of tiny"
+    ):
+        run_job(evaluate, evaluate_config, str(tmp_path / "evaluated"))
+
+
+@pytest.mark.parametrize("init_from", ["other", "run/checkpoints/3", ""])
+def test_scores_are_not_mixed_into_another_run(init_from, tmp_path):
+    """Fails if a run's metrics.jsonl gets the scores of other weights, or cannot get its own."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
+    path = init_from and str(tmp_path / init_from)
+    if init_from.startswith("run"):
+        evaluate._check_workdir(path, str(tmp_path / "run"))
+        return
+    with pytest.raises(
+        UserError, match="holds a run, but not that of init_from=.*another --workdir"
+    ):
+        evaluate._check_workdir(path, str(tmp_path / "run"))
+    evaluate._check_workdir(path, str(tmp_path / "scores"))
 
 
 def test_few_images_are_marked_biased(trained, small_inception, tmp_path, caplog):

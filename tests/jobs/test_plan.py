@@ -38,7 +38,8 @@ def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "plan"
     assert main.main(planning.arguments(workdir)) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"{planning.PHASE1} on cpu: topology 1 of 1"
+    effort = "=".join(map(str, compile.effort_option(-1.0)))
+    assert said[0] == f"{planning.PHASE1} on cpu: topology 1 of 1, {effort}"
     assert said[1] == "cpu at 32, batch 8: compiling (program 1 of 1)"
     assert said[2].startswith("cpu at 32, batch 8: done in ")
     (row,) = json.loads((workdir / plan.PLAN).read_text())

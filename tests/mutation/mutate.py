@@ -41,7 +41,11 @@ TESTS = {  # {module of dcae_jax: the tests of it}
     "training/losses.py": ("training/test_losses.py", "training/test_step.py"),
     "training/optim.py": ("training/test_optim.py", "training/test_step.py"),
     "training/step.py": ("training/test_step.py", "training/test_diffusion_step.py"),
-    "training/state.py": ("training/test_step.py", "models/test_patchgan.py"),
+    "training/state.py": (
+        "training/test_patterns.py",
+        "training/test_step.py",
+        "models/test_patchgan.py",
+    ),
 }
 SLACK = 60  # seconds that a mutant may take beyond three times the tests' own
 

@@ -182,7 +182,7 @@ def recipes(space: Space) -> dict[str, Any]:
             flat = _flat(json.loads(json.dumps(config.to_dict())))
             kept = {k: v for k, v in sorted(flat.items()) if not k.endswith(GOING)}
             found[f"{name}:{variant}"] = kept
-    plain = found[":"] = found["evaluate.py:"]
+    plain = found[":"] = {**found["evaluate.py:"], "model.variant": "f32c32"}
     for name, values in found.items():
         if name != ":":  # what the file changes
             found[name] = {k: v for k, v in values.items() if k not in plain or plain[k] != v}

@@ -2,6 +2,7 @@
 """Compiler statistics: FLOPs of loops, out-of-memory messages, errors of the subprocess."""
 
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,17 @@ def test_another_error_of_the_compiler_is_raised():
     """Catches every failure reported as 'does not fit'."""
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
         compile.needed_bytes(jax.errors.JaxRuntimeError("Mosaic failed"), 0)
+
+
+@pytest.mark.parametrize("effort, level", [(0.0, "UNKNOWN"), (-0.1, "O1"), (1.0, "O3")])
+def test_effort_is_an_option_that_jax_has(effort, level, monkeypatch):
+    """Catches an option that a release lacks, and an effort of 0 that is not that of a run."""
+    options = [compile.effort_option(effort)]
+    monkeypatch.setattr(compile, "jax", types.SimpleNamespace(config=None))  # as 0.11 and later
+    options.append(compile.effort_option(effort))
+    assert options[1] == ("jax_optimization_level", level)
+    for name, value in options:
+        before = getattr(jax.config, name)
+        assert (value == before) == (effort == 0)
+        jax.config.update(name, value)
+        jax.config.update(name, before)

@@ -157,6 +157,84 @@ def test_a_variant_with_a_factor_gives_way_to_the_folders_own(tmp_path, monkeypa
     assert dcae.architecture(saved.model) == arch
 
 
+def _small_f32c32(tmp_path, monkeypatch, form):
+    """The small f32c32 in its variant's place, as a folder -> the file of its weights."""
+    small = dataclasses.replace(SMALL["dc-ae-f32c32-mix-1.0"], scaling_factor=None)
+    monkeypatch.setitem(dcae.VARIANTS, "f32c32", small)
+    write_folder(tmp_path / "hub", small, random_weights(small), form)
+    file = hub.AUTHORS_FILE if form == "authors" else hub.DIFFUSERS_FILE
+    return small, tmp_path / "hub" / file
+
+
+@pytest.mark.parametrize(
+    "variant, factor",
+    [
+        ("", 0.4552),
+        ("f32c32", 0.4552),
+        ("dc-ae-f32c32-mix-1.0", 0.4552),
+        ("dc-ae-f32c32-in-1.0", "has the scaling factor 0.3189, but config.json beside .* 0.4552"),
+    ],
+)
+@pytest.mark.parametrize("form", ["authors", "diffusers"])
+def test_a_file_has_the_factor_of_the_config_beside_it(
+    form, variant, factor, tmp_path, monkeypatch
+):
+    """Catches a factor that is lost, or replaced by a name's, where the file itself is named."""
+    small, file = _small_f32c32(tmp_path, monkeypatch, form)
+    config = dcae_torch.config_of(dataclasses.replace(small, scaling_factor=0.4552), form)
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    if isinstance(factor, str):
+        with pytest.raises(UserError, match=factor):
+            checkpoint_weights.load_weights(str(file), variant=variant)
+        return
+    _, saved = checkpoint_weights.load_weights(str(file), variant=variant)
+    assert dcae.architecture(saved.model).scaling_factor == factor
+
+
+OTHERS = {
+    "another variant": json.dumps({"model_name": "dc-ae-f64c128-in-1.0"}),
+    "stable diffusion": json.dumps(sdvae_torch.config_of(KL, "diffusers")),
+    "a text encoder": json.dumps({"architectures": ["CLIPTextModel"], "scaling_factor": 0.7}),
+    "a run": json.dumps({"config": {"model": {"scaling_factor": 0.7}}, "scaling_factor": 0.7}),
+    "a list": "[1, 2]",
+    "no JSON": "{",
+}
+
+
+@pytest.mark.parametrize("variant", ["", "f32c32", "dc-ae-f32c32-in-1.0"])
+@pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
+def test_a_config_of_something_else_beside_a_file_is_left_alone(
+    text, variant, tmp_path, monkeypatch, caplog
+):
+    """Catches another model's scaling factor, and a file that cannot be read for its neighbour."""
+    _, file = _small_f32c32(tmp_path, monkeypatch, "authors")
+    (tmp_path / "hub" / "config.json").write_text(text)
+    _, saved = checkpoint_weights.load_weights(str(file), variant=variant)
+    factor = 0.3189 if variant.startswith("dc") else None
+    assert dcae.architecture(saved.model).scaling_factor == factor
+    assert f"{file}: read without the config.json beside it" in caplog.text
+
+
+def test_a_file_of_no_variant_is_what_the_config_beside_it_describes(tmp_path):
+    """Catches a fine-tuned model of other sizes that is found in its folder alone."""
+    arch = dataclasses.replace(SMALL["dc-ae-f32c32-sana-1.1"], scaling_factor=0.7)
+    write_folder(tmp_path / "hub", arch, random_weights(arch))
+    _, saved = checkpoint_weights.load_weights(str(tmp_path / "hub" / hub.DIFFUSERS_FILE))
+    assert dcae.architecture(saved.model) == arch
+
+
+def test_a_variant_that_the_config_contradicts_is_refused(tmp_path, monkeypatch):
+    """Catches weights of a model without shortcuts at the latent that get them from a variant."""
+    small, _ = _small_f32c32(tmp_path, monkeypatch, "diffusers")
+    config = dcae_torch.config_of(small, "diffusers")
+    config |= {"encoder_out_shortcut": False, "decoder_in_shortcut": False}
+    monkeypatch.setitem(dcae.VARIANTS, "plain", dataclasses.replace(small, latent_shortcuts=False))
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="'f32c32' is another model than .* config.json .* plain;"):
+        checkpoint_weights.load_weights(str(tmp_path / "hub"), variant="f32c32")
+    checkpoint_weights.load_weights(str(tmp_path / "hub"), variant="plain")
+
+
 def test_half_precision_and_shards_are_read(tmp_path):
     """Catches bfloat16 read as integers, and the first of several files taken for all."""
     arch = SMALL["dc-ae-f32c32-sana-1.1"]

@@ -94,6 +94,23 @@ def test_folders_of_the_hub_are_read(tmp_path):
     assert saved.diffusion.objective == "learned_sigma"
 
 
+@pytest.mark.parametrize(
+    "model_name, objective",
+    [
+        ("dc-ae-f32c32-in-1.0-usit-2b-in-512px", "flow"),
+        ("dc-ae-f32c32-in-1.0-dit-xl-in-512px-trainbs1024", "epsilon"),
+        ("dc-ae-f32c32-in-1.0", "epsilon"),
+    ],
+)
+def test_a_file_has_the_objective_of_the_config_beside_it(model_name, objective, tmp_path):
+    """Catches a USiT sampled as a UViT, which has its tensors, and the name of another model."""
+    folder = write_folder(tmp_path / "a", uvit, UVIT, random_weights(uvit, UVIT), model_name)
+    _, saved = published.read_generator(str(folder / "model.safetensors"))
+    assert saved.diffusion.objective == objective
+    known = "mit-han-lab/dc-ae-f32c32-in-1.0" if objective == "flow" else ""
+    assert saved.diffusion.autoencoder == known
+
+
 def test_settings_make_the_same_architecture_again(tmp_path):
     """Catches settings that build another model than the one whose weights were read."""
     for module, arch in BOTH:

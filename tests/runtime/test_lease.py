@@ -96,11 +96,12 @@ def test_a_child_that_outlives_the_owner_does_not_keep_the_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_a_killed_owner_had_half_written_is_removed(tmp_path):
+@pytest.mark.parametrize("folder", ["images", "diverged", "parts", "reference"])
+def test_what_a_killed_owner_had_half_written_is_removed(folder, tmp_path):
     """Catches images/step8.png.77.tmp, which stays for ever in each workdir that was killed."""
-    (tmp_path / "images").mkdir()
-    halves = [tmp_path / "images" / "a.png.77.tmp", tmp_path / "metrics.jsonl.77.tmp"]
-    others = [tmp_path / "images" / "a.png", tmp_path / "notes.tmp", tmp_path / "a.77.tmp.txt"]
+    (tmp_path / folder).mkdir()
+    halves = [tmp_path / folder / "a.png.77.tmp", tmp_path / "metrics.jsonl.77.tmp"]
+    others = [tmp_path / folder / "a.png", tmp_path / "notes.tmp", tmp_path / "a.77.tmp.txt"]
     for path in halves + others:
         path.write_bytes(b"x")
     with lease.hold(str(tmp_path)):

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from support import run_job
+from support import on_latents, run_job
 from support.published_weights import random_weights, write_export
 
 from dcae_jax import config as config_lib
@@ -128,6 +128,45 @@ def test_a_published_name_contradicts_no_weights(
     run_lib.write_record(run, None, origin)
     saved = checkpoint_weights._run_at(str(tmp_path))
     assert dcae.architecture(saved.model).scaling_factor == found
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.json"])
+def test_a_run_does_not_begin_among_weights_of_others(name, small, tmp_path):
+    """Catches the config.json of downloaded weights that is replaced by that of a run, and an
+    export with a run in it, which is still read as the export."""
+    (tmp_path / name).write_text('{"model_name": "dc-ae-f32c32-in-1.0"}')
+    with pytest.raises(
+        UserError, match=rf"holds weights that are not a run's \({name}\); use anoth"
+    ):
+        run_lib.find_checkpoint(config_lib.validate(small), str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / "config.json").write_text('{"config": {}}')  # of a run that has saved nothing yet
+    assert run_lib.find_checkpoint(config_lib.validate(small), str(tmp_path)) is None
+
+
+def test_weights_of_another_network_with_the_same_shapes_are_refused(
+    small, first_weights, tmp_path
+):
+    """Catches weights of a model without shortcuts that train on, as another model, with them."""
+    model = config_lib.validate(small).model
+    arch = dataclasses.replace(dcae.architecture(model), residual=False)
+    write_export(tmp_path / "ae", arch, random_weights(arch))
+    keys = {"init_from": str(tmp_path / "ae"), "needs_weights": False}
+    with pytest.raises(
+        UserError, match="a model with residual=False, but this run's has True; use"
+    ):
+        first_weights(**keys)
+    first_weights(**keys, init_parts=(".*",))
+
+
+def test_generator_weights_with_other_heads_are_refused(diffusion_config, generator_run, alone):
+    """Catches a model that goes on from weights of the same shapes with another number of heads."""
+    config, latents = on_latents(diffusion_config)
+    config.init_from, config.model.heads = generator_run, 4
+    mesh = run_lib.mesh_lib.make_mesh(config_lib.validate(config).mesh)
+    run = run_lib.build(config_lib.validate(config), "", mesh, latents)
+    with pytest.raises(UserError, match="a model with heads=2, but this run's has 4; use the same"):
+        run_lib.initialise(run)
 
 
 @pytest.mark.parametrize("channels, words", [(3, "try 4$"), (10, "try 8 or 12"), (12, "")])
