@@ -11,7 +11,7 @@ import re
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message is one line: the value and the remedy."""
+    """A mistake that the user can fix; the message is one line: the value and the remedy."""
 
 
 class MachineError(RuntimeError):
@@ -53,8 +53,8 @@ def require(what: str, *modules: str, otherwise: str = "") -> None:
 
 
 REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or lower `keep`, then run the same command",
-    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command",
+    errno.ENOSPC: "the disk is full; free some space or lower `keep`, then rerun the command",
+    errno.EDQUOT: "the disk quota is used up; free some space, then rerun the command",
     errno.EFBIG: "a file reached the limit of its size (ulimit -f, or the file system's)",
     errno.EROFS: "the file system is read-only; use a --workdir that can be written",
     errno.EACCES: "permission denied; use a --workdir that this user may write, or chown it",

@@ -106,7 +106,8 @@ class Generator:
         images, finite = self._run(labels, settings, decode=True)
         bad = np.flatnonzero(~finite)
         if bad.size:
-            logging.warning("non-finite samples returned black: %s", (first + bad[:8]).tolist())
+            numbers = (first + bad[:8]).tolist()
+            logging.warning("samples %s are not finite and were replaced by black images", numbers)
         return images
 
     def sample_latents(
