@@ -80,8 +80,8 @@ _WORDS = {
 }
 _DEVICE = (
     "the device is out of memory; lower batch_size (accumulate=N splits the batch into N "
-    "microbatches), set remat=blocks, or shard the weights with mesh.fsdp; to resume with the first "
-    "two changed, set allow_change=('batch_size','accumulate')"
+    "microbatches), set remat=blocks, or shard the weights with mesh.fsdp; to resume with the "
+    "first two changed, set allow_change=('batch_size','accumulate')"
 )
 
 
