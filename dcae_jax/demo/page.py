@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: an autoencoder and a diffusion model of the embedded photographs, and a page.
+"""`make demo`: trains a tiny autoencoder and a tiny USiT on the embedded photographs.
 
     dcae-jax demo --workdir=demo-run
 
-The page, WORKDIR/index.html, is self-contained: curves, a table and images. WORKDIR/overview.jpg
-is the image in README.md.
+Writes WORKDIR/index.html, a self-contained page with curves, a table and images, and
+WORKDIR/overview.jpg, the image in README.md. Takes about 15 minutes on two CPU cores; rerun the
+command to resume.
 """
 
 import base64
