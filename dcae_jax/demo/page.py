@@ -4,7 +4,7 @@
     dcae-jax demo --workdir=demo-run
 
 Writes WORKDIR/index.html, a self-contained page with curves, a table and images, and
-WORKDIR/overview.jpg, the image in README.md. Takes about 15 minutes on two CPU cores; rerun the
+WORKDIR/overview.jpg, the image in README.md. Takes 15 to 25 minutes on two CPU cores; rerun the
 command to resume.
 """
 
