@@ -11,7 +11,7 @@ from dcae_jax import files
 
 WIDTH, GAP, LINE = 812, 4, 24  # pixels: of the whole, between tiles, of a line of text
 
-Block = tuple[str, Sequence[np.ndarray]]  # caption of a column or row, its images [H, W, 3] uint8
+Block = tuple[str, np.ndarray]  # caption of a column or row, its images [N, H, W, 3] uint8
 
 
 def write(path: str, columns: Sequence[Block], rows: Sequence[Block]) -> None:
