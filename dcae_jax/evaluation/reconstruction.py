@@ -145,8 +145,8 @@ def evaluate(
     for name, (size, channels) in result_names(settings).items():
         moments: dict[str, metrics.Moments] = {}
         if "inception" in metric_networks:
-            for name in ("image", "output"):
-                moments[name] = networks.empty_moments(metric_networks, mesh)
+            for side in ("image", "output"):
+                moments[side] = networks.empty_moments(metric_networks, mesh)
         batches = networks.batches(settings, data, source, size, mesh)
         kept = None if channels is None else np.int32(channels)
         run = functools.partial(step, weights, metric_networks, kept)
