@@ -119,14 +119,14 @@ def main() -> None:
     )
     parser.add_argument("--parts", default="", help="NAME[:BATCH],...; a name may have * and ?")
     parser.add_argument("--tier", type=int, choices=(1, 2, 3), help="without --parts; default: all")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
-    parser.add_argument("--part-limit", type=float, default=300, help="seconds a part")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="time budget in seconds")
+    parser.add_argument("--part-limit", type=float, default=300, help="seconds per part")
     parser.add_argument("--attention", choices=("plain", "cudnn"), help="default: the project's")
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--cache", help="folder of compiled programs; default: a new one each run")
     parser.add_argument("--logs", help="folder for what the parts print to stderr")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU")
-    parser.add_argument("--table", metavar="FILE", help="prints the table of an --out, no more")
+    parser.add_argument("--table", metavar="FILE", help="only print the rows of an earlier --out")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # one part, NAME:BATCH
     given = parser.parse_args()
     if given.child:

@@ -43,7 +43,7 @@ def main() -> None:
     print(common.machine(), "\n")
     ae = dcae_jax.create_autoencoder("tiny", dtype="float32")
     names = ("encode s", "decode s", "encode MB", "decode MB")
-    rows, curves = [["images", "pixels a side", *names]], []
+    rows, curves = [["images", "pixels per side", *names]], []
     sweeps = {
         "megapixels, by resolution": [(side, 1) for side in (256, 512, 1024, 2048)],
         "megapixels, by batch at 256": [(256, batch) for batch in (1, 4, 16, 64)],

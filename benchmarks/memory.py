@@ -55,11 +55,11 @@ def main() -> None:
 
     print(common.machine(), "\n")
     with tempfile.TemporaryDirectory() as root:
-        run, pictures = os.path.join(root, "run"), os.path.join(root, "pictures")
-        os.makedirs(pictures)
+        run, images = os.path.join(root, "run"), os.path.join(root, "images")
+        os.makedirs(images)
         photos = sources.photos()
         for i, name in enumerate(photos.names):
-            photos[i][0].save(os.path.join(pictures, os.path.splitext(name)[0] + ".png"))
+            photos[i][0].save(os.path.join(images, os.path.splitext(name)[0] + ".png"))
         memory: list[tuple[float, float]] = []
         rows = [["job", "peak resident MB"]]
         train = ["--config=configs/phase1.py:tiny", f"--workdir={run}"]
@@ -75,7 +75,7 @@ def main() -> None:
                     f"--workdir={root}/latents",
                     f"--config.init_from={run}",
                     "--config.data.source=folder",
-                    f"--config.data.path={pictures}",
+                    f"--config.data.path={images}",
                     "--config.resolution=256",
                 ),
             ]
@@ -88,7 +88,7 @@ def main() -> None:
                     f"--workdir={root}/scores",
                     f"--config.init_from={run}",
                     "--config.data.source=folder",
-                    f"--config.data.path={pictures}",
+                    f"--config.data.path={images}",
                 ),
             ]
         )

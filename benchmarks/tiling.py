@@ -33,10 +33,10 @@ def borders(size: int, tile: int, overlap: int, compression: int) -> list[int]:
     return [compression * n for n in sorted(edges) if 0 < n < size]
 
 
-def rows_of(ae: autoencoder.Autoencoder, picture: Image.Image, tile: int, overlap: int) -> list:
+def rows_of(ae: autoencoder.Autoencoder, image: Image.Image, tile: int, overlap: int) -> list:
     """[direction, line, step tiled, step untiled, step added by tiling] of an image's borders."""
     f = ae.compression
-    pixels = np.asarray(picture, np.float32)
+    pixels = np.asarray(image, np.float32)
     height, width = (size // f * f for size in pixels.shape[:2])
     x = pixels[None, :height, :width] / 127.5 - 1
     z = np.asarray(ae.encode(x))

@@ -11,7 +11,7 @@ import re
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message is one line: the value and the remedy."""
+    """A mistake that the user can fix; the message is one line: the value and the remedy."""
 
 
 class MachineError(RuntimeError):
@@ -53,17 +53,17 @@ def require(what: str, *modules: str, otherwise: str = "") -> None:
 
 
 REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or lower `keep`, then run the same command",
-    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command",
-    errno.EFBIG: "a file reached the limit of its size (ulimit -f, or the file system's)",
+    errno.ENOSPC: "the disk is full; free some space or lower `keep`, then rerun the command",
+    errno.EDQUOT: "the disk quota is used up; free some space, then rerun the command",
+    errno.EFBIG: "a file exceeds the size limit; raise ulimit -f, or use another file system",
     errno.EROFS: "the file system is read-only; use a --workdir that can be written",
     errno.EACCES: "permission denied; use a --workdir that this user may write, or chown it",
     errno.EPERM: "operation not permitted; use a --workdir that this user may write",
-    errno.EIO: "the disk reports an error; check it, and go on in a copy of the workdir",
+    errno.EIO: "the disk reports an error; check it, and continue in a copy of the workdir",
     errno.ESTALE: "the network file system lost the file; mount it again",
-    errno.ENOTDIR: "a file is in the place of a folder; remove it, or use another --workdir",
-    errno.EEXIST: "a file is in the place of a folder; remove it, or use another --workdir",
-    errno.EISDIR: "a folder is in the place of a file; remove it, or use another --workdir",
+    errno.ENOTDIR: "a file exists where a folder is needed; remove it, or use another --workdir",
+    errno.EEXIST: "a file exists where a folder is needed; remove it, or use another --workdir",
+    errno.EISDIR: "a folder exists where a file is needed; remove it, or use another --workdir",
     errno.ENAMETOOLONG: "the name is too long; use a shorter --workdir",
     errno.ELOOP: "a link leads back to itself; remove it, or use another --workdir",
     errno.EMFILE: "too many open files; raise `ulimit -n` or lower data.workers and data.threads",
@@ -79,9 +79,9 @@ _WORDS = {
     "Input/output error": errno.EIO,
 }
 _DEVICE = (
-    "the device is out of memory; lower batch_size (accumulate=N keeps the batch in N parts), set "
-    "remat=blocks, or split the weights with mesh.fsdp; a run that goes on names the first two in "
-    "allow_change=('batch_size','accumulate')"
+    "the device is out of memory; lower batch_size (accumulate=N splits the batch into N "
+    "microbatches), set remat=blocks, or shard the weights with mesh.fsdp; to resume with the "
+    "first two changed, set allow_change=('batch_size','accumulate')"
 )
 
 

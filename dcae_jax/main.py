@@ -8,7 +8,7 @@ Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere s
 --coordinator=HOST:PORT --num_processes=N --process_id=I (docs/scaling_mesh.md).
 
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
-in one line; 75 saved after SIGTERM or Ctrl-C, and the same command resumes; 130 ended by Ctrl-C
+in one line; 75 saved after SIGTERM or Ctrl-C: rerun the same command to resume; 130 ended by Ctrl-C
 with nothing saved.
 """
 

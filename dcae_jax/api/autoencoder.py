@@ -233,12 +233,15 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Loads the autoencoder in `path`: ours, or weights published for PyTorch.
 
-    path: a workdir or one of its `checkpoints/<step>`, an export, a folder of diffusers or of
-    DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub. dtype: compute
-    dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32 uses full-precision
-    matrix products on every device. weights: 'ema' or 'raw', for a workdir. variant: the model of
-    a bare weights file; a published name also sets the scaling factor. Raises UserError (a
-    ValueError) if there is nothing to load or the weights are of another variant.
+    - `path`: a workdir or one of its `checkpoints/<step>`, an export, a folder of diffusers or of
+      DC-AE's authors, a .safetensors or .pt file, or a name on the Hugging Face hub.
+    - `dtype`: compute dtype, 'float32' or 'bfloat16' (default: bfloat16 except on CPUs); float32
+      uses full-precision matrix products on every device.
+    - `weights`: 'ema' or 'raw', for a workdir.
+    - `variant`: the model of a bare weights file; a published name also sets the scaling factor.
+
+    Raises UserError (a ValueError) if there is nothing to load or the weights are of another
+    variant.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())

@@ -106,7 +106,8 @@ class Generator:
         images, finite = self._run(labels, settings, decode=True)
         bad = np.flatnonzero(~finite)
         if bad.size:
-            logging.warning("non-finite samples returned black: %s", (first + bad[:8]).tolist())
+            numbers = (first + bad[:8]).tolist()
+            logging.warning("samples %s are not finite and were replaced by black images", numbers)
         return images
 
     def sample_latents(
@@ -267,11 +268,15 @@ def load_generator(
 ) -> Generator:
     """Loads the diffusion model in `path` with its autoencoder: ours, or published UViT, USiT, DiT.
 
-    path: a workdir, one of its `checkpoints/<step>`, an export, or published weights. autoencoder:
-    a path for `load_autoencoder`; '' takes the one that the model was trained on, or that its
-    published name implies. resolution: pixels per side, for published weights that do not store it
-    (a DiT without its position table). For the rest see `load_autoencoder`. Raises UserError (a
-    ValueError), also if the model was trained on latents of another autoencoder.
+    - `path`: a workdir, one of its `checkpoints/<step>`, an export, or published weights.
+    - `autoencoder`: a path for `load_autoencoder`; '' takes the one that the model was trained on,
+      or that its published name implies.
+    - `resolution`: pixels per side, for published weights that do not store it (a DiT without its
+      position table).
+    - `dtype`, `mesh`, `weights`, `variant`: see `load_autoencoder`.
+
+    Raises UserError (a ValueError), also if the model was trained on latents of another
+    autoencoder.
     """
     arrays, saved = checkpoint_weights.load_weights(path, weights, variant, kind="generator")
     where = autoencoder or saved.diffusion.autoencoder

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from dcae_jax import config as config_lib
-from dcae_jax import files
 from dcae_jax.api import generator
 from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
@@ -32,7 +31,8 @@ class Samples:
 
     classes: tuple[str, ...]
     known: int  # crops per class that training saw
-    grid: np.ndarray  # [*, *, 3] uint8: a row per class, crops and then samples
+    crops: list[np.ndarray]  # SHOWN[0] times [classes, H, W, 3] uint8, as the decoder shows them
+    drawn: list[np.ndarray]  # SHOWN[1] times the same, samples
     held_out: float  # fraction of held-out crops whose nearest training crop is of their class
     sampled: float  # the same fraction of samples
 
@@ -76,9 +76,14 @@ def evaluate(workdir: str) -> Samples:
     first, then = SHOWN
     shown = np.split(near[: first * count], first) + np.split(drawn[: then * count], then)
     columns = [transforms.to_uint8(np.asarray(model.autoencoder.decode(z))) for z in shown]
-    columns.insert(first, np.full_like(columns[0], 255))  # a gap between crops and samples
-    grid = files.image_grid(columns, tile=64)
-    return Samples(classes, len(known) // count, grid, float(hit.mean()), float(sampled_hit.mean()))
+    return Samples(
+        classes=classes,
+        known=len(known) // count,
+        crops=columns[:first],
+        drawn=columns[first:],
+        held_out=float(hit.mean()),
+        sampled=float(sampled_hit.mean()),
+    )
 
 
 def held_out(model: generator.Generator, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:

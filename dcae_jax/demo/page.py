@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: an autoencoder and a diffusion model of the embedded photographs, and a page.
+"""`make demo`: trains a tiny autoencoder and a tiny USiT on the embedded photographs.
 
     dcae-jax demo --workdir=demo-run
 
-The page, WORKDIR/index.html, is self-contained: curves, a table and images.
+Writes WORKDIR/index.html, a self-contained page with curves, a table and images, and
+WORKDIR/overview.jpg, the image in README.md. Takes 15 to 25 minutes on two CPU cores; rerun the
+command to resume.
 """
 
 import base64
@@ -23,7 +25,7 @@ from dcae_jax.api import autoencoder
 from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
 from dcae_jax.data import sources
-from dcae_jax.demo import diffusion, pca
+from dcae_jax.demo import diffusion, overview, pca
 from dcae_jax.evaluation import networks, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
@@ -40,11 +42,12 @@ def run(workdir: str) -> int:
     status = train.run_phases(phases, workdir) or diffusion.make(workdir)
     if status != train.DONE:
         return status
-    rows, grids = evaluate(phases["phase1"], workdir)
+    rows, shown = evaluate(phases["phase1"], workdir)
     samples = diffusion.evaluate(workdir)
     head = ["on held-out crops", *rows[0][1]]
     text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
-    page = write_page(workdir, rows, grids, samples, time.perf_counter() - began)
+    write_overview(workdir, shown[max(shown, key=int)], samples)
+    page = write_page(workdir, rows, shown, samples, time.perf_counter() - began)
     logging.info(
         "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
         "(%.2f times as often)\n\npage with curves and images: %s",
@@ -57,8 +60,11 @@ def run(workdir: str) -> int:
     return 0
 
 
-def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, np.ndarray]]:
-    """([(name, {score: value})] for PCA and each phase, a grid of reconstructions by size)."""
+def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, list[np.ndarray]]]:
+    """([(name, {score: value})] for PCA and each phase, {size: photographs and reconstructions}).
+
+    The latter are arrays [N, size, size, 3] uint8: photographs, then one array per phase.
+    """
     mesh = mesh_lib.make_mesh(config.mesh)
     source = sources.held_out_source(config.data)
     assert source is not None  # the photographs have held-out ones
@@ -84,7 +90,19 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, np.ndarray]]
         rows.append((phase.replace("phase", "after phase "), reconstruction.flat_scores(results)))
         for size, result in results.items():
             shown.setdefault(size, [result.images]).append(result.outputs)
-    return rows, {size: files.image_grid(columns(c), tile=256) for size, c in shown.items()}
+    return rows, shown
+
+
+def write_overview(workdir: str, shown: list[np.ndarray], samples: diffusion.Samples) -> None:
+    """Writes WORKDIR/overview.jpg: one crop of each held-out photograph, samples of each class."""
+    captions = ["held-out photograph", *(f"after {p.replace('phase', 'phase ')}" for p in PHASES)]
+    columns = [(c, images[:2]) for c, images in zip(captions, shown, strict=True)]
+    rows = [
+        ("a crop of each training photograph, reconstructed", samples.crops[0]),
+        ("diffusion samples, with that photograph as class label", samples.drawn[0]),
+        ("more samples", samples.drawn[1]),
+    ]
+    overview.write(os.path.join(workdir, "overview.jpg"), columns, rows)
 
 
 def columns(images: list[np.ndarray]) -> list[np.ndarray]:
@@ -98,7 +116,7 @@ def columns(images: list[np.ndarray]) -> list[np.ndarray]:
 def write_page(
     workdir: str,
     rows: list,
-    grids: dict[str, np.ndarray],
+    shown: dict[str, list[np.ndarray]],
     samples: diffusion.Samples,
     seconds: float,
 ) -> str:
@@ -117,14 +135,16 @@ def write_page(
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "the change of phase 3, on grey: the texture that it learned</p>"
-        + _png(grid, "reconstructions")
-        for size, grid in grids.items()
+        + _png(files.image_grid(columns(c), tile=256), "reconstructions")
+        for size, c in shown.items()
     )
+    gap = np.full_like(samples.crops[0], 255)
+    grid = [*samples.crops, gap, *samples.drawn]
     page = _PAGE.format(
         table=_html_table([head, *cells]),
         curves="".join(curves),
         images=images,
-        samples=_png(samples.grid, "crops and samples of each class"),
+        samples=_png(files.image_grid(grid, tile=64), "crops and samples of each class"),
         classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
         crops=diffusion.SHOWN[0],
         known=samples.known,

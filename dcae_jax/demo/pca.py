@@ -39,7 +39,7 @@ class PCA:
 def fit(source: Source, f: int, channels: int, patches: int, seed: int = 0) -> PCA:
     """PCA of `patches` random f x f patches, taken in turn from the images of `source`.
 
-    In closed form, so there is nothing to tune; 3072 dimensions (f = 32) need 12 kB a patch.
+    In closed form, so there is nothing to tune; 3072 dimensions (f = 32) take 12 kB per patch.
     """
     from sklearn.decomposition import PCA as Solver
 

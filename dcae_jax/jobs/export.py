@@ -60,7 +60,7 @@ def run(config: Config, workdir: str) -> int:
         worst = writer(beside)
     size = sum(files.size(os.path.join(out, name)) or 0 for name in files.walk(out))
     logging.info(
-        "wrote %s: %s, %.1f MB; read back, the largest difference is %.3g",
+        "wrote %s: %s, %.1f MB; largest difference after reading it back: %.3g",
         out,
         config.export.format,
         size / 1e6,

@@ -4,7 +4,7 @@
     dcae-jax status runs/phase1      one run
     dcae-jax status runs/tiny        a chain of phases, or any folder of workdirs
 
-For training: step, newest row of metrics.jsonl, checkpoints and their damage. For `encode` and
+For training: step, latest metrics, checkpoints and their damage. For `encode` and
 `sample`: what is written so far. For all: whether a job is running there, and how to resume it.
 """
 
@@ -108,7 +108,7 @@ def _training(workdir: str) -> tuple[Lines, bool] | None:
     lines = [
         ("job", f"train: {_model(config)}"),
         ("step", f"{max(row['step'], *steps, 0)} of {config['steps']}"),
-        ("newest row", f"step {row['step']}: {', '.join(values)}" if rows else "none"),
+        ("latest metrics", f"step {row['step']}: {', '.join(values)}" if rows else "none"),
         ("checkpoint", saved),
     ]
     return lines, whole >= config["steps"]

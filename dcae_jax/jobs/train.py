@@ -198,8 +198,8 @@ def restore_or_initialise(
             if not checkpoint.changes:
                 raise
             raise UserError(
-                f"{run.workdir} has another state than this run{checkpoint.changed}; start from "
-                f"its weights: another --workdir with --config.init_from={run.workdir}"
+                f"{run.workdir} was saved with a different train state{checkpoint.changed}; start "
+                f"from its weights: another --workdir with --config.init_from={run.workdir}"
             ) from error
         means = jax.device_put(means, mesh_lib.replicated(run.mesh))
         origin = checkpoint.origin

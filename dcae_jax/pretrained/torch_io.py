@@ -263,7 +263,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("input", help="a .pth, .pt or .safetensors")
     parser.add_argument("linear", nargs="?", help="LPIPS linear layers")
     parser.add_argument("--out", required=True, help="the .safetensors to write")
-    parser.add_argument("--allow_unknown_checksum", action="store_true")
+    parser.add_argument(
+        "--allow_unknown_checksum", action="store_true", help="warn, not fail, if SHA-256 differs"
+    )
     try:
         flags = parser.parse_args(arguments)
         network = convert_metric_network(

@@ -5,6 +5,7 @@ import base64
 import re
 
 import numpy as np
+from PIL import Image
 
 from dcae_jax import files
 from dcae_jax.demo import diffusion
@@ -18,10 +19,10 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
             values = {"loss": 1 / step, "psnr": 20.0 + step, "logits_real": 0.1 * step}
             files.append_row(str(tmp_path / phase), step, values)
     rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
-    picture = np.zeros((4, 6, 3), np.uint8)
+    crops = np.zeros((2, 4, 4, 3), np.uint8)
     files.append_row(str(tmp_path / diffusion.RUN), 1, {"loss": 1.0})
-    samples = diffusion.Samples(("cat.png", "rocket.jpg"), 200, picture, 0.8, 0.6)
-    path = page_lib.write_page(str(tmp_path), rows, {64: picture}, samples, 90.0)
+    samples = diffusion.Samples(("cat.png", "rocket.jpg"), 200, [crops], [crops], 0.8, 0.6)
+    path = page_lib.write_page(str(tmp_path), rows, {64: [crops] * 4}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
     drawn = []
@@ -40,6 +41,22 @@ def test_the_grid_shows_what_phase_3_changed():
     *first, change = page_lib.columns([photo, one, two, three])
     assert [c[0, 0, 0, 0] for c in first] == [9, 50, 100, 105]
     assert (change[0, 0, 0] == 128 + 4 * 5).all() and (change[0, 1] == 128).all()
+
+
+def test_the_overview_has_each_image_under_its_caption(tmp_path):
+    """Catches a phase shown as another one, crops as samples, and a block left out."""
+    columns = [np.full((3, 8, 8, 3), v, np.uint8) for v in (10, 60, 110, 160)]
+    crops, *drawn = [np.full((9, 4, 4, 3), v, np.uint8) for v in (35, 85, 135)]
+    samples = diffusion.Samples(("a",) * 9, 200, [crops], drawn, 0.8, 0.6)
+    page_lib.write_overview(str(tmp_path), columns, samples)
+    pixels = np.asarray(Image.open(tmp_path / "overview.jpg").convert("L")).astype(int)
+    across = pixels[100, [100, 300, 500, 700]]
+    np.testing.assert_allclose(across, [10, 60, 110, 160], atol=3)
+    left = pixels[:, 40]
+    found = [v for v in (35, 85, 135) if (abs(left - v) < 4).sum() > 70]
+    assert found == [35, 85, 135] and pixels.shape[1] == 812, (found, pixels.shape)
+    at = [int(np.flatnonzero(abs(left - v) < 4)[0]) for v in found]
+    assert at == sorted(at), at
 
 
 def test_a_neighbour_is_found_by_mean_and_deviation_of_channels():

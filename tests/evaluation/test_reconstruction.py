@@ -56,7 +56,7 @@ def test_two_halves_are_the_whole(evaluate_config, small_inception, one_device):
     subsets = [sources.Subset(source, np.arange(*x)) for x in ((0, 8), (8, 10))]  # whole batches:
     # elsewhere in a batch an image may round to other levels, which SSIM shows.
     step = reconstruction.eval_step(model.graphdef, one_device)
-    step = functools.partial(step, model.weights, loaded)
+    step = functools.partial(step, model.weights, loaded, None)
     parts = []
     for part in (source, *subsets):
         moments = {k: networks.empty_moments(loaded, one_device) for k in ("image", "output")}

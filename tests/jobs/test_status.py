@@ -38,7 +38,7 @@ def test_a_run_that_is_done(generator_run):
     found = _lines(generator_run)
     assert found["state"] == "done" and status.RESUME not in found
     assert found["step"] == "4 of 4" and found["checkpoint"] == "step 4, intact"
-    assert re.match(r"step 4: .*\bloss \d", found["newest row"])
+    assert re.match(r"step 4: .*\bloss \d", found["latest metrics"])
     assert found["job"] == "train: uvit tiny, objective epsilon"
 
 

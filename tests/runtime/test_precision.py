@@ -45,7 +45,7 @@ def test_an_evaluation_multiplies_float32_in_full(one_device, dtype):
     model = _autoencoder(one_device, dtype)
     moments = {"image": MOMENTS, "output": MOMENTS}
     step = reconstruction.eval_step(model.graphdef, one_device)
-    found = _of_float32(step.lower(model.weights, NETWORKS, moments, IMAGES, MASK))
+    found = _of_float32(step.lower(model.weights, NETWORKS, None, moments, IMAGES, MASK))
     assert len(found) > 190 and all(found)  # 95 of Inception, twice
     step = samples.feature_step(one_device)
     found = _of_float32(step.lower(NETWORKS["inception"], MOMENTS, IMAGES, MASK))
