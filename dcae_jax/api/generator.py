@@ -57,7 +57,7 @@ class Generator:
     weights: Weights  # parameters by path, float32
     architecture: BackboneArchitecture
     model_config: Model  # its scaling_factor multiplies latents
-    objective: str  # epsilon, learned_sigma or flow
+    objective: str  # epsilon, learned_sigma, flow or meanflow
     autoencoder: Autoencoder
 
     @property
@@ -173,7 +173,9 @@ class Generator:
         return labels
 
     def _compiled(self, settings: SampleSettings, *, decode: bool) -> jax.stages.Wrapped:
-        sampler = samplers.check(self.objective, settings.sampler, settings.steps)
+        sampler = samplers.check(
+            self.objective, settings.sampler, settings.steps, settings.guidance
+        )
         arch = self.architecture
         static = _Static(
             objective=self.objective,

@@ -39,7 +39,7 @@ def dit_macs(arch: Architecture) -> int:
     return (
         arch.depth * block_macs(arch.patches, width)
         + (6 * arch.depth + 2) * width**2  # modulation
-        + dit.FREQUENCIES * width
+        + transformer.FREQUENCIES * width
         + width**2  # the time's MLP
         + arch.patches * width * patch  # embedding and prediction
     )
