@@ -96,9 +96,7 @@ def evaluate(workdir: str) -> Samples:
     wanted = np.arange(SAMPLED * count) % count
     c = config.sample
 
-    def drawn(
-        name: str, model: generator.Generator, settings: generator.SampleSettings
-    ) -> Drawn:
+    def drawn(name: str, model: generator.Generator, settings: generator.SampleSettings) -> Drawn:
         z = model.sample_latents(wanted, settings)
         hit = (nearest(near, near_labels, z) == wanted).mean()
         return Drawn(name, settings.steps, float(hit), _seconds(model, settings), z)
@@ -167,7 +165,13 @@ def table(samples: Samples) -> list[list[str]]:
     """Rows of text: each model, its steps, its scores and seconds."""
     head = ["samples", "steps", "of their class", "against crops", "seconds per image"]
     rows = [
-        [d.name, f"{d.steps}", f"{d.hit:.3f}", f"{d.hit / samples.held_out:.2f}", f"{d.seconds:.4f}"]
+        [
+            d.name,
+            f"{d.steps}",
+            f"{d.hit:.3f}",
+            f"{d.hit / samples.held_out:.2f}",
+            f"{d.seconds:.4f}",
+        ]
         for d in samples.drawn
     ]
     return [head, ["held-out crops", "", f"{samples.held_out:.3f}", "1.00", ""], *rows]

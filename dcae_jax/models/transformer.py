@@ -343,9 +343,7 @@ def resolve_architecture(
             "change one of them"
         )
     out_channels = out["latent_channels"] * (2 if learn_sigma else 1)
-    return Architecture(
-        **out, out_channels=out_channels, patch_size=patch_size, average=average
-    )
+    return Architecture(**out, out_channels=out_channels, patch_size=patch_size, average=average)
 
 
 def architecture_of(

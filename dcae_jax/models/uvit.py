@@ -18,6 +18,7 @@ DC-AE (arXiv:2410.10733), where USiT is this network with another objective.
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Float32, Int, Real
@@ -146,13 +147,19 @@ class UViT(nnx.Module):
         x = (x + self.pos_embed[...]).astype(self.dtype)                        # [B, N, C]
 
         x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)   # [B, N, C]
-        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = call(self.mid_block, x)                                             # [B, N, C]
+        x = self.middle(x)                                                      # [B, N, C]
         # The stored outputs [L/2, B, N, C] are consumed last first.
         x, _ = self.out_blocks.scan(lambda block, x, skip: (block(x, skip), None), x, kept[::-1])
 
         x = self.decoder_pred(self.norm(x)[:, EXTRAS:])                         # [B, P, p^2 c']
         return transformer.from_patches(x, arch.patch_size, arch.side)          # [B, h, w, c']
+
+    def middle(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        """mid_block, rematerialised if `remat`; unlike nnx.remat, this may be inside jax.jvp."""
+        if not self.remat:
+            return self.mid_block(x)
+        graph, state = nnx.split(self.mid_block)
+        return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 # fmt: on
 
 

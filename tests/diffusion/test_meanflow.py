@@ -307,10 +307,12 @@ def test_a_small_network_learns_to_jump(target):
         updates, state = optimizer.update(slopes, state)
         return (optax.apply_updates(weights, updates), state), None
 
-    (weights, _), _ = jax.jit(
-        lambda carry: jax.lax.scan(step, carry, jnp.arange(steps))
-    )((weights, optimizer.init(weights)))
+    (weights, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))(
+        (weights, optimizer.init(weights))
+    )
     start = jnp.asarray(START, jnp.float32)
     net = functools.partial(apply, weights)
-    error = np.abs(samplers.jumps(net, start, None, np.array([0.0, 1.0])) - MEAN - DEVIATION * start)
+    error = np.abs(
+        samplers.jumps(net, start, None, np.array([0.0, 1.0])) - MEAN - DEVIATION * start
+    )
     assert error.max() < 0.05, error.ravel()

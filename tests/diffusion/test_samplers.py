@@ -307,7 +307,11 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
 
     def model(x, time, _, h=None):
         calls.append((x.dtype.name, time.dtype.name, time.shape))
-        y = velocity(x, time) if objective in ("flow", "meanflow") else chain_model(objective, x, time)
+        y = (
+            velocity(x, time)
+            if objective in ("flow", "meanflow")
+            else chain_model(objective, x, time)
+        )
         return y.astype(jnp.bfloat16)
 
     def run(x, keys):

@@ -3,7 +3,7 @@
 
 import math
 
-from dcae_jax.models import dit, transformer, uvit
+from dcae_jax.models import transformer, uvit
 from dcae_jax.models.transformer import Architecture
 
 
