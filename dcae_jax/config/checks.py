@@ -68,8 +68,8 @@ def _check_meanflow(config: Config) -> None:
         raise UserError(f"meanflow.guidance_interval={interval} must be 0 <= low <= high <= 1")
     if m.equal + m.to_data > 1:
         raise UserError(
-            f"meanflow.equal={m.equal} and meanflow.to_data={m.to_data} exceed 1 together; they are "
-            "fractions of a batch"
+            f"meanflow.equal={m.equal} and meanflow.to_data={m.to_data} exceed 1 together; they "
+            "are fractions of a batch"
         )
     count = config.batch_size // config.accumulate
     chosen = round(m.equal * count)

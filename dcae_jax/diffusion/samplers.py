@@ -196,7 +196,7 @@ def jumps(
     cond: Cond,
     times: Float[np.ndarray, " points"],
 ) -> Float[Array, "B h w c"]:
-    """One jump per interval of times [E + 1], from 0 (noise) to 1 (data), along its average velocity.
+    """One jump along each interval's average velocity; times [E + 1] go from 0 (noise) to 1 (data).
 
     model: (x, t [B], cond, h [B]) -> average velocity from t to t + h (meanflow.py).
     """

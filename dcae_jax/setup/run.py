@@ -248,8 +248,8 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
     theirs = saved.diffusion.objective
     if config.objective == "meanflow" and theirs not in ("flow", "meanflow"):
         raise UserError(
-            f"init_from={config.init_from!r} has objective={theirs!r}, but average velocities start "
-            "from a flow model's; train one with configs/usit.py"
+            f"init_from={config.init_from!r} has objective={theirs!r}, but average velocities "
+            "start from a flow model's; train one with configs/usit.py"
         )
     origin = f"{config.weights} weights of {files.whole_path(config.init_from)}"
     if config.init_parts:
