@@ -35,7 +35,6 @@ STEPS = {  # name: (config file, changes)
     "flow": ("usit.py", {}),
     "meanflow": ("meanflow.py", NO_GUIDANCE),
     "meanflow, guidance folded": ("meanflow.py", {}),
-    "few-step": ("fewstep.py", NO_GUIDANCE),
     "few-step, guidance folded": ("fewstep.py", {"meanflow.guidance": 4.0, "meanflow.mix": 0.75}),
 }
 GOALS = {"meanflow": 1.6, "meanflow, guidance folded": 2.4, "1 step": 1 / 20}
