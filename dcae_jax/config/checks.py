@@ -40,7 +40,8 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{name}.always_full=True leaves no draw with {name}.count=1; set it to 2 or more"
             )
-    if config.init_parts and not config.init_from:
+    # With needs_weights, a run says so itself; a plan needs no weights.
+    if config.init_parts and not config.init_from and not config.needs_weights:
         raise UserError(
             f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"
         )
@@ -62,6 +63,11 @@ def check(config: Config) -> None:
 
 def _check_meanflow(config: Config) -> None:
     m, guidance = config.meanflow, config.sample.guidance
+    if config.augment.channels:
+        raise UserError(
+            f"augment.channels={config.augment.channels} is not defined for objective='meanflow'; "
+            "leave it at ()"
+        )
     low, high = m.guidance_interval
     if not low <= high:
         interval = m.guidance_interval
