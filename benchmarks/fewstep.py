@@ -123,7 +123,9 @@ def report(first: str, times: dict[str, Times], rounds: int) -> str:
         for one in times.values():
             one.add()
     base = next(iter(times.values()))
-    rows = [[first, "s", "CPU s", "ratio", "least", "most", "ratio of CPU s", "at most"]]
+    rows: list[list[object]] = [
+        [first, "s", "CPU s", "ratio", "least", "most", "ratio of CPU s", "at most"]
+    ]
     for name, one in times.items():
         ratios = [a / b for a, b in zip(one.seconds, base.seconds, strict=True)]
         cpu = [a / b for a, b in zip(one.cpu, base.cpu, strict=True)]
