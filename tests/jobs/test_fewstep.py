@@ -155,6 +155,7 @@ def test_bfloat16_trains_for_two_thousand_steps(derivative, config, alone, tmp_p
     assert rows[-1]["mse"] < rows[0]["mse"] and rows[-1]["jump_mse"] < 3 * rows[0]["jump_mse"]
 
 
+@pytest.mark.slow
 def test_dit_trains_from_nothing(latents_folder, alone, tmp_path):
     """Catches an interval that a DiT never embeds: its embedding must move."""
     config = small_models.diffusion_config(latents_folder, "meanflow")
