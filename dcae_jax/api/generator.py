@@ -97,7 +97,8 @@ class Generator:
         """Images [B, H, W, 3] uint8 of the classes `labels` [B].
 
         guidance: scale of classifier-free guidance (1: none), applied at noise levels within
-        `interval` (1: pure noise). steps: model evaluations. sampler: one of `samplers.SAMPLERS`;
+        `interval` (1: pure noise); a meanflow model has its guidance folded in and takes 1 alone.
+        steps: model evaluations. sampler: one of `samplers.SAMPLERS`;
         '' is the objective's default. Image i is sample first + i of the seed, for any batch size.
         A non-finite sample becomes a black image, with a warning. Raises ValueError, naming the
         argument.
