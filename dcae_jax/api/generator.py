@@ -57,7 +57,7 @@ class Generator:
     weights: Weights  # parameters by path, float32
     architecture: BackboneArchitecture
     model_config: Model  # its scaling_factor multiplies latents
-    objective: str  # epsilon, learned_sigma or flow
+    objective: str  # epsilon, learned_sigma, flow or meanflow
     autoencoder: Autoencoder
 
     @property
@@ -97,7 +97,8 @@ class Generator:
         """Images [B, H, W, 3] uint8 of the classes `labels` [B].
 
         guidance: scale of classifier-free guidance (1: none), applied at noise levels within
-        `interval` (1: pure noise). steps: model evaluations. sampler: one of `samplers.SAMPLERS`;
+        `interval` (1: pure noise); a meanflow model has its guidance folded in and takes 1 alone.
+        steps: model evaluations. sampler: one of `samplers.SAMPLERS`;
         '' is the objective's default. Image i is sample first + i of the seed, for any batch size.
         A non-finite sample becomes a black image, with a warning. Raises ValueError, naming the
         argument.
@@ -174,7 +175,9 @@ class Generator:
         return labels
 
     def _compiled(self, settings: SampleSettings, *, decode: bool) -> jax.stages.Wrapped:
-        sampler = samplers.check(self.objective, settings.sampler, settings.steps)
+        sampler = samplers.check(
+            self.objective, settings.sampler, settings.steps, settings.guidance
+        )
         arch = self.architecture
         static = _Static(
             objective=self.objective,

@@ -40,13 +40,16 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{name}.always_full=True leaves no draw with {name}.count=1; set it to 2 or more"
             )
-    if config.init_parts and not config.init_from:
+    # With needs_weights, a run says so itself; a plan needs no weights.
+    if config.init_parts and not config.init_from and not config.needs_weights:
         raise UserError(
             f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"
         )
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
+    if config.objective == "meanflow":
+        _check_meanflow(config)
     if config.batch_size % config.accumulate:
         raise UserError(
             f"batch_size={config.batch_size} is not divisible by accumulate={config.accumulate}; "
@@ -56,6 +59,40 @@ def check(config: Config) -> None:
         raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
     if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def _check_meanflow(config: Config) -> None:
+    m, guidance = config.meanflow, config.sample.guidance
+    if config.augment.channels:
+        raise UserError(
+            f"augment.channels={config.augment.channels} is not defined for objective='meanflow'; "
+            "leave it at ()"
+        )
+    low, high = m.guidance_interval
+    if not low <= high:
+        interval = m.guidance_interval
+        raise UserError(f"meanflow.guidance_interval={interval} must be 0 <= low <= high <= 1")
+    if m.equal + m.to_data > 1:
+        raise UserError(
+            f"meanflow.equal={m.equal} and meanflow.to_data={m.to_data} exceed 1 together; they "
+            "are fractions of a batch"
+        )
+    count = config.batch_size // config.accumulate
+    chosen = round(m.equal * count)
+    if (m.equal > 0) != (chosen > 0) or (m.equal < 1) != (chosen < count):
+        raise UserError(
+            f"meanflow.equal={m.equal} splits {count} examples (batch_size / accumulate) into "
+            f"{chosen} and {count - chosen}; use a larger batch"
+        )
+    if m.balance and not m.equal:
+        raise UserError(
+            "meanflow.balance=True needs rows with r = t, but meanflow.equal=0; set one of them"
+        )
+    if guidance != 1:
+        raise UserError(
+            f"sample.guidance={guidance}: objective='meanflow' folds guidance in while it trains; "
+            "set meanflow.guidance, and leave sample.guidance at 1"
+        )
 
 
 def check_resolution(size: int, compression: int, key: str) -> None:

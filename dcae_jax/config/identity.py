@@ -27,6 +27,7 @@ IDENTITY = (
     "patch_size",
     "objective",
     "label_dropout",
+    "meanflow",
 )
 # ... except these, which only change how fast the same batches are read.
 NOT_IDENTITY = ("data.workers", "data.threads", "data.prefetch")

@@ -108,6 +108,33 @@ class Augment:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeanFlow:
+    """config.meanflow: the objective meanflow, average velocities (docs/fewstep.md)."""
+
+    derivative: Literal["jvp", "difference"] = key("jvp",
+        "du/dt: forward mode, or a central difference, which any attention supports")
+    difference_step: float = key(0.005, "difference: the step in time", gt=0, le=0.1)
+    target: Literal["u", "v"] = key("u",
+        "u: MeanFlow's; v: iMF's, whose path follows the model's own velocity")
+    equal: float = key(0.75, "fraction of a batch with r = t: flow matching", ge=0, le=1)
+    to_data: float = key(0.0, "fraction of a batch with r = 0: jumps to data", ge=0, le=1)
+    times: Literal["logit_normal", "uniform"] = key("logit_normal",
+        "distribution of t and r; 1 is noise")
+    time_mean: float = key(-0.4, "logit_normal: mean of log(t / (1 - t))", ge=-5, le=5)
+    time_std: float = key(1.0, "logit_normal: standard deviation", gt=0, le=5)
+    shift: float = key(1.0, "moves times towards noise: s t / (1 + (s - 1) t)", ge=1, le=100)
+    weighting: Literal["none", "anyflow"] = key("none",
+        "weight of the losses by time: none, or t sqrt(1 - t) with mean 1")
+    adaptive: float = key(1.0, "p: a loss is divided by (itself + 0.01)^p", ge=0, le=2)
+    balance: bool = key(False, "scales losses of rows with r < t to the mean of those with r = t")
+    guidance: float = key(1.0, "scale of the guidance to fold in; 1: none", ge=0, le=100)
+    mix: float = key(0.0,
+        "k: fraction of the guidance that comes from the model's own prediction", ge=0, lt=1)
+    guidance_interval: tuple[float, float] = key((0.0, 1.0),
+        "times (1: noise) to fold guidance in at", ge=0, le=1, length=(2,))
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
     """config.optimizer: AdamW, its schedule, decay and clipping."""
 
@@ -309,8 +336,8 @@ class Diffusion:
     autoencoder: str = key("",
         "autoencoder of the latents: as init_from; or a VARIANT, for shapes only")
     patch_size: int = key(1, "latent positions per side of one token", ge=1)
-    objective: Literal["", "epsilon", "learned_sigma", "flow"] = key("",
-        "'': no diffusion; epsilon, learned_sigma or flow")
+    objective: Literal["", "epsilon", "learned_sigma", "flow", "meanflow"] = key("",
+        "'': no diffusion; epsilon, learned_sigma, flow or meanflow")
     label_dropout: float = key(0.1,
         "fraction of labels replaced by \"none\", for guidance", ge=0, le=1)
 
@@ -331,6 +358,7 @@ class Config(Job, Training, Diffusion):
     loss: Loss = Loss()
     structured: Structured = Structured()
     augment: Augment = Augment()
+    meanflow: MeanFlow = MeanFlow()
     optimizer: Optimizer = Optimizer()
     data: Data = Data()
     evaluate: Evaluate = Evaluate()

@@ -49,12 +49,9 @@ def run(workdir: str) -> int:
     write_overview(workdir, shown[max(shown, key=int)], samples)
     page = write_page(workdir, rows, shown, samples, time.perf_counter() - began)
     logging.info(
-        "%s\n\nnearest neighbour of the same class: %.3f of held-out crops, %.3f of samples "
-        "(%.2f times as often)\n\npage with curves and images: %s",
+        "%s\n\nnearest neighbour of the same class:\n%s\n\npage with curves and images: %s",
         text,
-        samples.held_out,
-        samples.sampled,
-        samples.sampled / samples.held_out,
+        files.table(diffusion.table(samples)),
         page,
     )
     return 0
@@ -99,8 +96,8 @@ def write_overview(workdir: str, shown: list[np.ndarray], samples: diffusion.Sam
     columns = [(c, images[:2]) for c, images in zip(captions, shown, strict=True)]
     rows = [
         ("a crop of each training photograph, reconstructed", samples.crops[0]),
-        ("diffusion samples, with that photograph as class label", samples.drawn[0]),
-        ("more samples", samples.drawn[1]),
+        ("diffusion samples, with that photograph as class label", samples.images[0]),
+        ("more samples", samples.images[1]),
     ]
     overview.write(os.path.join(workdir, "overview.jpg"), columns, rows)
 
@@ -131,7 +128,9 @@ def write_page(
         "gan_accuracy": "accuracy",
     }
     curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
-    uvit = files.read_rows(os.path.join(workdir, diffusion.RUN))
+    uvit, few = (
+        files.read_rows(os.path.join(workdir, run)) for run in (diffusion.RUN, diffusion.FEW)
+    )
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "the change of phase 3, on grey: the texture that it learned</p>"
@@ -139,7 +138,7 @@ def write_page(
         for size, c in shown.items()
     )
     gap = np.full_like(samples.crops[0], 255)
-    grid = [*samples.crops, gap, *samples.drawn]
+    grid = [*samples.crops, gap, *samples.images]
     page = _PAGE.format(
         table=_html_table([head, *cells]),
         curves="".join(curves),
@@ -152,6 +151,10 @@ def write_page(
         held_out=samples.held_out,
         sampled=samples.sampled,
         ratio=samples.sampled / samples.held_out,
+        few_table=_html_table(diffusion.table(samples)),
+        few=_png(samples.few_grid, "samples by number of steps"),
+        groups=" | ".join(f"{d.name}, {d.steps}" for d in samples.drawn),
+        few_curve=_lines([("", _points(few, "mse"))], "few-step UViT: error of the velocity"),
         uvit=_lines([("", _points(uvit, "loss"))], "UViT: training loss"),
         note=f"{jax.devices()[0].platform.upper()}, this run took {seconds / 60:.1f} minutes.",
     )
@@ -188,6 +191,11 @@ guidance.</p>
 <p>The nearest neighbour among {neighbours} training crops per class, in the autoencoder's latents,
 has the same class for {held_out:.1%} of the crops unseen in training, and for {sampled:.1%} of
 the samples: {ratio:.2f} times as often.</p>{uvit}
+<h2>In one to four steps</h2>
+<p>The same network, trained further on average velocities (docs/fewstep.md): it jumps from noise to
+data in one to four evaluations, with its guidance folded in, where the flow model evaluates itself
+twice per step. For contrast, one step of the flow model.</p>{few_table}
+<p class='cap'>model, steps: {groups}</p>{few}{few_curve}
 </body></html>
 """
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion objectives: how latents are noised, and what a model is trained to predict.
 
-There are three, one per row of OBJECTIVES. "epsilon" (UViT): the noise of a discrete chain of 1000
+There are four, one per row of OBJECTIVES. "epsilon" (UViT): the noise of a discrete chain of 1000
 steps. "learned_sigma" (DiT): the noise of another such chain, and the variance of each reverse
-step. "flow" (SiT): the velocity along the straight line from noise to data.
+step. "flow" (SiT): the velocity along the straight line from noise to data. "meanflow": the average
+velocity between two points of that line; its loss has settings and is in meanflow.py.
 
 A chain is given by its `betas` [N], the variances of the noise that each step adds. Steps are
 counted from 0 here; UViT's time input is the step plus one, DiT's the step itself. Tables are
@@ -39,12 +40,13 @@ Loss = Callable[[Model, Array, Cond, Array, Array | None], LossAndTerms]
 class Objective:
     """An objective's loss, and what sampling needs to know about it."""
 
-    loss: Loss
+    loss: Loss | None  # None: meanflow.loss
     samplers: tuple[str, ...]  # that fit, from samplers.py; the first is the default
     noise_level: Callable[[Array], Array]  # network time -> from 0 (data) to 1 (pure noise)
     betas: np.ndarray | None = None  # [N] of the chain, noise prediction; None: velocity prediction
     first: int = 0  # the network's time input at the chain's step 0
     learned_variance: bool = False  # a prediction is then [B, h, w, 2 c]: noise, v
+    folded: bool = False  # guidance is part of what is trained, none is added in sampling
 
 
 def objective(name: str) -> Objective:
@@ -71,7 +73,10 @@ def loss(
     from fold_in(key, i), so they do not depend on how the batch is sharded. Raises UserError
     for an unknown objective.
     """
-    return objective(name).loss(model, x0, cond, key, channels)
+    found = objective(name).loss
+    if found is None:
+        raise ValueError(f"the loss of objective={name!r} takes settings: meanflow.loss")
+    return found(model, x0, cond, key, channels)
 
 
 def scaled(latents: Float[Array, "*n c"], scaling_factor: float) -> Float32[Array, "*n c"]:
@@ -341,5 +346,11 @@ OBJECTIVES = {
         loss=flow_loss,
         samplers=("dopri5", "euler", "heun"),
         noise_level=lambda time: 1 - time,
+    ),
+    "meanflow": Objective(
+        loss=None,
+        samplers=("jumps", "euler", "heun", "dopri5"),
+        noise_level=lambda time: 1 - time,
+        folded=True,
     ),
 }

@@ -74,6 +74,8 @@ def sample(
       dopri5      adaptive Dormand-Prince, atol 1e-6, rtol 1e-3, a step size per sample;
                   a sample that is not finished after 4096 steps is NaN (flow's default)
       euler, heun  with uniform steps
+      jumps       along average velocities, with uniform steps (meanflow's default); the others of
+                  meanflow integrate its instantaneous velocity
     steps: evaluations of the model. keys [B] (`sample_keys`): only ddpm needs them.
     Raises UserError if the objective has no such sampler, or the sampler cannot take `steps`.
     """
@@ -84,15 +86,22 @@ def sample(
         return euler(model, noise, cond, steps)
     if sampler == "heun":
         return heun(model, noise, cond, steps // 2)
+    if sampler == "jumps":
+        return jumps(model, noise, cond, np.linspace(0, 1, steps + 1))
     if sampler == "ddpm":
         return ddpm(model, noise, cond, objectives.objective(objective), steps, keys)
     times = np.linspace(1, 1 / 1000, steps + 1)
     return DPM_SOLVERS[sampler](model, noise, cond, SCHEDULES[objective], times)
 
 
-def check(objective: str, sampler: str, steps: int) -> str:
+def check(objective: str, sampler: str, steps: int, guidance: float = 1.0) -> str:
     """The sampler's name; '' gives the objective's default. Raises UserError if they do not fit."""
     o = objectives.objective(objective)
+    if o.folded and guidance != 1:
+        raise UserError(
+            f"guidance={guidance}: objective={objective!r} folds its guidance in while it trains "
+            "(meanflow.guidance), and sampling adds none; leave guidance at 1"
+        )
     sampler = sampler or o.samplers[0]
     if sampler not in o.samplers:
         names = ", ".join(o.samplers)
@@ -179,6 +188,25 @@ def heun(
         return x + (first + second) / (2 * steps)
 
     return jax.lax.fori_loop(0, steps, step, x)
+
+
+def jumps(
+    model: Callable[..., Array],
+    x: Float[Array, "B h w c"],
+    cond: Cond,
+    times: Float[np.ndarray, " points"],
+) -> Float[Array, "B h w c"]:
+    """One jump along each interval's average velocity; times [E + 1] go from 0 (noise) to 1 (data).
+
+    model: (x, t [B], cond, h [B]) -> average velocity from t to t + h (meanflow.py).
+    """
+    t, h = (jnp.asarray(table, x.dtype) for table in (times[:-1], np.diff(times)))
+
+    def jump(i: Array, x: Array) -> Array:
+        at, by = (jnp.full(x.shape[0], table[i]) for table in (t, h))
+        return x + h[i] * model(x, at, cond, by).astype(x.dtype)
+
+    return jax.lax.fori_loop(0, len(h), jump, x)
 
 
 def _velocity(model: Model, cond: Cond) -> Callable[[Array, Array], Array]:

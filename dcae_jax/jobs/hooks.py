@@ -20,6 +20,7 @@ from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator
 from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
+from dcae_jax.config.schema import Sample
 from dcae_jax.data import sources
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.evaluation import networks, reconstruction
@@ -30,6 +31,7 @@ from dcae_jax.training import state as state_lib
 from dcae_jax.training.state import TrainState
 
 LOWER_IS_BETTER = ("lpips", "rfid")
+JUMPS = (1, 2, 4)  # of the grids of a model of average velocities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _reconstructions(run: Run) -> Evaluate:
 
 
 def _samples(run: Run) -> Evaluate:
-    """Samples a grid, from the same noise and labels at every step."""
+    """Samples grids, from the same noise and labels at every step."""
     assert run.latents is not None
     config, mesh = run.config, run.mesh
     autoencoder = autoencoder_lib.load_autoencoder(
@@ -142,30 +144,41 @@ def _samples(run: Run) -> Evaluate:
             config.objective,
             autoencoder,
         )
-        images = sample.draw(config.sample, config.seed, model, range(config.sample.count))
+        count = config.sample.count
+        for name, settings in _grids(config).items():
+            images = sample.draw(settings, config.seed, model, range(count))
+            if jax.process_index() == 0:
+                grid = sample.grid(images)
+                files.write_png(_samples_file(run.workdir, step, name), grid)
+                writer.image(step, name, grid)
         writer.scores(step, {})
         if jax.process_index() == 0:
-            grid = sample.grid(images)
-            files.write_png(_samples_file(run.workdir, step), grid)
-            writer.image(step, "samples", grid)
-            logging.info("step %d: %d samples in images/", step, len(images))
+            logging.info("step %d: %d samples in images/", step, count)
         return True
 
     return evaluate
+
+
+def _grids(config: Config) -> dict[str, Sample]:
+    """{name: settings} of the grids of an evaluation; average velocities: by number of jumps."""
+    if config.objective != "meanflow":
+        return {"samples": config.sample}
+    return {f"samples_{n}": dataclasses.replace(config.sample, steps=n) for n in JUMPS}
 
 
 def evaluation_owed(config: Config, workdir: str, step: int) -> bool:
     """Whether a signal interrupted the evaluation due at checkpoint `step`."""
     due = step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0)
     if due and config.objective:
-        return not files.exists(_samples_file(workdir, step))
+        names = _grids(config)
+        return not all(files.exists(_samples_file(workdir, step, name)) for name in names)
     row = next((row for row in files.read_rows(workdir) if row["step"] == step), {})
     names = reconstruction.result_names(config.evaluate)
     return bool(due) and not all(f"psnr_{name}" in row for name in names)
 
 
-def _samples_file(workdir: str, step: int) -> str:
-    return os.path.join(workdir, "images", f"step{step:07d}_samples.png")
+def _samples_file(workdir: str, step: int, name: str) -> str:
+    return os.path.join(workdir, "images", f"step{step:07d}_{name}.png")
 
 
 def _compare_with_start(workdir: str, scores: dict[str, float]) -> None:

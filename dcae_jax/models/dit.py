@@ -10,6 +10,7 @@ table, computed rather than stored as a parameter.
 | Linear weights, patch embedding         | U(-1, 1) sqrt(6 / (inputs + outputs))   |
 | biases                                  | 0                                       |
 | adaLN and the last Linear               | 0: each block starts as the identity    |
+| embedding of the interval, last Linear  | 0                                       |
 | label table, time MLP weights           | N(0, 0.02^2)                            |
 """
 
@@ -26,11 +27,17 @@ from dcae_jax.errors import UserError
 from dcae_jax.models import transformer
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.layers import ZEROS, normal, uniform, xavier
-from dcae_jax.models.transformer import MLP, Architecture, Attention, Stacked, Variant
+from dcae_jax.models.transformer import (
+    MLP,
+    Architecture,
+    Attention,
+    Stacked,
+    TimeEmbedder,
+    Variant,
+)
 from dcae_jax.models.weights import Array
 from dcae_jax.runtime.sharding import constrain_activations
 
-FREQUENCIES = 256  # sinusoidal time features
 EPS = 1e-6  # of every LayerNorm; they have no parameters
 NORMAL = normal(0.02)
 
@@ -43,10 +50,12 @@ VARIANTS = {
 }
 
 
-def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
+def architecture(
+    model_config: Any, *, patch_size: int, learn_sigma: bool, average: bool = False
+) -> Architecture:
     """`transformer.resolve_architecture` for a DiT. Raises UserError."""
     arch = transformer.resolve_architecture(
-        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
+        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma, average=average
     )
     if arch.width % 4:
         raise UserError(
@@ -82,18 +91,6 @@ layer_norm = functools.partial(transformer.layer_norm, eps=EPS, affine=False)
 
 
 # fmt: off
-class TimeEmbedder(nnx.Module):
-    """Sinusoidal features, Linear, SiLU, Linear."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(FREQUENCIES, width, kernel_init=NORMAL, rngs=rngs)
-        self.fc2 = Linear(width, width, kernel_init=NORMAL, rngs=rngs)
-
-    def __call__(self, t: Real[Array, " B"]) -> Float32[Array, "B C"]:
-        x = transformer.time_features(t, FREQUENCIES)                            # [B, 256]
-        return self.fc2(jax.nn.silu(self.fc1(x)))                                # [B, C] float32
-
-
 class Modulation(nnx.Module):
     """`count` vectors from the conditioning: SiLU, then a zero-initialised Linear."""
 
@@ -153,8 +150,9 @@ class DiT(nnx.Module):
     """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
     h = w = arch.latent_size, c' = arch.out_channels. t enters the sinusoidal features unscaled;
-    labels are 0 .. num_classes - 1, and num_classes means "no class". remat, unroll: see `Stacked`;
-    neither changes results beyond rounding. attention: see `Attention`.
+    labels are 0 .. num_classes - 1, and num_classes means "no class". h [B], if arch.average: the
+    interval from t to average over, 0 by default; see diffusion/meanflow.py. remat, unroll: see
+    `Stacked`; neither changes results beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
@@ -170,7 +168,10 @@ class DiT(nnx.Module):
             kernel_init=uniform((6 / (arch.latent_channels * patch**2 + c)) ** 0.5),
             bias_init=ZEROS, rngs=rngs,
         )
-        self.t_embedder = TimeEmbedder(c, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=NORMAL, rngs=rngs)
+        self.t_embedder = TimeEmbedder(c, linear)
+        if arch.average:
+            self.h_embedder = TimeEmbedder(c, linear, functools.partial(ZeroLinear, rngs=rngs))
         self.y_embedder = nnx.Embed(arch.num_classes + 1, c, embedding_init=NORMAL, rngs=rngs)
         block = functools.partial(Block, arch, attention=attention, dtype=self.dtype)
         self.blocks = Stacked(
@@ -179,12 +180,15 @@ class DiT(nnx.Module):
         self.final_layer = FinalLayer(arch, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"]
+        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"],
+        h: Real[Array, " B"] | None = None,
     ) -> Float32[Array, "B h w {self.arch.out_channels}"]:
         b, arch = len(x), self.arch
         x = self.x_embedder(x).reshape(b, arch.patches, arch.width)              # [B, N, C] float32
         x = (x + positions(arch.side, arch.width)).astype(self.dtype)            # [B, N, C]
         c = self.t_embedder(t) + self.y_embedder(labels)                         # [B, C] float32
+        if arch.average:
+            c += self.h_embedder(jnp.zeros_like(t) if h is None else h)          # [B, C] float32
         x, _ = self.blocks.scan(lambda block, x, _: (block(x, c), None), x)      # [B, N, C]
         x = self.final_layer(x, c)                                               # [B, N, p^2 c']
         return transformer.from_patches(x, arch.patch_size, arch.side)           # [B, h, w, c']

@@ -26,6 +26,7 @@ from dcae_jax.runtime import sharding
 from dcae_jax.runtime.sharding import constrain_activations
 
 MAX_PERIOD = 10000.0  # of the sinusoidal features
+FREQUENCIES = 256  # sinusoidal features of a TimeEmbedder
 MLP_RATIO = 4  # an MLP's hidden channels / its input's
 ATTENTIONS = ("plain", "cudnn")
 
@@ -51,6 +52,7 @@ class Architecture:
     out_channels: int  # latent_channels, or twice as many with a learned sigma
     patch_size: int
     num_classes: int  # without the label that means "no class"
+    average: bool = False  # predicts average velocities, given an interval of time
 
     @property
     def side(self) -> int:
@@ -278,16 +280,42 @@ def time_features(t: Real[Array, " B"], width: int) -> Float32[Array, "B {width}
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+class TimeEmbedder(nnx.Module):
+    """Sinusoidal features, Linear, SiLU, Linear; float32.
+
+    linear(inputs, outputs): makes the first layer; last: the second, of zeros for an embedding that
+    is added to a trained model.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        linear: Callable[..., nnx.Linear],
+        last: Callable[..., nnx.Linear] | None = None,
+    ):
+        self.fc1 = linear(FREQUENCIES, width)
+        self.fc2 = (last or linear)(width, width)
+
+    def __call__(self, t: Real[Array, " B"]) -> Float32[Array, "B C"]:
+        x = time_features(t, FREQUENCIES)  # [B, 256]
+        return self.fc2(jax.nn.silu(self.fc1(x)))  # [B, C] float32
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 
 def resolve_architecture(
-    model_config: Model, variants: Mapping[str, Variant], *, patch_size: int, learn_sigma: bool
+    model_config: Model,
+    variants: Mapping[str, Variant],
+    *,
+    patch_size: int,
+    learn_sigma: bool,
+    average: bool,
 ) -> Architecture:
     """The architecture of config.model: its variant, overridden by the sizes set beside it.
 
     Zero depth, width and heads keep the variant's. learn_sigma: the output has a second half for
-    the variance. Raises UserError if a size does not fit.
+    the variance. average: see `Architecture`. Raises UserError if a size does not fit.
     """
     if model_config.variant not in variants:
         raise UserError(
@@ -315,7 +343,7 @@ def resolve_architecture(
             "change one of them"
         )
     out_channels = out["latent_channels"] * (2 if learn_sigma else 1)
-    return Architecture(**out, out_channels=out_channels, patch_size=patch_size)
+    return Architecture(**out, out_channels=out_channels, patch_size=patch_size, average=average)
 
 
 def architecture_of(

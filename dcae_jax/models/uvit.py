@@ -12,11 +12,13 @@ DC-AE (arXiv:2410.10733), where USiT is this network with another objective.
 | patch embedding           | U(-1, 1) / sqrt(fan in), bias included      |
 | label table               | N(0, 1)                                     |
 | LayerNorm                 | scale 1, bias 0                             |
+| embedding of the interval | its last Linear 0                           |
 """
 
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Float32, Int, Real
@@ -42,10 +44,12 @@ VARIANTS = {
 }
 
 
-def architecture(model_config: Any, *, patch_size: int, learn_sigma: bool) -> Architecture:
+def architecture(
+    model_config: Any, *, patch_size: int, learn_sigma: bool, average: bool = False
+) -> Architecture:
     """`transformer.resolve_architecture` for a UViT. Raises UserError."""
     arch = transformer.resolve_architecture(
-        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma
+        model_config, VARIANTS, patch_size=patch_size, learn_sigma=learn_sigma, average=average
     )
     for key, value in (("depth", arch.depth), ("width", arch.width)):
         if value % 2:
@@ -97,8 +101,9 @@ class UViT(nnx.Module):
     """(x [B, h, w, c] float32, t [B] float32, labels [B] int32) -> [B, h, w, c'] float32.
 
     h = w = arch.latent_size, c' = arch.out_channels. t enters the sinusoidal features unscaled;
-    labels are 0 .. num_classes - 1, and num_classes means "no class". remat, unroll: see `Stacked`;
-    neither changes results beyond rounding. attention: see `Attention`.
+    labels are 0 .. num_classes - 1, and num_classes means "no class". h [B], if arch.average: the
+    interval from t to average over, 0 by default; see diffusion/meanflow.py. remat, unroll: see
+    `Stacked`; neither changes results beyond rounding. attention: see `Attention`.
     """
 
     def __init__(
@@ -115,6 +120,10 @@ class UViT(nnx.Module):
             arch.latent_channels, c, patch, kernel_init=init, bias_init=init, rngs=rngs
         )
         self.label_emb = nnx.Embed(arch.num_classes + 1, c, embedding_init=normal(1.0), rngs=rngs)
+        if arch.average:
+            linear = functools.partial(Linear, dtype=jnp.float32, rngs=rngs)
+            zeros = functools.partial(linear, kernel_init=ZEROS)
+            self.h_embedder = transformer.TimeEmbedder(c, linear, zeros)
         self.pos_embed = nnx.Param(NORMAL(rngs.params(), (tokens(arch), c)))
         self.in_blocks = stacked(lambda rngs: block(rngs=rngs))
         self.mid_block = block(rngs=rngs)
@@ -124,24 +133,33 @@ class UViT(nnx.Module):
         self.decoder_pred = Linear(c, patch**2 * arch.out_channels, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"]
+        self, x: Float[Array, "B h w c"], t: Real[Array, " B"], labels: Int[Array, " B"],
+        h: Real[Array, " B"] | None = None,
     ) -> Float32[Array, "B h w {self.arch.out_channels}"]:
         b, arch = len(x), self.arch
         label = self.label_emb(labels)                                          # [B, C] float32
         time = transformer.time_features(t, arch.width)                         # [B, C] float32
+        if arch.average:
+            time += self.h_embedder(jnp.zeros_like(t) if h is None else h)      # [B, C] float32
         x = self.patch_embed(x).reshape(b, arch.patches, arch.width)            # [B, P, C] float32
         extras = jnp.stack([label, time], axis=1)                               # [B, 2, C] float32
         x = jnp.concatenate([extras, x], axis=1)                                # [B, N = 2 + P, C]
         x = (x + self.pos_embed[...]).astype(self.dtype)                        # [B, N, C]
 
         x, kept = self.in_blocks.scan(lambda block, x, _: (block(x),) * 2, x)   # [B, N, C]
-        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        x = call(self.mid_block, x)                                             # [B, N, C]
+        x = self.middle(x)                                                      # [B, N, C]
         # The stored outputs [L/2, B, N, C] are consumed last first.
         x, _ = self.out_blocks.scan(lambda block, x, skip: (block(x, skip), None), x, kept[::-1])
 
         x = self.decoder_pred(self.norm(x)[:, EXTRAS:])                         # [B, P, p^2 c']
         return transformer.from_patches(x, arch.patch_size, arch.side)          # [B, h, w, c']
+
+    def middle(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        """mid_block, rematerialised if `remat`; unlike nnx.remat, this may be inside jax.jvp."""
+        if not self.remat:
+            return self.mid_block(x)
+        graph, state = nnx.split(self.mid_block)
+        return jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x))(state, x)
 # fmt: on
 
 

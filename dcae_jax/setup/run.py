@@ -245,6 +245,7 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
     if not config.init_from:
         if config.needs_weights:
             before = "phase2" if config.loss.gan_weight else "phase1"
+            before = "usit" if config.objective else before
             raise UserError(
                 "init_from is empty, but this configuration starts from weights; run "
                 f"configs/{before}.py first and set --config.init_from to its workdir"
@@ -253,6 +254,12 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
         return state, Origin(f"random, seed {config.seed}")
     kind = "generator" if config.objective else "autoencoder"
     weights, saved = weights_lib.load_weights(config.init_from, config.weights, kind=kind)
+    theirs = saved.diffusion.objective
+    if config.objective == "meanflow" and theirs not in ("flow", "meanflow"):
+        raise UserError(
+            f"init_from={config.init_from!r} has objective={theirs!r}, but average velocities "
+            "start from a flow model's; train one with configs/usit.py"
+        )
     origin = f"{config.weights} weights of {files.whole_path(config.init_from)}"
     if config.init_parts:
         fresh = state_lib.random_weights(config.model, run.mesh, config.seed, config)

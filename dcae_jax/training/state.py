@@ -138,8 +138,12 @@ def architecture(model: Model, diffusion: Diffusion = NO_DIFFUSION) -> Any:
             f"objective={objective!r} needs a diffusion model, and model.name={model.name!r} "
             "is an autoencoder; choose uvit or dit"
         )
-    learn_sigma = objective == "learned_sigma"
-    return module.architecture(model, patch_size=diffusion.patch_size, learn_sigma=learn_sigma)
+    return module.architecture(
+        model,
+        patch_size=diffusion.patch_size,
+        learn_sigma=objective == "learned_sigma",
+        average=objective == "meanflow",
+    )
 
 
 def train_spec(config: Config, mesh: Mesh) -> TrainSpec:

@@ -13,7 +13,7 @@ import optax
 from dcae_jax import models
 from dcae_jax.config import Config
 from dcae_jax.data import transforms
-from dcae_jax.diffusion import objectives
+from dcae_jax.diffusion import meanflow, objectives
 from dcae_jax.models import layers
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.weights import Array, Weights
@@ -198,6 +198,9 @@ def denoising_gradients(
     def loss_fn(params: Weights) -> tuple[Array, Metrics]:
         model = weights_lib.merge(spec.graphdef, stop_frozen_gradients(spec, params))
         model = sharding.all_gather_weights(model)
+        if config.objective == "meanflow":
+            none = config.model.num_classes
+            return meanflow.loss(config.meanflow, model, x0, labels, key, none=none)
         return objectives.loss(config.objective, model, x0, labels, key, channels)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

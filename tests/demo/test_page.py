@@ -21,15 +21,23 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
     rows = [("PCA", {"psnr_64": 29.123}), ("after phase 1", {"psnr_64": 23.456})]
     crops = np.zeros((2, 4, 4, 3), np.uint8)
     files.append_row(str(tmp_path / diffusion.RUN), 1, {"loss": 1.0})
-    samples = diffusion.Samples(("cat.png", "rocket.jpg"), 200, [crops], [crops], 0.8, 0.6)
-    path = page_lib.write_page(str(tmp_path), rows, {64: [crops] * 4}, samples, 90.0)
+    files.append_row(str(tmp_path / diffusion.FEW), 1, {"mse": 1.0})
+    drawn = tuple(
+        diffusion.Drawn(name, steps, hit, 0.0123, crops)
+        for name, steps, hit in (("few-step", 1, 0.4), ("flow", 30, 0.6))
+    )
+    samples = diffusion.Samples(
+        ("cat.png", "rocket.jpg"), 200, [crops], [crops], 0.8, crops[0], drawn
+    )
+    path = page_lib.write_page(str(tmp_path), rows, {"64": [crops] * 4}, samples, 90.0)
     page = open(path, encoding="utf-8").read()
     assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
     drawn = []
     for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
         axes, _, legend = base64.b64decode(image).partition(b'id="legend_1"')
         drawn.append((axes.count(b'id="curve"'), legend.count(b"<!-- ")))
-    assert drawn == [(3, 3), (3, 3), (1, 1), (1, 0)], drawn
+    assert drawn == [(3, 3), (3, 3), (1, 1), (1, 0), (1, 0)], drawn
+    assert "few-step, 1 | flow, 30" in page and "0.50" in page and "0.0123" in page
     assert "cat, rocket" in page and "80.0%" in page and "60.0%" in page and "0.75 times" in page
     assert "data:image/png;base64," in page and "src='http" not in page and "href" not in page
 
@@ -47,7 +55,7 @@ def test_the_overview_has_each_image_under_its_caption(tmp_path):
     """Catches a phase shown as another one, crops as samples, and a block left out."""
     columns = [np.full((3, 8, 8, 3), v, np.uint8) for v in (10, 60, 110, 160)]
     crops, *drawn = [np.full((9, 4, 4, 3), v, np.uint8) for v in (35, 85, 135)]
-    samples = diffusion.Samples(("a",) * 9, 200, [crops], drawn, 0.8, 0.6)
+    samples = diffusion.Samples(("a",) * 9, 200, [crops], drawn, 0.8, crops[0], ())
     page_lib.write_overview(str(tmp_path), columns, samples)
     pixels = np.asarray(Image.open(tmp_path / "overview.jpg").convert("L")).astype(int)
     across = pixels[100, [100, 300, 500, 700]]

@@ -106,7 +106,7 @@ def test_steps_are_evaluations_of_the_model(objective, sampler):
     """Catches an evaluation more or less than asked for, which a compiled loop hides."""
     calls = []
 
-    def model(x, time, _):
+    def model(x, time, _, h=None):
         calls.append(time)
         return jnp.concatenate([x] * (1 + (objective == "learned_sigma")), axis=-1)
 
@@ -305,9 +305,13 @@ def test_every_sampler_compiles_one_evaluation_and_keeps_float32(objective, samp
     """Catches an unrolled loop (30 copies of a network to compile) and a bfloat16 network's x."""
     calls = []
 
-    def model(x, time, _):
+    def model(x, time, _, h=None):
         calls.append((x.dtype.name, time.dtype.name, time.shape))
-        y = velocity(x, time) if objective == "flow" else chain_model(objective, x, time)
+        y = (
+            velocity(x, time)
+            if objective in ("flow", "meanflow")
+            else chain_model(objective, x, time)
+        )
         return y.astype(jnp.bfloat16)
 
     def run(x, keys):

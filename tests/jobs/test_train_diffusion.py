@@ -43,7 +43,8 @@ def test_a_run_leaves_rows_samples_and_what_the_latents_fix(
 
 
 @pytest.mark.parametrize(
-    "file", ["uvit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("usit", "dit"))]
+    "file",
+    ["uvit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("usit", "dit", "meanflow"))],
 )
 def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
     """Catches draws of noise, times or dropped labels that depend on where a run began."""
@@ -65,7 +66,8 @@ def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
         assert {k: v for k, v in left.items() if not timed.match(k)} == {
             k: v for k, v in right.items() if not timed.match(k)
         }
-    name = os.path.join("images", "step0000004_samples.png")
+    grid = "samples_1" if file == "meanflow" else "samples"
+    name = os.path.join("images", f"step0000004_{grid}.png")
     images = [open(os.path.join(folder, name), "rb").read() for folder in (workdir, halves)]
     assert images[0] == images[1]
 

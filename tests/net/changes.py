@@ -24,7 +24,7 @@ WORDS = (
     (
         "data.source='photos': objective='guess' learns latents; run configs/encode.py, then set "
         "data.source=latents and data.path to its workdir",
-        "objective='guess' is not known; choose one of , epsilon, learned_sigma, flow",
+        "objective='guess' is not known; choose one of , epsilon, learned_sigma, flow, meanflow",
     ),
     (
         "mesh (data=-2, fsdp=1, tensor=1, spatial=1): sizes must be positive, and one at most may "

@@ -48,6 +48,24 @@ def test_flops_of_a_transformer_grow_with_its_depth(one_device):
     assert counts[1] > 1.5 * counts[0]
 
 
+def test_flops_count_the_derivative_and_folded_guidance(one_device):
+    """Catches a plan of average velocities that is the flow model's, and a derivative or a guided
+    prediction on rows that need none: 7/6 and 19/12 of a flow step's passes."""
+    counts = []
+    for changes in (
+        ("objective=flow",),
+        ("meanflow.guidance=1.0", "meanflow.mix=0.0"),
+        ("meanflow.guidance=2.0", "meanflow.mix=0.5"),
+    ):
+        config = compile.job_config(
+            os.path.join(CONFIGS, "meanflow.py:tiny"),
+            ("autoencoder=f32c32", "resolution=256", "model.depth=4", "batch_size=16", *changes),
+        )
+        counts.append(compile.flops(config, one_device, 8) / (counts[0] if counts else 1))
+    assert counts[1] == pytest.approx(7 / 6, rel=0.1)
+    assert counts[2] == pytest.approx(19 / 12, rel=0.1)
+
+
 def test_flops_are_of_the_form_that_the_platform_runs(small, one_device, monkeypatch):
     """Catches a TPU's FLOPs counted on this host's own form of a small map's convolution."""
     monkeypatch.setattr(mesh_lib, "platform", lambda mesh: "tpu")

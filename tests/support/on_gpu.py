@@ -14,6 +14,7 @@ DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 # Multiplied in full: these tests call layers and steps, which leave the precision to their caller,
 # and compare with PyTorch or a formula.
 HIGHEST = (
+    "models/test_average.py",
     "models/test_dcae.py",
     "models/test_dcae_torch.py",
     "models/test_dit.py",
@@ -33,6 +34,7 @@ AS_USED = (
     "api/test_tiling.py",
     "checkpoints/test_load_weights.py",
     "diffusion/test_dpm_solver.py",
+    "diffusion/test_meanflow.py",
     "diffusion/test_objectives.py",
     "diffusion/test_samplers.py",
     "evaluation/test_metrics.py",

@@ -3,7 +3,7 @@
 
 import math
 
-from dcae_jax.models import dit, transformer, uvit
+from dcae_jax.models import transformer, uvit
 from dcae_jax.models.transformer import Architecture
 
 
@@ -39,7 +39,7 @@ def dit_macs(arch: Architecture) -> int:
     return (
         arch.depth * block_macs(arch.patches, width)
         + (6 * arch.depth + 2) * width**2  # modulation
-        + dit.FREQUENCIES * width
+        + transformer.FREQUENCIES * width
         + width**2  # the time's MLP
         + arch.patches * width * patch  # embedding and prediction
     )
