@@ -10,8 +10,12 @@ from dcae_jax.errors import UserError
 COMMANDS = {
     "checkpoint": "dcae_jax.checkpoints.__main__",
     "convert": "dcae_jax.pretrained.torch_io",
+    "decode": "dcae_jax.serve.decode",
     "demo": "dcae_jax.demo.page",
+    "encode": "dcae_jax.serve.encode",
     "models": "dcae_jax.jobs.variants",
+    "reconstruct": "dcae_jax.serve.reconstruct",
+    "sample": "dcae_jax.serve.sample",
     "status": "dcae_jax.jobs.status",
 }
 
