@@ -8,6 +8,7 @@ from dcae_jax.errors import UserError
 
 # Sub-command -> its module, with main(arguments) -> exit status.
 COMMANDS = {
+    "app": "dcae_jax.serve.app",
     "checkpoint": "dcae_jax.checkpoints.__main__",
     "convert": "dcae_jax.pretrained.torch_io",
     "decode": "dcae_jax.serve.decode",

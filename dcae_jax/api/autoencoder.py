@@ -158,9 +158,9 @@ class Autoencoder:
         """
         x = images.to_float(image)
         height, width = x.shape[-3:-1]
-        if tile is None:
-            tile = images.tile_for(height, width, self.compression)
         batch = images.pad(x.reshape(-1, height, width, 3), self.compression)
+        if tile is None:
+            tile = images.tile_for(*batch.shape[1:3], self.compression)
         y = self.decode(self.encode(batch, tile=tile), tile=tile)
         return images.to_pixels(y, height, width).reshape(x.shape)
 

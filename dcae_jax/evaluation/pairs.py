@@ -35,7 +35,7 @@ def ssim(x: np.ndarray, y: np.ndarray) -> float | None:
     for top in range(0, height, STRIP):
         rows = min(STRIP, height - top)
         a, b = (image[top : top + rows + 2 * REACH].astype(np.float64) for image in (x, y))
-        total += rows * structural_similarity(
+        found = structural_similarity(
             a,
             b,
             data_range=255,
@@ -44,4 +44,5 @@ def ssim(x: np.ndarray, y: np.ndarray) -> float | None:
             sigma=1.5,
             use_sample_covariance=False,
         )
-    return float(total / height)
+        total += rows * float(found)  # pyright: ignore[reportArgumentType]
+    return total / height

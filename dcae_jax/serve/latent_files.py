@@ -10,6 +10,7 @@ on). In .npz each is an array of a string; in .safetensors they are the metadata
 import dataclasses
 import io
 import zipfile
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -41,7 +42,8 @@ def write(path: str, latent: np.ndarray, facts: Facts) -> None:
         data = safetensors.numpy.save({"latent": np.ascontiguousarray(latent)}, texts)
     else:
         buffer = io.BytesIO()
-        np.savez(buffer, latent=latent, **{key: np.array(text) for key, text in texts.items()})
+        arrays: dict[str, Any] = {key: np.array(text) for key, text in texts.items()}
+        np.savez(buffer, latent=latent, **arrays)
         data = buffer.getvalue()
     files.write_file(path, data)
 

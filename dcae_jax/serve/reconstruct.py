@@ -41,11 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     scores: list[tuple[float, float | None]] = []
     try:
         for window in reader.windows(inputs.read_image, lambda pixels: pixels[..., 0].size):
-            for (item, pixels), (result, latent) in zip(
-                window,
-                reconstruct([p for _, p in window], ae, multiple, given.batch_size),
-                strict=True,
-            ):
+            pixels_of = [pixels for _, pixels in window]
+            results = reconstruct(pixels_of, ae, multiple, given.batch_size)
+            for (item, pixels), (result, latent) in zip(window, results, strict=True):
                 path = os.path.join(given.out, f"{item.name}.png")
                 both = (result,) if given.alone else (pixels, result)
                 files.write_png(path, files.image_grid([image[None] for image in both], tile=1))
@@ -81,10 +79,10 @@ def encode(
     """The latents [h, w, c] float32 of images [H, W, 3] uint8, one program for each padded size."""
     padded = [images.pad(image, multiple) for image in pixels]
     latents: dict[int, np.ndarray] = {}
-    shapes = [image.shape[:2] for image in padded]
+    shapes = [(image.shape[0], image.shape[1]) for image in padded]
     for rows in inputs.batches(shapes, lambda row: inputs.batch_size(batch_size, *shapes[row])):
         x = transforms.to_float(np.stack([padded[row] for row in rows]))
-        tile = images.tile_for(*x.shape[1:3], ae.compression)
+        tile = images.tile_for(*shapes[rows[0]], ae.compression)
         latents |= dict(zip(rows, np.asarray(ae.encode(x, tile=tile)), strict=True))
     return [latents[row] for row in range(len(pixels))]
 
