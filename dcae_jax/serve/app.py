@@ -80,6 +80,7 @@ def serve(
     os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "files")
     os.environ["GRADIO_EXAMPLES_CACHE"] = os.path.join(folder, "examples")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio's requests to itself
     errors.require("the page needs gradio", "gradio")
     import gradio as gr  # pyright: ignore[reportMissingImports]  # an extra
 
@@ -160,6 +161,7 @@ def build(autoencoders: dict[str, Autoencoder], generators: dict[str, Generator]
                 # A file, not an image component: gradio would open it with any of Pillow's readers.
                 kinds = list(sources.EXTENSIONS)
                 file = gr.File(label="Image", file_types=kinds, height=120, elem_id="upload")
+                _refuse_urls(file, gr.Error("this page fetches nothing from other servers"))
                 names = list(autoencoders)
                 chosen = gr.CheckboxGroup(names, value=names, label="Models", elem_id="models")
                 button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
@@ -208,7 +210,14 @@ def _sample_tab(gr: Any, generators: dict[str, Generator], draw: Any, hidden: di
             how = gr.Dropdown([("default", ""), *known], value="", label="Sampler")
             button = gr.Button("Sample", variant="primary", elem_id="sample")
         with gr.Column(scale=2):
-            shown = gr.Image(format="png", label="Samples", interactive=False, elem_id="samples")
+            shown = gr.Image(
+                format="png",
+                label="Samples",
+                interactive=False,
+                height=520,
+                buttons=["download", "fullscreen"],  # not "share", which posts to a site
+                elem_id="samples",
+            )
             line = gr.Markdown(elem_id="drawn")
     given = [name, label, count, steps, guidance, seed, how]
     button.click(draw, given, [shown, line], **hidden)
@@ -222,6 +231,18 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 # --- what the page refuses ------------------------------------------------------------------------
+
+
+def _refuse_urls(file: Any, refused: Exception) -> None:
+    """Keeps gradio from downloading what a request names instead of an upload."""
+    move = file.async_move_resource_to_block_cache
+
+    async def move_upload(path: Any) -> Any:
+        if "://" in str(path):
+            raise refused
+        return await move(path)
+
+    file.async_move_resource_to_block_cache = move_upload
 
 
 def middleware(folder: str, host: str) -> list:
