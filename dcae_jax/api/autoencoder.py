@@ -159,9 +159,10 @@ class Autoencoder:
         x = images.to_float(image)
         height, width = x.shape[-3:-1]
         batch = images.pad(x.reshape(-1, height, width, 3), self.compression)
-        if tile is None:
-            tile = images.tile_for(*batch.shape[1:3], self.compression)
-        y = self.decode(self.encode(batch, tile=tile), tile=tile)
+        size = tile
+        if size is None:
+            size = images.tile_for(batch.shape[1], batch.shape[2], self.compression)
+        y = self.decode(self.encode(batch, tile=size), tile=size)
         return images.to_pixels(y, height, width).reshape(x.shape)
 
     @functools.cached_property

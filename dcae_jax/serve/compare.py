@@ -39,7 +39,7 @@ def views(pixels: np.ndarray, models: dict[str, Autoencoder]) -> tuple[Views, li
     shown, rows = {ORIGINAL: pixels}, []
     for name, ae in models.items():
         x = images.pad(transforms.to_float(pixels)[None], ae.compression)
-        tile = images.tile_for(*x.shape[1:3], ae.compression)
+        tile = images.tile_for(x.shape[1], x.shape[2], ae.compression)
         z, encode_ms = _timed(lambda: ae.encode(x, tile=tile), (id(ae), x.shape))  # noqa: B023
         y, decode_ms = _timed(lambda: ae.decode(z, tile=tile), (id(ae), z.shape))  # noqa: B023
         result = images.to_pixels(y[0], height, width)
