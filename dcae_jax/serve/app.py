@@ -33,6 +33,11 @@ MOST_UPLOAD = 20_000_000  # bytes of a file
 MOST_STORED = 1_000_000_000  # bytes of all uploads and results; then uploads are refused
 KEEP = 1800  # seconds until they are removed
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CSS = """
+.gradio-container {max-width: 1200px !important}
+#scores {overflow-x: auto}
+#scores th, #scores td {white-space: nowrap; padding: 4px 12px}
+"""
 # The browser asks no other server for anything.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -105,7 +110,7 @@ def serve(
             max_file_size=MOST_UPLOAD,
             state_session_capacity=32,
             theme=gr.themes.Default(**fonts),
-            css=".gradio-container {max-width: 1200px !important}",
+            css=CSS,
             app_kwargs={"middleware": middleware(folder, host)},
         )
     except OSError as error:
@@ -160,11 +165,13 @@ def build(autoencoders: dict[str, Autoencoder], generators: dict[str, Generator]
             with gr.Row(visible=bool(autoencoders)):
                 # A file, not an image component: gradio would open it with any of Pillow's readers.
                 kinds = list(sources.EXTENSIONS)
-                file = gr.File(label="Image", file_types=kinds, height=120, elem_id="upload")
+                file = gr.File(label="Image", file_types=kinds, height=140, elem_id="upload")
                 _refuse_urls(file, gr.Error("this page fetches nothing from other servers"))
                 names = list(autoencoders)
-                chosen = gr.CheckboxGroup(names, value=names, label="Models", elem_id="models")
-                button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
+                with gr.Column(scale=2):
+                    chosen = gr.CheckboxGroup(names, value=names, label="Models")
+                    button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
+            scores = gr.Markdown(elem_id="scores")
             state = gr.State(time_to_live=KEEP)
             with gr.Row(visible=bool(autoencoders)):
                 left = gr.Dropdown([], label="Left", elem_id="left")
@@ -172,12 +179,11 @@ def build(autoencoders: dict[str, Autoencoder], generators: dict[str, Generator]
             slider = gr.ImageSlider(
                 label="Drag the line; the wheel zooms both",
                 format="png",
-                max_height=640,
+                max_height=560,
                 interactive=False,
                 visible=bool(autoencoders),
                 elem_id="slider",
             )
-            scores = gr.Markdown(elem_id="scores")
             outputs = [state, scores, left, right, slider]
             gr.on([button.click, file.upload], reconstruct, [file, chosen], outputs, **hidden)
             for choice in (left, right):
