@@ -10,7 +10,7 @@ Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere s
 
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
 in one line; 75 saved after SIGTERM or Ctrl-C, and the same command resumes; 130 ended by Ctrl-C
-with nothing saved.
+with nothing saved; 141 nobody reads the output any more (a pipe to head).
 """
 
 import importlib
