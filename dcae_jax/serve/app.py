@@ -11,6 +11,8 @@ a server of others, reports nothing, and serves no file but those uploaded to it
 
 import logging
 import os
+import re
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -108,10 +110,11 @@ def serve(
             pwa=False,
             footer_links=[],
             max_file_size=MOST_UPLOAD,
-            state_session_capacity=32,
+            state_session_capacity=16,
             theme=gr.themes.Default(**fonts),
             css=CSS,
-            app_kwargs={"middleware": middleware(folder, host)},
+            # As starlette.middleware.Middleware: (factory, arguments, keywords).
+            app_kwargs={"middleware": [(guard, (), {"folder": folder, "host": host})]},
         )
     except OSError as error:
         raise UserError(f"--port={port} is taken at {host}; choose another, or 0") from error
@@ -119,15 +122,12 @@ def serve(
 
 
 def _free_port(host: str) -> int:
-    import socket
-
     with socket.create_server((host, 0)) as found:
         return found.getsockname()[1]
 
 
 def build(autoencoders: dict[str, Autoencoder], generators: dict[str, Generator]) -> Any:
     """The page as gradio's Blocks."""
-    errors.require("the page needs gradio", "gradio")
     import gradio as gr  # pyright: ignore[reportMissingImports]  # an extra
 
     def message(error: UserError) -> Exception:
@@ -251,49 +251,31 @@ def _refuse_urls(file: Any, refused: Exception) -> None:
     file.async_move_resource_to_block_cache = move_upload
 
 
-def middleware(folder: str, host: str) -> list:
-    """For starlette: refuses what the page does not need, and other sites' names for loopback."""
-    errors.require("the page needs gradio", "gradio")
-    from starlette.middleware import (  # pyright: ignore[reportMissingImports]  # gradio's
-        Middleware,
-    )
-    from starlette.middleware.trustedhost import (  # pyright: ignore[reportMissingImports]
-        TrustedHostMiddleware,
-    )
+def guard(app: Any, folder: str, host: str) -> Any:
+    """An ASGI application around gradio's, which refuses requests and adds POLICY to answers."""
 
-    found = [Middleware(Guard, folder=folder)]
-    if host in LOOPBACK:
-        found.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
-    return found
-
-
-class Guard:
-    """An ASGI application around gradio's."""
-
-    def __init__(self, app: Any, folder: str):
-        self.app, self.folder = app, folder
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def run(scope: Any, receive: Any, send: Any) -> None:
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"content-security-policy", POLICY.encode()),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
+                policy = (b"content-security-policy", POLICY.encode())
+                message["headers"] = [*message["headers"], policy]
             await send(message)
 
-        reason = refusal(scope, self.folder) if scope["type"] == "http" else ""
+        reason = refusal(scope, folder, host) if scope["type"] == "http" else ""
         if not reason:
-            return await self.app(scope, receive, answer)
+            return await app(scope, receive, answer)
         head = [(b"content-type", b"text/plain")]
         await send({"type": "http.response.start", "status": 403, "headers": head})
         await send({"type": "http.response.body", "body": reason.encode()})
 
+    return run
 
-def refusal(scope: Any, folder: str) -> str:
+
+def refusal(scope: Any, folder: str, host: str) -> str:
     """Why a request is refused; '' if it is not."""
-    path = scope["path"]
+    path, asked = scope["path"], dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    if host in LOOPBACK and re.sub(r":\d+$", "", asked).strip("[]") not in LOOPBACK:
+        return f"this page is at localhost, not at {asked}"  # another site's name for 127.0.0.1
     if any(part in path for part in ("file=http:", "file=https:", "proxy=", "file/http")):
         return "this page fetches nothing from other servers"
     if path.rstrip("/").endswith("/upload") and stored(folder) > MOST_STORED:

@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(path, latent, facts, ae, encoder)
         return latent, facts
 
-    reader = inputs.Reader(found)
-    for window in reader.windows(read, lambda value: value[1].height * value[1].width):
+    for window in inputs.windows(found, read, lambda value: value[1].height * value[1].width):
         latents = [latent for _, (latent, _) in window]
         sizes = [(facts.height, facts.width) for _, (_, facts) in window]
         results = reconstruct.decode(latents, sizes, ae, given.batch_size)

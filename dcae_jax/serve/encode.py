@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     ae = inputs.load_autoencoder(given)
     multiple = reconstruct.checked_multiple(given.multiple, ae.compression)
     encoder = checkpoint_weights.encoder_checksum(ae.weights)
-    for window in inputs.Reader(found).windows(inputs.read_image, lambda p: p[..., 0].size):
+    for window in inputs.windows(found, inputs.read_image, lambda p: p[..., 0].size):
         pixels = [image for _, image in window]
         latents = reconstruct.encode(pixels, ae, multiple, given.batch_size)
         for (item, image), latent in zip(window, latents, strict=True):

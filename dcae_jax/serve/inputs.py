@@ -7,6 +7,7 @@ are compiled per size.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import logging
@@ -99,44 +100,38 @@ def read_image(path: str) -> np.ndarray:
         raise UserError(f"{path} cannot be read: {reason}") from error
 
 
-@dataclasses.dataclass
-class Reader:
-    """Reads inputs in turn; a bad file among several is reported and left out."""
+def windows(
+    inputs: Sequence[Input], read: Callable[[str], Value], pixels: Callable[[Value], int]
+) -> Iterator[list[tuple[Input, Value]]]:
+    """Consecutive inputs with their contents, as many as may be in memory at once.
 
-    inputs: Sequence[Input]
-    skipped: int = 0
-
-    def windows(
-        self, read: Callable[[str], Value], pixels: Callable[[Value], int]
-    ) -> Iterator[list[tuple[Input, Value]]]:
-        """Consecutive inputs with their contents, as many as may be in memory at once.
-
-        Raises UserError for the only input, and at the end if any was left out.
-        """
-        window: list[tuple[Input, Value]] = []
-        total = 0
-        with _progress_bar(len(self.inputs)) as bar:
-            for item in self.inputs:
-                try:
-                    value = read(item.path)
-                except UserError as error:
-                    if len(self.inputs) == 1:
-                        raise
-                    self.skipped += 1
-                    logging.warning("skipped: %s", error)
-                    bar.update()
-                    continue
-                if window and total + pixels(value) > WINDOW_PIXELS or len(window) == WINDOW:
-                    yield window
-                    bar.update(len(window))
-                    window, total = [], 0
-                window.append((item, value))
-                total += pixels(value)
-            if window:
+    A bad file among several is reported and left out. Raises UserError for the only input, and at
+    the end if any was left out.
+    """
+    window: list[tuple[Input, Value]] = []
+    total = skipped = 0
+    with _progress_bar(len(inputs)) as bar:
+        for item in inputs:
+            try:
+                value = read(item.path)
+            except UserError as error:
+                if len(inputs) == 1:
+                    raise
+                skipped += 1
+                logging.warning("skipped: %s", error)
+                bar.update()
+                continue
+            if window and (total + pixels(value) > WINDOW_PIXELS or len(window) == WINDOW):
                 yield window
                 bar.update(len(window))
-        if self.skipped:
-            raise UserError(f"skipped {self.skipped} of {len(self.inputs)} files, named above")
+                window, total = [], 0
+            window.append((item, value))
+            total += pixels(value)
+        if window:
+            yield window
+            bar.update(len(window))
+    if skipped:
+        raise UserError(f"skipped {skipped} of {len(inputs)} files, named above")
 
 
 def batches(keys: Sequence[Hashable], most: Callable[[int], int]) -> Iterator[list[int]]:
@@ -201,12 +196,10 @@ def load_autoencoder(given: argparse.Namespace) -> Autoencoder:
         )
 
 
-class naming_the_flag:
+@contextlib.contextmanager
+def naming_the_flag() -> Iterator[None]:
     """Errors about init_from, the key of a configuration, become errors about --model."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError) and "init_from" in str(error):
-            raise UserError(str(error).replace("init_from", "--model")) from error
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("init_from", "--model")) from error

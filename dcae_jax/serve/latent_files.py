@@ -68,6 +68,7 @@ def read(path: str) -> tuple[np.ndarray, Facts]:
         OSError,
         ValueError,
         KeyError,
+        MemoryError,  # of a header that claims more than the file holds
         zipfile.BadZipFile,
         safetensors.SafetensorError,
     ) as error:

@@ -37,10 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = checked_multiple(given.multiple, ae.compression)
-    reader = inputs.Reader(found)
     scores: list[tuple[float, float | None]] = []
     try:
-        for window in reader.windows(inputs.read_image, lambda pixels: pixels[..., 0].size):
+        for window in inputs.windows(found, inputs.read_image, lambda pixels: pixels[..., 0].size):
             pixels_of = [pixels for _, pixels in window]
             results = reconstruct(pixels_of, ae, multiple, given.batch_size)
             for (item, pixels), (result, latent) in zip(window, results, strict=True):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """dcae-jax reconstruct, encode, decode and sample: what they write, and files that are none."""
 
+import io
 import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -92,7 +94,7 @@ def test_equal_sizes_share_a_program_and_few_images_are_in_memory(monkeypatch):
     assert sorted(sum(rows, [])) == list(range(10)) and {len(row) for row in rows} == {1, 3}
     assert inputs.batch_size(8, 512, 512) == 8 and inputs.batch_size(8, 1024, 1024) == 2
     assert inputs.batch_size(8, 9000, 9000) == 1
-    reader = inputs.Reader([inputs.Input(str(i), str(i)) for i in range(1000)])
+    given = [inputs.Input(str(i), str(i)) for i in range(1000)]
     held = []
 
     def read(path):
@@ -100,10 +102,10 @@ def test_equal_sizes_share_a_program_and_few_images_are_in_memory(monkeypatch):
         return path
 
     windows = []
-    for window in reader.windows(read, lambda value: 2**25 if value == "500" else 1):
+    for window in inputs.windows(given, read, lambda value: 2**25 if value == "500" else 1):
         assert len(held) - sum(map(len, windows)) <= inputs.WINDOW + 1
         windows.append(window)
-    assert sum(windows, []) == [(item, item.path) for item in reader.inputs]
+    assert sum(windows, []) == [(item, item.path) for item in given]
 
 
 @pytest.mark.parametrize("form", ["npz", "safetensors"])
@@ -160,8 +162,18 @@ def test_latents_of_others_are_refused_in_one_line(command, tmp_path):
         status, lines, errors = command("decode", path, f"--out={tmp_path}")
         assert status == process.MISTAKE and not lines
         assert len(errors) == 1 and words in errors[0] and "z.npz" in errors[0], errors
-    for name, data in (("text.npz", b"hello"), ("text.safetensors", b"hello"), ("z.txt", b"hello")):
-        (tmp_path / name).write_bytes(data)
+    header = io.BytesIO()
+    claim = {"descr": "<f4", "fortran_order": False, "shape": (10**7, 10**7, 8)}
+    np.lib.format.write_array_header_1_0(header, claim)
+    _write(tmp_path / "claim.npz")
+    with zipfile.ZipFile(tmp_path / "claim.npz") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
+        for name, data in (parts | {"latent.npy": header.getvalue()}).items():
+            archive.writestr(name, data)
+    for name in ("text.npz", "text.safetensors", "text.txt"):
+        (tmp_path / name).write_bytes(b"hello")
+    for name in ("claim.npz", "text.npz", "text.safetensors", "text.txt"):
         status, _, errors = command("decode", tmp_path / name, f"--out={tmp_path}")
         assert status == process.MISTAKE and len(errors) == 1 and "file of latents" in errors[0]
 
