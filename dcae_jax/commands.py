@@ -8,10 +8,15 @@ from dcae_jax.errors import UserError
 
 # Sub-command -> its module, with main(arguments) -> exit status.
 COMMANDS = {
+    "app": "dcae_jax.serve.app",
     "checkpoint": "dcae_jax.checkpoints.__main__",
     "convert": "dcae_jax.pretrained.torch_io",
+    "decode": "dcae_jax.serve.decode",
     "demo": "dcae_jax.demo.page",
+    "encode": "dcae_jax.serve.encode",
     "models": "dcae_jax.jobs.variants",
+    "reconstruct": "dcae_jax.serve.reconstruct",
+    "sample": "dcae_jax.serve.sample",
     "status": "dcae_jax.jobs.status",
 }
 

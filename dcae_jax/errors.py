@@ -30,6 +30,7 @@ def nearest_multiples(value: int, step: int, least: int = 0) -> str:
 
 # Import name -> name on the index, of the packages that only some commands need.
 OPTIONAL = {
+    "gradio": "gradio",
     "huggingface_hub": "huggingface_hub",
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """dcae-jax --config=phase1.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE]
 
-dcae-jax COMMAND ...: checkpoint, convert, demo, models or status; see dcae-jax COMMAND --help.
+dcae-jax COMMAND ...: app, checkpoint, convert, decode, demo, encode, models, reconstruct, sample or
+status; see dcae-jax COMMAND --help.
 `python -m dcae_jax.main` is the same. A config that is not a path is one of the bundled configs/.
 
 Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere start each with
@@ -9,7 +10,7 @@ Several processes: TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere s
 
 Exit status: 0 done; 1 the machine failed or training diverged; 2 a mistake in the command, reported
 in one line; 75 saved after SIGTERM or Ctrl-C: rerun the same command to resume; 130 ended by Ctrl-C
-with nothing saved.
+with nothing saved; 141 nobody reads the output any more (a pipe to head).
 """
 
 import importlib

@@ -2,6 +2,8 @@
 """Sub-commands of the command line."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from support import ROOT
@@ -34,6 +36,17 @@ def test_a_mistake_is_one_line_and_status_2(name, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"error: dcae-jax {name}: ")
     assert said.endswith("--help\n")
+
+
+def test_a_reader_that_has_stopped_is_no_error():
+    """Catches a traceback from `dcae-jax reconstruct photos/ ... | head`."""
+    program = "import sys; from dcae_jax import main; sys.exit(main.main(['dcae-jax', 'models']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = [sys.executable, "-u", "-c", program]
+    done = subprocess.run(run, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == process.UNREAD and not done.stderr
 
 
 def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from dcae_jax import errors
 from dcae_jax.errors import UserError
 from dcae_jax.planner import chips
 from dcae_jax.pretrained import hub, torch_io
+from dcae_jax.serve import app
 
 PROJECT = tomllib.loads(pathlib.Path(ROOT, "pyproject.toml").read_text())["project"]
 # Import name -> name on the index, where the two differ.
@@ -24,6 +25,7 @@ NAMES |= {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 BEHIND = {"absl-py", "ml-dtypes", "etils"}
 
 USES = {
+    "gradio": lambda path: app.main(["runs/phase3"]),
     "huggingface_hub": lambda path: hub.fetch("someone/model"),
     "libtpu": lambda path: chips.check_compiler("v5e:2x2"),
     "torch": lambda path: torch_io.read_state_dict(_touch(path / "weights.pth")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python API for autoencoders: create, load, encode and decode, optionally in tiles."""
+"""Python API for autoencoders: create, load, encode, decode and reconstruct, also in tiles."""
 
 import dataclasses
 import functools
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from PIL import Image
 
 from dcae_jax import models
-from dcae_jax.api import tiling
+from dcae_jax.api import images, tiling
 from dcae_jax.api.tiling import AnyArray
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.schema import MeshSizes, Model
@@ -147,6 +148,22 @@ class Autoencoder:
         config = dataclasses.replace(self.model_config, latent_channels=channels)
         weights = models.find(config).cut(self.weights, channels)
         return build_autoencoder(config, weights.items(), self.mesh, self.dtype)
+
+    def reconstruct(self, image: Image.Image | AnyArray, *, tile: int | None = None) -> np.ndarray:
+        """The decoded latents of an image of any size: [H, W, 3] uint8, [B, H, W, 3] of a batch.
+
+        image: a PIL image, uint8 or float in [-1, 1] (`images.to_float`). It is padded to multiples
+        of `compression`, and cropped again. tile: as in `encode`; None tiles what is larger than
+        `images.MOST_PIXELS`. Raises ValueError, naming the argument.
+        """
+        x = images.to_float(image)
+        height, width = x.shape[-3:-1]
+        batch = images.pad(x.reshape(-1, height, width, 3), self.compression)
+        size = tile
+        if size is None:
+            size = images.tile_for(batch.shape[1], batch.shape[2], self.compression)
+        y = self.decode(self.encode(batch, tile=size), tile=size)
+        return images.to_pixels(y, height, width).reshape(x.shape)
 
     @functools.cached_property
     def _encode(self) -> jax.stages.Wrapped:

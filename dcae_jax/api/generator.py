@@ -142,7 +142,7 @@ class Generator:
         self, labels: Sequence[int] | np.ndarray, settings: SampleSettings, *, decode: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """(images or latents [B, ...], whether each is finite [B])."""
-        labels = self._checked(labels)
+        labels = self.check_labels(labels)
         run = self._compiled(settings, decode=decode)
         # Padded to a multiple of the shards. A sample depends on its index, not on its row.
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -161,7 +161,7 @@ class Generator:
         )
         return np.asarray(out)[: len(labels)], np.asarray(finite)[: len(labels)]
 
-    def _checked(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    def check_labels(self, labels: Sequence[int] | np.ndarray) -> np.ndarray:
         """Labels [B] as an integer array. Raises UserError for a label that the model lacks."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):

@@ -20,6 +20,7 @@ DONE = 0
 FAILED = 1  # the machine failed, or training diverged
 MISTAKE = 2  # user error
 INTERRUPTED = 130  # Ctrl-C with nothing saved: 128 + SIGINT, as in shells
+UNREAD = 141  # whoever read the output has stopped, as `| head` does: 128 + SIGPIPE
 
 
 def failure(error: BaseException) -> int:
@@ -27,6 +28,9 @@ def failure(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("interrupted; rerun the same command\n")
         return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+        return UNREAD
     status, line = FAILED, errors.explain(error)
     if isinstance(error, errors.UserError):
         status, line = MISTAKE, str(error)

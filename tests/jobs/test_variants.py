@@ -3,7 +3,10 @@
 
 import math
 
+import pytest
+
 from dcae_jax import models
+from dcae_jax.errors import UserError
 from dcae_jax.jobs import variants
 from dcae_jax.models import dcae, dit, sdvae, uvit
 
@@ -45,3 +48,28 @@ def test_the_command_lists_every_file_of_models(capsys):
         assert said.count(f"\n{models.name_of(module)} ") == len(module.VARIANTS)
     assert variants.main(["--diffusion"]) == 0
     assert "f32c32" not in capsys.readouterr().out
+
+
+def test_the_models_of_a_folder_are_those_that_load(
+    autoencoder_export, generator_run, tmp_path, capsys
+):
+    """Catches a run that has saved nothing, somebody's config.json, and a model without its row."""
+    for name, text in (("fresh", '{"config": {"model": {}}}'), ("other", '{"a": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (row,) = variants.local_rows(autoencoder_export)
+    assert row[:3] == [autoencoder_export, "autoencoder", "-"]
+    (row,) = variants.local_rows(generator_run)
+    assert row[:3] == [generator_run, "generator", "4"] and row[3].endswith(" MB")
+    assert variants.main([generator_run, autoencoder_export]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    with pytest.raises(UserError, match="holds no model; name a folder of workdirs"):
+        variants.local_rows(str(tmp_path))
+
+
+def test_sizes_and_licences():
+    """Catches a size in parameters, and a licence of other weights."""
+    rows = {row[0] if row[5] == "-" else row[5]: row for row in variants.autoencoder_rows(dcae)}
+    assert rows["dc-ae-f32c32-in-1.0"][6:] == ["1,293 MB", "see the hub"]
+    assert rows["dc-ae-f32c32-sana-1.1"][6:] == ["1,249 MB", "MIT"]
+    assert rows["tiny"][6:] == ["6.0 MB", "-"]
