@@ -33,6 +33,7 @@ OPTIONAL = {
     "huggingface_hub": "huggingface_hub",
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",
+    "pyarrow": "pyarrow",
     "torch": "torch",
 }
 

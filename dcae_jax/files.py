@@ -106,7 +106,24 @@ def listdir(folder: str) -> list[str]:
 
 def size(path: str) -> int | None:
     """Bytes of the file `path`, None if there is no such file."""
-    return os.path.getsize(path) if os.path.exists(path) else None
+    try:
+        return os.path.getsize(path)
+    except (OSError, ValueError):
+        return None
+
+
+def modified(path: str) -> int | None:
+    """When `path` was last modified, in ns since 1970; None if there is no such file or folder."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+
+
+def cache_folder(name: str) -> str:
+    """The folder `name` in this user's cache, which need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "dcae_jax", name)
 
 
 def sha256(path: str) -> str:
@@ -115,11 +132,19 @@ def sha256(path: str) -> str:
 
 
 def walk(root: str) -> Iterator[str]:
-    """The paths, relative to the folder `root`, of all files below it.
+    """The paths, relative to the folder `root`, of all files below it."""
+    for folder, _, names in walk_folders(root):
+        yield from (os.path.normpath(os.path.join(folder, name)) for name in names)
 
-    Links to folders are followed, each folder once, so that a loop of links ends.
+
+def walk_folders(root: str) -> Iterator[tuple[str, int | None, list[str]]]:
+    """(path relative to `root`, `modified` before it was read, its files) of each folder below it.
+
+    The folder `root` itself comes first. Links to folders are followed, each folder once, so that
+    a loop of links ends.
     """
     seen = {os.path.realpath(root)}
+    times = {root: modified(root)}
     for parent, folders, files in os.walk(root, followlinks=True):
         folders.sort()
         new = {}
@@ -128,8 +153,8 @@ def walk(root: str) -> Iterator[str]:
         # In place: os.walk continues with what is left.
         folders[:] = [name for real, name in new.items() if real not in seen]
         seen.update(new)
-        for name in files:
-            yield os.path.normpath(os.path.join(os.path.relpath(parent, root), name))
+        times |= {path: modified(path) for path in (os.path.join(parent, name) for name in folders)}
+        yield os.path.relpath(parent, root), times.pop(parent), files
 
 
 def write_file(path: str, data: bytes) -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from dcae_jax import errors
+from dcae_jax import errors, files
 from dcae_jax.errors import UserError
 
 # Exit statuses, beside preemption.STATUS.
@@ -98,8 +98,7 @@ def use_compile_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", files.cache_folder("xla"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             # By default JAX does not cache what compiles in under a second, and a start has many.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
