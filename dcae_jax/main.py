@@ -40,6 +40,7 @@ JOBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command, or the job that config.job names; returns the exit status."""
+    process.note_start()
     process.set_up_logging()
     argv = sys.argv if argv is None else argv
     is_command = len(argv) > 1 and not argv[1].startswith("-")

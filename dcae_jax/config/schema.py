@@ -288,6 +288,8 @@ class Training:
     ema_decay: float = key(0.9999,
         "decay at step t: ema_decay * (1 - exp(-t / ema_warmup)); 0: no averages", ge=0, lt=1)
     ema_warmup: int = key(2000, "time constant of the EMA warm-up, in steps", ge=1)
+    tracker: str = key("",
+        "FILE.py:FUNCTION that is given each metric row, as for W&B (docs/training.md); '': none")
     log_every: int = key(100, "steps between rows of metrics.jsonl", ge=1)
     save_every: int = key(1000, "steps between checkpoints", ge=1)
     keep: int = key(2, "checkpoints to keep", ge=1)

@@ -40,6 +40,23 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 340.0, 2, "default"),
 }
 
+# Device kinds, as JAX reports them.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip of a device of this kind; None if the table has none, as for CPUs and GPUs."""
+    return CHIPS[KINDS[kind]] if kind in KINDS else None
+
+
 # Not available to a program: libtpu keeps a quarter of a GiB, and prefetched batches take room.
 RESERVE = GIB / 2
 

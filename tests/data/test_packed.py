@@ -21,6 +21,16 @@ KINDS = ["webdataset", "arrow", "parquet"]
 SAVED = os.path.join(ROOT, "tests", "goldens", "huggingface")
 
 
+@pytest.fixture
+def image_folder(image_folder):
+    """Those of the other tests, with a slope, so that each crop is another."""
+    for path in pathlib.Path(image_folder).rglob("*.png"):
+        image = Image.open(path)
+        slope = Image.linear_gradient("L").resize(image.size).rotate(30)
+        Image.merge("RGB", (*image.split()[:2], slope)).save(path)
+    return image_folder
+
+
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -167,6 +177,8 @@ def test_a_data_set_that_cannot_be_read_is_one_line(tmp_path):
         huggingface.huggingface(str(tmp_path), "train")
     saved = pathlib.Path(SAVED, "parquet", "data", "train-00000-of-00001.parquet")
     table = pq.read_table(saved)
+    pq.write_table(table.append_column("mask", table["image"]), file)
+    assert huggingface.huggingface(str(tmp_path), "train").column == "image"
     pq.write_table(table.drop_columns(["image"]), file)
     huggingface._metadata.cache_clear()
     with pytest.raises(UserError, match="has the columns label; rename"):
@@ -224,7 +236,7 @@ def test_a_damaged_tar_is_named(image_folder, tmp_path, fault):
     places = webdataset.webdataset(path).places
     pathlib.Path(path, "0.tar.index.npz").unlink()
     if fault == "header":
-        content[places[3, 1] - 512] ^= 1
+        content[places[3, 1] - 3 * 512] ^= 1  # its extended header
     elif fault == "label":
         content = content.replace(b"0" + bytes(511), b"x" + bytes(511), 1)
     elif fault == "cut":
