@@ -25,16 +25,18 @@ MAX_JSON = 10_000_000  # bytes
 
 
 @contextlib.contextmanager
-def atomic(path: str) -> Iterator[str]:
+def atomic(path: str, flush: bool = True) -> Iterator[str]:
     """The name of a file to write beside `path`, which becomes `path` at the end of the block.
 
-    A reader sees the old file or the new one, whole and flushed to disk. If the block raises,
-    nothing is left. The folder of `path` is created.
+    A reader sees the old file or the new one, whole and flushed to disk (without `flush`, a crash
+    of the machine may lose both). If the block raises, nothing is left. The folder of `path` is
+    created.
     """
     with _temporary(path) as beside:
         yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
 
 

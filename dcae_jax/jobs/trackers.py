@@ -41,10 +41,9 @@ def _function(name: str) -> Callable[[dict[str, Any], str], Tracker]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"tracker={name!r} cannot be imported: {error!r}; repair it") from error
-    found: Any = getattr(module, function, None)
-    if not callable(found):
+    if not callable(getattr(module, function, None)):
         raise UserError(f"tracker={name!r}: {path} has no function {function!r}")
-    return found
+    return getattr(module, function)
 
 
 def _forgiving(track: Tracker, name: str) -> Tracker:

@@ -159,7 +159,9 @@ def test_the_goodput_of_a_run_killed_three_times_agrees_with_another_clock(tmp_p
             child.send_signal(signal.SIGKILL)
         status = child.wait()
         assert status == (-signal.SIGKILL if steps < 1000 else 0), (tmp_path / "log").read_text()
-        runs.append((began, time.monotonic(), _events(events)))
+        noted = _events(events)
+        ended = time.monotonic() if status else next(e[0] for e in noted if e[1] == "returned")
+        runs.append((began, ended, noted))
     lines = goodput.read(str(workdir))
     assert len(lines) == 4
     firsts = [line["first_step"] for line in lines]

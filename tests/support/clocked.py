@@ -73,4 +73,6 @@ make_evaluation, hooks.evaluation = hooks.evaluation, evaluation
 save_state, manager.save = manager.save, save
 
 if __name__ == "__main__":
-    sys.exit(main.main(["main", *sys.argv[2:]]))
+    status = main.main(["main", *sys.argv[2:]])
+    note("returned")  # what Python's exit takes is no part of any record
+    sys.exit(status)
