@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,15 @@ def _remove(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         os.remove(path)
+
+
+def check_local(path: str, key: str) -> None:
+    """Raises UserError for a URL, as of a bucket: os.path would make a local folder of it."""
+    if re.match(r"\w[\w+.-]*:/", path):
+        raise UserError(
+            f"{key}={path!r} is a URL, but files are read and written in folders only; mount the "
+            "bucket (gcsfuse, or mountpoint-s3 for reading) and name the mounted folder"
+        )
 
 
 def check_folder(path: str) -> None:

@@ -50,6 +50,7 @@ def load_weights(
     a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
     Raises UserError if there is nothing to load.
     """
+    files.check_local(path, "path")
     full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
         return _load_export(full, kind)

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(workdir: str) -> str:
     """Blocks of lines, one per run in `workdir`. Raises UserError if there is none."""
+    files.check_local(workdir, "workdir")
     if not os.path.isdir(workdir):
         raise UserError(f"{workdir!r} is not a folder; name the --workdir of a job")
     if found := describe(workdir):
