@@ -9,8 +9,7 @@ training/step.py; what the hooks call is in hooks.py.
 
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -143,7 +142,7 @@ def train(
         ) as writer,
     ):
         with times.section("compile"):
-            train_steps = compile_steps(run, traced, stopped)
+            train_steps = run_lib.compile_steps(run, traced, stopped)
         times.facts(**times_lib.program(config, train_steps or {}))
         owed = config.evaluate_first
         if checkpoint:  # a signal may have cut its evaluation short
@@ -225,22 +224,3 @@ def restore_or_initialise(
     run_lib.write_record(run, checkpoint, origin)
     logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
     return manager, state, means, next_example
-
-
-def compile_steps(
-    run: Run, traced: Mapping[int, jax.stages.Traced], stopped: Callable[[], bool]
-) -> dict[int, jax.stages.Compiled] | None:
-    """{size per side: the compiled train step}; None if a signal came meanwhile."""
-    compiled = {}
-    for size, trace in traced.items():
-        if stopped():
-            return None
-        began = time.perf_counter()
-        compiled[size] = trace.lower().compile()
-        what = "latents per side" if run.latents else "pixels"
-        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
-    if run.lpips:
-        percent = tables.lpips_percent(run.config.batch_size, run.lpips, compiled)
-        if percent is not None:
-            logging.info("LPIPS is %.0f %% of the step's FLOPs", percent)
-    return compiled
