@@ -88,11 +88,11 @@ def utilisation(line: Line) -> float | None:
 
     None where the chip table has no such device, or the FLOPs are not known.
     """
-    chip = chips.of_device(line.get("device", ""))
+    peak = chips.peak_flops(line.get("device", ""))
     steps = line["last_step"] - line["first_step"]
-    if not chip or not line.get("flops") or not line["step_s"] or not steps:
+    if not peak or not line.get("flops") or not line["step_s"] or not steps:
         return None
-    return line["flops"] * steps / (line["step_s"] + line["input_s"]) / chip.flops
+    return line["flops"] * steps / (line["step_s"] + line["input_s"]) / peak
 
 
 def summary(lines: Sequence[Line]) -> str:
@@ -109,7 +109,7 @@ def machine(line: Line) -> str:
     """Utilisation and peak memory of a process, as far as they are known."""
     said = []
     if (used := utilisation(line)) is not None:
-        said.append(f"{100 * used:.1f} % of {line['device']}'s peak FLOP/s")
+        said.append(f"{100 * used:.1f} % of the bfloat16 peak of {line['device']}")
     if line["peak_bytes"]:
         said.append(f"peak device memory {line['peak_bytes'] / 1e9:.2f} GB")
     return ", ".join([*said, f"peak host memory {line['peak_host_bytes'] / 1e9:.2f} GB"])

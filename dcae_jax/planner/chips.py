@@ -52,9 +52,18 @@ KINDS = {
 }
 
 
-def of_device(kind: str) -> Chip | None:
-    """The chip of a device of this kind; None if the table has none, as for CPUs and GPUs."""
-    return CHIPS[KINDS[kind]] if kind in KINDS else None
+# FLOPs per second of GPUs, bfloat16 without sparsity (NVIDIA's data sheets); none is planned for.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+    """FLOPs per second, in bfloat16, of a device of this kind; None if unknown, as of a CPU."""
+    return CHIPS[KINDS[kind]].flops if kind in KINDS else GPUS.get(kind)
 
 
 # Not available to a program: libtpu keeps a quarter of a GiB, and prefetched batches take room.

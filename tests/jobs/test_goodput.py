@@ -114,6 +114,8 @@ def test_utilisation_is_of_the_chips_peak_and_unknown_without_one():
     assert goodput.utilisation(line) == pytest.approx(0.25 * 10 / 5)
     assert goodput.utilisation(line | {"device": "cpu"}) is None
     assert goodput.utilisation(line | {"flops": None}) is None
+    gpu = line | {"device": "NVIDIA H100 80GB HBM3", "flops": 989e12}
+    assert goodput.utilisation(gpu) == pytest.approx(10 / 5)
     assert set(chips.KINDS.values()) == set(chips.CHIPS)
 
 
