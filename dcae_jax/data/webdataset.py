@@ -95,7 +95,6 @@ def webdataset(path: str) -> WebDataset:
 def _indexes(tars: Sequence[str]) -> list[indexes.Arrays]:
     """The index of each tar. Hosts and threads that start together begin at different tars, so
     that each finds most of the indexes written."""
-    found: dict[str, indexes.Arrays] = {}
     order = random.sample(tars, len(tars))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = dict(zip(order, pool.map(_index, order), strict=True))
