@@ -34,6 +34,7 @@ OPTIONAL = {
     "huggingface_hub": "huggingface_hub",
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",
+    "pyarrow": "pyarrow",
     "torch": "torch",
 }
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,16 +26,18 @@ MAX_JSON = 10_000_000  # bytes
 
 
 @contextlib.contextmanager
-def atomic(path: str) -> Iterator[str]:
+def atomic(path: str, flush: bool = True) -> Iterator[str]:
     """The name of a file to write beside `path`, which becomes `path` at the end of the block.
 
-    A reader sees the old file or the new one, whole and flushed to disk. If the block raises,
-    nothing is left. The folder of `path` is created.
+    A reader sees the old file or the new one, whole and flushed to disk (without `flush`, a crash
+    of the machine may lose both). If the block raises, nothing is left. The folder of `path` is
+    created.
     """
     with _temporary(path) as beside:
         yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
 
 
@@ -68,6 +71,15 @@ def _remove(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         os.remove(path)
+
+
+def check_local(path: str, key: str) -> None:
+    """Raises UserError for a URL, as of a bucket: os.path would make a local folder of it."""
+    if re.match(r"\w[\w+.-]*:/", path):
+        raise UserError(
+            f"{key}={path!r} is a URL, but files are read and written in folders only; mount the "
+            "bucket (gcsfuse, or mountpoint-s3 for reading) and name the mounted folder"
+        )
 
 
 def check_folder(path: str) -> None:
@@ -106,7 +118,24 @@ def listdir(folder: str) -> list[str]:
 
 def size(path: str) -> int | None:
     """Bytes of the file `path`, None if there is no such file."""
-    return os.path.getsize(path) if os.path.exists(path) else None
+    try:
+        return os.path.getsize(path)
+    except (OSError, ValueError):
+        return None
+
+
+def modified(path: str) -> int | None:
+    """When `path` was last modified, in ns since 1970; None if there is no such file or folder."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+
+
+def cache_folder(name: str) -> str:
+    """The folder `name` in this user's cache, which need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "dcae_jax", name)
 
 
 def sha256(path: str) -> str:
@@ -115,11 +144,19 @@ def sha256(path: str) -> str:
 
 
 def walk(root: str) -> Iterator[str]:
-    """The paths, relative to the folder `root`, of all files below it.
+    """The paths, relative to the folder `root`, of all files below it."""
+    for folder, _, names in walk_folders(root):
+        yield from (os.path.normpath(os.path.join(folder, name)) for name in names)
 
-    Links to folders are followed, each folder once, so that a loop of links ends.
+
+def walk_folders(root: str) -> Iterator[tuple[str, int | None, list[str]]]:
+    """(path relative to `root`, `modified` before it was read, its files) of each folder below it.
+
+    The folder `root` itself comes first. Links to folders are followed, each folder once, so that
+    a loop of links ends.
     """
     seen = {os.path.realpath(root)}
+    times = {root: modified(root)}
     for parent, folders, files in os.walk(root, followlinks=True):
         folders.sort()
         new = {}
@@ -128,8 +165,8 @@ def walk(root: str) -> Iterator[str]:
         # In place: os.walk continues with what is left.
         folders[:] = [name for real, name in new.items() if real not in seen]
         seen.update(new)
-        for name in files:
-            yield os.path.normpath(os.path.join(os.path.relpath(parent, root), name))
+        times |= {path: modified(path) for path in (os.path.join(parent, name) for name in folders)}
+        yield os.path.relpath(parent, root), times.pop(parent), files
 
 
 def write_file(path: str, data: bytes) -> None:

@@ -41,6 +41,7 @@ JOBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command, or the job that config.job names; returns the exit status."""
+    process.note_start()
     process.set_up_logging()
     argv = sys.argv if argv is None else argv
     is_command = len(argv) > 1 and not argv[1].startswith("-")
@@ -89,6 +90,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         raise UserError(f"{rest[1]!r} is not a flag; {hint}")
     if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
+    files.check_local(workdir.value or "", "--workdir")
     if job not in JOBS:
         raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
     return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))

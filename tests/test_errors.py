@@ -12,6 +12,7 @@ import pytest
 from support import ROOT
 
 from dcae_jax import errors
+from dcae_jax.data import huggingface
 from dcae_jax.errors import UserError
 from dcae_jax.planner import chips
 from dcae_jax.pretrained import hub, torch_io
@@ -27,6 +28,7 @@ BEHIND = {"absl-py", "ml-dtypes", "etils"}
 USES = {
     "gradio": lambda path: app.main(["runs/phase3"]),
     "huggingface_hub": lambda path: hub.fetch("someone/model"),
+    "pyarrow": lambda path: huggingface.huggingface(_touch(path / "a.parquet"), "train"),
     "libtpu": lambda path: chips.check_compiler("v5e:2x2"),
     "torch": lambda path: torch_io.read_state_dict(_touch(path / "weights.pth")),
     "kubernetes": None,  # JAX asks for it: tests/runtime/test_distributed.py

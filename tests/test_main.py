@@ -98,6 +98,18 @@ def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
     assert status == process.MISTAKE and said.count("\n") == 1 and word in said, said
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
+@pytest.mark.parametrize("key", ["workdir", "config.init_from", "config.data.path"])
+def test_a_bucket_is_refused_in_one_line(run, monkeypatch, tmp_path, url, key):
+    """Catches a run of days in a local folder called 'gs:'."""
+    monkeypatch.chdir(tmp_path)
+    options = {"workdir": False} if key == "workdir" else {}
+    status, said = run(f"--{key}={url}", **options)
+    assert status == process.MISTAKE and said.count("\n") == 1, said
+    assert f"{key.removeprefix('config.')}={url!r} is a URL" in said and "mount the bucket" in said
+    assert not (tmp_path / "gs:").exists() and not (tmp_path / "s3:").exists()
+
+
 JOBS = ["phase1.py:tiny", "phases.py:tiny"] + [
     f"{job}.py" for job in ("encode", "sample", "evaluate", "export", "plan")
 ]

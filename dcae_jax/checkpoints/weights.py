@@ -49,6 +49,7 @@ def load_weights(
     a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
     Raises UserError if there is nothing to load or the weights are not of the variant.
     """
+    files.check_local(path, "path")
     full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
         weights, saved = _load_export(full, kind)

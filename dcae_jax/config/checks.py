@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks across keys that need only their values: no model, data or devices."""
 
+from dcae_jax import files
 from dcae_jax.config.schema import Augment, Config, Structured
 from dcae_jax.errors import UserError, nearest_multiples
 
 
 def check(config: Config) -> None:
     """Raises UserError where keys contradict each other."""
+    for key, path in (
+        ("init_from", config.init_from),
+        ("autoencoder", config.autoencoder),
+        ("data.path", config.data.path),
+        ("data.held_out_path", config.data.held_out_path),
+        ("evaluate.samples", config.evaluate.samples),
+        ("evaluate.reference", config.evaluate.reference),
+        ("export.out", config.export.out),
+        *((f"data.parts, {kind}", str(path)) for _, kind, path in config.data.parts),
+    ):
+        files.check_local(path, key)
     low, high = config.sample.guidance_interval
     if not low <= high:
         interval = config.sample.guidance_interval

@@ -2,19 +2,22 @@
 """Identity of a source's contents, computed without reading an image."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
 from dcae_jax import files as files_lib
 from dcae_jax.config.schema import Data
-from dcae_jax.data.sources import Folder, ImageSource, Mixture, Subset, Tfds
+from dcae_jax.data.folders import Folder
+from dcae_jax.data.huggingface import HuggingFace
+from dcae_jax.data.sources import ImageSource, Mixture, Subset, Tfds
+from dcae_jax.data.webdataset import WebDataset
 
 # Keys of config.data that determine the images of a source.
 IDENTITY = {
     "photos": (),
     "folder": ("path",),
+    "huggingface": ("path", "split"),
+    "webdataset": ("path",),
     "tfds": ("name", "split", "data_dir"),
     "mixture": ("parts", "data_dir"),
 }
@@ -47,24 +50,9 @@ def _index(source: ImageSource) -> Iterator[str]:
         for number, part in enumerate(source.parts):
             yield f"part {number}"
             yield from _index(part)
-    elif isinstance(source, Folder):
-        for file, size in zip(source.files, _sizes(source), strict=True):
-            yield f"{file!r} {size}"
-    elif isinstance(source, Tfds):
+    elif isinstance(source, Folder | WebDataset):
+        yield from source.index()
+    elif isinstance(source, Tfds | HuggingFace):
         yield source.fingerprint
     else:
         yield from map(source.name, range(len(source)))
-
-
-def _sizes(source: Folder) -> Iterator[int | None]:
-    """Size of each file in bytes, read in threads: a million files on a network disk are slow.
-
-    None for a dangling link, which counts as an unreadable record.
-    """
-
-    def some(first: int) -> list[int | None]:
-        return [files_lib.size(source.name(i)) for i in range(first, min(first + 1000, count))]
-
-    count = len(source)
-    with futures.ThreadPoolExecutor(16) as pool:
-        yield from itertools.chain.from_iterable(pool.map(some, range(0, count, 1000)))

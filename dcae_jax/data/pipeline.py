@@ -25,6 +25,7 @@ Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]  # Examples, stacked
 
 TRIES = 8  # records tried per example
+ENDLESS = 2**62  # examples; Grain divides lengths as floats, which round the longest up
 GOLDEN = (5**0.5 - 1) / 2
 BAD_FRACTION, BAD_AFTER = 0.01, 200  # an error above this fraction, after this many records
 
@@ -156,7 +157,7 @@ def training_batches(
     """
     # `start` need not be a multiple of batch_size: a resumed run may have changed the latter.
     load = _Load(source, data, seed, batch_size, start % batch_size, sizes)
-    examples = _record_order(source, seed).map_with_index(load.example)[start:]
+    examples = _record_order(source, seed).map_with_index(load.example)[start:ENDLESS]
     batches = examples.batch(batch_size // processes)[process::processes]
     counter = Unreadable(source.name)
     for batch in _read_ahead(batches, data.threads, data.prefetch, data.workers):

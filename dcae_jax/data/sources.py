@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image sources: random access to photographs, image folders, TFDS sets and mixtures of them.
+"""Image sources: random access to photographs, files, data sets, and mixtures of them.
 
 `training_source` and its siblings open what config.data names, each for one purpose.
 """
@@ -17,17 +17,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from dcae_jax import files as files_lib
 from dcae_jax.config.schema import Data
-from dcae_jax.data.transforms import to_rgb
+from dcae_jax.data import huggingface as huggingface_lib
+from dcae_jax.data.folders import NO_LABEL, Folder, folder
+from dcae_jax.data.huggingface import HuggingFace, huggingface
+from dcae_jax.data.transforms import decode, to_rgb
+from dcae_jax.data.webdataset import WebDataset, webdataset
 from dcae_jax.errors import UserError
-
-# Formats that are opened, whatever the file extension. Pillow's other readers are unsafe for
-# untrusted files: the EPS reader, for example, starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-
-NO_LABEL = -1  # an error in the job `encode`; autoencoders need no labels
 
 # Photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = (
@@ -112,47 +108,6 @@ def photos(files: Sequence[tuple[str, str]] = PHOTOS) -> Photos:
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """Image files; a file's label is the rank of its top-level folder below the root.
-
-    Without such folders, every label is 0; a file beside them has NO_LABEL.
-    """
-
-    root: str
-    files: tuple[str, ...]  # relative to root
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return self.read(i, 0)
-
-    def read(self, i: int, least: int) -> tuple[Image.Image, int]:
-        file = self.files[i]
-        top = file.split(os.sep)[0] if os.sep in file else ""
-        label = self.class_names.index(top) if top else NO_LABEL if self.class_names else 0
-        with Image.open(os.path.join(self.root, file), formats=FORMATS) as image:
-            return to_rgb(_draft(image, least)), label
-
-    def name(self, i: int) -> str:
-        return os.path.join(self.root, self.files[i])
-
-
-def folder(path: str) -> Folder:
-    """All images below `path`, or one image file, in sorted order. Raises UserError."""
-    if os.path.isfile(path):
-        return Folder(os.path.dirname(path) or ".", (os.path.basename(path),), ())
-    if not os.path.isdir(path):
-        raise UserError(f"data.path={path!r} does not exist; name a folder of images")
-    files = sorted(file for file in files_lib.walk(path) if file.lower().endswith(EXTENSIONS))
-    if not files:
-        raise UserError(f"data.path={path!r} holds no images ({' '.join(EXTENSIONS)})")
-    classes = sorted({file.split(os.sep)[0] for file in files if os.sep in file})
-    return Folder(path, tuple(files), tuple(classes))
-
-
-@dataclasses.dataclass(frozen=True)
 class Tfds:
     """A split of a prepared TFDS data set, read as ArrayRecord without TensorFlow."""
 
@@ -169,8 +124,7 @@ class Tfds:
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         record = self.records[i]
-        with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
-            return to_rgb(_draft(image, least)), int(record.get("label", 0))
+        return decode(io.BytesIO(record["image"]), least), int(record.get("label", 0))
 
     def name(self, i: int) -> str:
         return f"{self.title}, record {i}"
@@ -271,6 +225,8 @@ class Mixture:
 # --- which of them a job reads --------------------------------------------------------------------
 
 Use = Literal["train", "held out", "evaluate", "encode"]
+FILES = ("folder", "huggingface", "webdataset")  # sources that data.path names
+PARTS = ("photos", *FILES, "tfds")  # of a mixture
 
 
 def training_source(data: Data) -> ImageSource:
@@ -306,32 +262,54 @@ def _images(data: Data, use: Use) -> ImageSource:
     if data.source == "latents":
         raise UserError(
             f"data.source='latents' ({data.path!r}) has no images; set "
-            "data.source=folder, tfds, photos or mixture"
+            "data.source=folder, huggingface, webdataset, tfds, photos or mixture"
         )
-    if data.held_out_path and use == "held out":
-        return folder(data.held_out_path)
-    source = folder(data.path)
+    has_split = False  # a split of its own for evaluation
+    if data.source == "huggingface" and data.held_out_split and not data.held_out_path:
+        has_split = bool(huggingface_lib.splits_of(data.path))
+    if use == "held out" and (data.held_out_path or has_split):
+        return _files(data, data.held_out_path or data.path, data.held_out_split or data.split)
+    source = _files(data, data.path, data.split)
     if use == "encode":
-        _check_labels(source)
-    if data.held_out_path or not data.held_out or use in ("evaluate", "encode"):
+        _check_labels(source, data.path)
+    if data.held_out_path or has_split or not data.held_out or use in ("evaluate", "encode"):
         return source
-    return Subset(source, _hold_out(source, data.held_out)[0 if use == "train" else 1])
+    held_out = _hold_out(source, data.held_out, data.path)
+    return Subset(source, held_out[0 if use == "train" else 1])
 
 
-def _check_labels(source: Folder) -> None:
-    """Raises UserError for images beside class folders, before hours of encoding."""
-    beside = [file for file in source.files if os.sep not in file] if source.class_names else []
-    if beside:
+Files = Folder | HuggingFace | WebDataset
+
+
+def _files(data: Data, path: str, split: str) -> Files:
+    """The images in the files of `path`. split: of a huggingface set. Raises UserError."""
+    if data.source == "huggingface":
+        return huggingface(path, split)
+    return webdataset(path) if data.source == "webdataset" else folder(path)
+
+
+def _check_labels(source: Files, path: str) -> None:
+    """Raises UserError for images without a label, before hours of encoding."""
+    if isinstance(source, Folder):
+        beside = [file for file in source.files if os.sep not in file] if source.class_names else []
+        if beside:
+            raise UserError(
+                f"data.path={path!r} has {len(beside)} images beside its class folders, without "
+                f"a label ({beside[0]}); move them into a class folder, or elsewhere"
+            )
+        return
+    without = np.flatnonzero(source.labels == NO_LABEL)
+    if len(without):
         raise UserError(
-            f"data.path={source.root!r} has {len(beside)} images beside its class folders, without "
-            f"a label ({beside[0]}); move them into a class folder, or elsewhere"
+            f"data.path={path!r} has {len(without)} images without a label "
+            f"({source.name(int(without[0]))}); label or remove them"
         )
 
 
 def _mixture(data: Data, use: Use) -> Mixture:
     """The parts (weight, source, path) of config.data.parts. Raises UserError.
 
-    path: a folder, or NAME/SPLIT of a tfds set; '' for photos.
+    path: as data.path, or NAME/SPLIT of a tfds set; '' for photos.
     """
     if not data.parts:
         raise UserError("data.parts is empty; give (weight, source, path) for each part")
@@ -342,11 +320,9 @@ def _mixture(data: Data, use: Use) -> Mixture:
         )
     parts, weights = [], []
     for entry in data.parts:
-        if len(entry) != 3 or entry[1] not in ("photos", "folder", "tfds") or not entry[0] > 0:
-            raise UserError(
-                f"data.parts: {tuple(entry)!r} must be (weight above 0, 'photos', 'folder' or "
-                "'tfds', path)"
-            )
+        if len(entry) != 3 or entry[1] not in PARTS or not entry[0] > 0:
+            kinds = f"{', '.join(map(repr, PARTS[:-1]))} or {PARTS[-1]!r}"
+            raise UserError(f"data.parts: {tuple(entry)!r} must be (weight above 0, {kinds}, path)")
         weight, kind, path = entry
         one = dataclasses.replace(data, source=kind, path=path)
         if kind == "tfds":
@@ -357,24 +333,16 @@ def _mixture(data: Data, use: Use) -> Mixture:
     return Mixture(tuple(parts), tuple(weights))
 
 
-def _hold_out(source: Folder, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(source: Files, fraction: float, path: str) -> tuple[np.ndarray, np.ndarray]:
     """(training records, held-out records). Held out are the files whose names hash lowest, so
     that a file keeps its side when others are added."""
-    ranks = [int.from_bytes(hashlib.sha256(f.encode()).digest()[:8], "big") for f in source.files]
+    names = (os.fsencode(name) for name in source.keys)
+    ranks = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
     order = np.argsort(np.array(ranks, np.uint64), kind="stable")
     held = min(max(1, math.ceil(fraction * len(source))), len(source) - 1)
     if held < 1:
         raise UserError(
-            f"data.path={source.root!r} holds one image, too few to hold any out for evaluation; "
+            f"data.path={path!r} holds one image, too few to hold any out for evaluation; "
             "add images, or set data.held_out=0 to evaluate on the training images"
         )
     return np.sort(order[held:]), np.sort(order[:held])
-
-
-def _draft(image: Image.Image, least: int) -> Image.Image:
-    """Sets an opened JPEG to decode at 1/2, 1/4 or 1/8 size, with a short side >= `least`.
-
-    Other formats are unchanged, and so is a JPEG if least=0."""
-    if least:
-        image.draft(None, (least, least))
-    return image

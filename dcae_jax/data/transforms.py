@@ -7,7 +7,7 @@ Also the only conversions between uint8 levels and the models' range [-1, 1].
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -20,6 +20,23 @@ if TYPE_CHECKING:  # reader processes do not import jax
     Array = TypeVar("Array", np.ndarray, jax.Array)
 
 MOST_PIXELS = 2**26  # of a resized image: a 1 x 30,000 sliver would become huge
+
+# Formats that are opened, whatever the file extension. Pillow's other readers are unsafe for
+# untrusted files: the EPS reader, for example, starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+def decode(file: str | IO[bytes], least: int = 0) -> Image.Image:
+    """The RGB image in `file`. Raises whatever a decoder raises for a broken one.
+
+    least: a JPEG decodes at 1/2, 1/4 or 1/8 size, with a short side of at least this many pixels;
+    0: full size.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if least:
+            image.draft(None, (least, least))
+        return to_rgb(image)
 
 
 def to_float(levels: Array) -> Array:

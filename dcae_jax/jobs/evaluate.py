@@ -14,7 +14,7 @@ from dcae_jax import files, models
 from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.config import Config
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import huggingface, sources, transforms
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.evaluation import samples as samples_lib
@@ -125,7 +125,10 @@ def resolve(config: Config) -> Config:
         "evaluate.crops": (settings.crops, 1),
         "evaluate.count": (settings.count, 0),
     }
-    if not settings.samples and config.data.source == "tfds":
+    has_splits = config.data.source == "tfds" or (
+        config.data.source == "huggingface" and bool(huggingface.splits_of(config.data.path))
+    )
+    if not settings.samples and has_splits:
         needed["data.split"] = (config.data.split, "validation")
     if not settings.samples:
         dtype = "float32" if config.dtype == "auto" else config.dtype
@@ -137,7 +140,7 @@ def resolve(config: Config) -> Config:
                 f"{key}={found!r} contradicts evaluate.protocol={name!r}, which has {value!r}; "
                 "leave one of the two out"
             )
-    if not settings.samples and config.data.source not in ("folder", "tfds"):
+    if not settings.samples and config.data.source not in (*sources.FILES, "tfds"):
         raise UserError(
             f"data.source={config.data.source!r} contradicts evaluate.protocol={name!r}; name "
             "ImageNet's validation images with data.source=folder and data.path, or with tfds"

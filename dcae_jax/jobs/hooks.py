@@ -25,7 +25,9 @@ from dcae_jax.data import sources
 from dcae_jax.diffusion import latent_spec
 from dcae_jax.evaluation import networks, reconstruction
 from dcae_jax.jobs import sample
-from dcae_jax.jobs.metric_writer import Clock, MetricWriter, Tracker
+from dcae_jax.jobs.metric_writer import MetricWriter
+from dcae_jax.jobs.times import Times
+from dcae_jax.jobs.trackers import Tracker
 from dcae_jax.setup.run import Run
 from dcae_jax.training import state as state_lib
 from dcae_jax.training.state import TrainState
@@ -54,18 +56,18 @@ class Hook:
     every: tuple[int, ...]  # due at multiples of any of these; 0: never
     call: Callable[[Step], object]
     on_stop: bool = False  # also due when a signal ends the run
-    off_clock: bool = False  # its time does not count as step time
+    section: str = "step"  # of goodput.SECTIONS, that its time counts as
     recheck_stop: bool = False  # hooks after it see a signal that arrived meanwhile
 
     def due(self, step: Step) -> bool:
         regular = any(interval and step.number % interval == 0 for interval in self.every)
         return regular or step.last or (self.on_stop and step.stopping)
 
-    def __call__(self, step: Step, clock: Clock, stopped: Callable[[], bool]) -> Step:
+    def __call__(self, step: Step, times: Times, stopped: Callable[[], bool]) -> Step:
         """Calls the function if it is due; returns the step for the hooks that follow."""
         if not self.due(step):
             return step
-        with clock.paused() if self.off_clock else contextlib.nullcontext():
+        with times.section(self.section):
             self.call(step)
         if self.recheck_stop and not step.stopping:
             return dataclasses.replace(step, stopping=stopped())

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric rows of a training run: means on the devices, written one step late to every tracker."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +9,10 @@ import numpy as np
 from clu import metrics as clu_metrics
 
 from dcae_jax import files
+from dcae_jax.jobs.times import Times
+from dcae_jax.jobs.trackers import Tracker
 
 Means = dict[str, clu_metrics.Metric]
-Tracker = Callable[[int, Mapping[str, float]], None]  # takes a row: (step, {name: value})
 
 # Not averaged between rows: a row holds the last value.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
@@ -46,27 +45,6 @@ def _metric(name: str) -> type[clu_metrics.Metric]:
     return clu_metrics.LastValue if name in LAST_VALUES else clu_metrics.Average
 
 
-class Clock:
-    """Seconds per step and images per second between two rows; pauses do not count."""
-
-    def __init__(self, batch_size: int, step: int):
-        self._batch_size, self._step = batch_size, step
-        self._since = time.perf_counter()
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Seconds per step and images per second since the last lap, up to `step`."""
-        now = time.perf_counter()
-        seconds, count = now - self._since, step - self._step
-        self._since, self._step = now, step
-        return {"step_s": seconds / count, "images_per_s": self._batch_size * count / seconds}
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
-
-
 class MetricWriter:
     """Keeps the running means and hands each row to the trackers.
 
@@ -78,7 +56,7 @@ class MetricWriter:
         self,
         workdir: str,
         start: int,
-        batch_size: int,
+        times: Times,
         means: Means,
         empty: Callable[[], Means],
         trackers: Sequence[Tracker] = (),
@@ -88,8 +66,7 @@ class MetricWriter:
         trackers: called with each row, on process 0, after metrics.jsonl and TensorBoard.
         """
         self.workdir, self.means = workdir, means
-        self.clock = Clock(batch_size, start)
-        self._start, self._empty, self._trackers = start, empty, trackers
+        self._start, self._times, self._empty, self._trackers = start, times, empty, trackers
         self._accumulate = jax.jit(add_metrics, donate_argnums=0)
         self._pending: tuple[int, Means, dict[str, float]] | None = None
         self._scores: dict[str, float] = {}
@@ -113,7 +90,7 @@ class MetricWriter:
 
     def row(self, step: int) -> None:
         """Makes the running means the row of `step` and resets them."""
-        self._pending = (step, self.means, self.clock.lap(step))
+        self._pending = (step, self.means, self._times.lap(step))
         self.means = self._empty()
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
@@ -135,10 +112,11 @@ class MetricWriter:
         else:  # an earlier process wrote the row of this step
             values = scores
             files.merge_row(self.workdir, step, values)
-        for name, value in values.items():
+        shown = values | self._times.gauges()
+        for name, value in shown.items():
             self._events.add_scalar(name, value, step)
         for track in self._trackers:
-            track(step, values)
+            track(step, shown)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes an image [H, W, 3] uint8 to TensorBoard."""

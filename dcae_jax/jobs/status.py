@@ -3,9 +3,11 @@
 
     dcae-jax status runs/phase1      one run
     dcae-jax status runs/tiny        a chain of phases, or any folder of workdirs
+    dcae-jax status runs/phase1 --plot=phase1.png
 
-For training: step, latest metrics, checkpoints and their damage. For `encode` and
-`sample`: what is written so far. For all: whether a job is running there, and how to resume it.
+For training: step, latest metrics, last evaluation, checkpoints and their damage, speed, time left,
+goodput, restarts. For `encode` and `sample`: what is written so far. For all: whether a job is
+running there, and how to resume it.
 """
 
 import os
@@ -20,12 +22,14 @@ from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.loading import PHASES
 from dcae_jax.data import latents
 from dcae_jax.errors import UserError
-from dcae_jax.jobs import evaluate, plan, sample
+from dcae_jax.jobs import evaluate, goodput, plan, sample
 from dcae_jax.runtime import lease, process
 
 Lines = list[tuple[str, str]]  # (item, its status)
 RESUME = "to resume"
 STATE_NONE = ("state", "not started")
+SCORE = re.compile(r"(psnr|ssim|lpips|rfid)_\d+")  # of an evaluation, by pixels per side
+TIMES = ["step_s", "step_deviation_s", "input_wait_s"]
 # Jobs that write nothing to the workdir before they are done: job -> result file.
 RESULTS = {
     "evaluate": evaluate.RESULTS,
@@ -38,13 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status. Raises UserError for a folder without a run."""
     parser = process.parser("dcae-jax status", __doc__)
     parser.add_argument("workdir", help="workdir of a job, or a folder of several")
-    workdir = os.path.normpath(os.path.expanduser(parser.parse_args(arguments).workdir))
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw a training run's curves")
+    given = parser.parse_args(arguments)
+    workdir = os.path.normpath(os.path.expanduser(given.workdir))
     sys.stdout.write(report(workdir))
+    if given.plot:
+        plot(workdir, given.plot)
     return process.DONE
 
 
 def report(workdir: str) -> str:
     """Blocks of lines, one per run in `workdir`. Raises UserError if there is none."""
+    files.check_local(workdir, "workdir")
     if not os.path.isdir(workdir):
         raise UserError(f"{workdir!r} is not a folder; name the --workdir of a job")
     if found := describe(workdir):
@@ -109,9 +118,72 @@ def _training(workdir: str) -> tuple[Lines, bool] | None:
         ("job", f"train: {_model(config)}"),
         ("step", f"{max(row['step'], *steps, 0)} of {config['steps']}"),
         ("latest metrics", f"step {row['step']}: {', '.join(values)}" if rows else "none"),
+        *_evaluation(workdir, rows, config),
         ("checkpoint", saved),
+        *_times(workdir, rows, max(0, config["steps"] - max(row["step"], *steps, 0))),
     ]
     return lines, whole >= config["steps"]
+
+
+def _evaluation(workdir: str, rows: list[dict[str, Any]], config: dict[str, Any]) -> Lines:
+    """The last evaluation: scores of an autoencoder, samples of a diffusion model."""
+    if config["objective"]:
+        names = [n for n in files.listdir(os.path.join(workdir, "images")) if "samples" in n]
+        return [("evaluated", f"images/{name}") for name in names[-1:]]
+    scores = {row["step"]: {k: v for k, v in row.items() if SCORE.fullmatch(k)} for row in rows}
+    for step, values in reversed(scores.items()):
+        if values:
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+            return [("evaluated", f"step {step}: {shown}")]
+    return []
+
+
+def _times(workdir: str, rows: list[dict[str, Any]], left: int) -> Lines:
+    """Speed, time left, goodput and restarts. left: steps to go."""
+    lines: Lines = []
+    speeds = [row for row in rows if row.get("step_s")]
+    known = goodput.read(workdir)
+    found = goodput.goodput(known)
+    if speeds:
+        step_s = speeds[-1]["step_s"]
+        speed = f"{step_s:.3g} s per step, {speeds[-1]['images_per_s']:.4g} images per s"
+        lines.append(("speed", speed))
+        if left:  # with evaluations and checkpoints, as often as before
+            lines.append(("time left", goodput.duration(left * step_s * found.overhead)))
+    if known:
+        restarts = f"{found.restarts}, {goodput.duration(found.stopped_s)} between the processes"
+        lines += [
+            ("goodput", goodput.summary(known)),
+            ("restarts", restarts if found.restarts else "none"),
+            ("machine", goodput.machine(known[-1])),
+        ]
+    return lines
+
+
+def plot(workdir: str, path: str) -> None:
+    """Writes a PNG of a training run's loss, scores, speed and time. Raises UserError."""
+    rows = files.read_rows(workdir)
+    if not rows:
+        raise UserError(f"{workdir!r} has no {files.METRICS} to plot; name the workdir of a run")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    names = sorted({name for row in rows for name in row if SCORE.fullmatch(name)})
+    curves = {"loss": ["loss"], "evaluation": names, "seconds per step": TIMES}
+    for axis, (title, keys) in zip(axes, curves.items(), strict=False):
+        axis.set(title=title, xlabel="step")
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axis.plot(*zip(*points, strict=True), label=key) if points else None
+        axis.legend() if len(keys) > 1 else None
+    found = goodput.goodput(goodput.read(workdir))
+    parts = {goodput.NAMES.get(k, k): v for k, v in found.sections.items()}
+    parts["lost to kills"] = found.lost_s
+    axes[3].barh(list(parts), [seconds / 3600 for seconds in parts.values()])
+    axes[3].set(title=f"goodput {100 * found.fraction:.1f} %", xlabel="hours")
+    with files.atomic(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)
 
 
 def _model(config: dict[str, Any]) -> str:

@@ -7,11 +7,9 @@ the same command continues to the same numbers. The step itself (losses, gradien
 training/step.py; what the hooks call is in hooks.py.
 """
 
-import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,7 +20,8 @@ from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
 from dcae_jax.data import pipeline
 from dcae_jax.errors import UserError
-from dcae_jax.jobs import hooks
+from dcae_jax.jobs import hooks, trackers
+from dcae_jax.jobs import times as times_lib
 from dcae_jax.jobs.hooks import Hook, Step
 from dcae_jax.jobs.metric_writer import Means, MetricWriter, empty_means
 from dcae_jax.jobs.nan_guard import NanGuard
@@ -52,10 +51,12 @@ def run(config: Config, workdir: str) -> int:
             if not hooks.evaluation_owed(config, workdir, checkpoint.step):
                 logging.info("%s is done: step %d of %d", workdir, checkpoint.step, config.steps)
                 return DONE
-        built = run_lib.build(config, workdir, mesh, latents)
-        if checkpoint:
-            checkpoint = run_lib.check_inputs(built, checkpoint)
-        return train(built, checkpoint, stop.is_set)
+        first = checkpoint.step if checkpoint else 0
+        with times_lib.record(workdir, first, config.batch_size) as times:
+            built = run_lib.build(config, workdir, mesh, latents)
+            if checkpoint:
+                checkpoint = run_lib.check_inputs(built, checkpoint)
+            return train(built, checkpoint, stop.is_set, times)
 
 
 def run_phases(phases: dict[str, Config], workdir: str) -> int:
@@ -80,12 +81,18 @@ def run_phases(phases: dict[str, Config], workdir: str) -> int:
     return DONE
 
 
-def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[], bool]) -> int:
+def train(
+    run: Run,
+    checkpoint: run_lib.Checkpoint | None,
+    stopped: Callable[[], bool],
+    times: times_lib.Times,
+) -> int:
     """Trains from the checkpoint of an earlier process, or from step 0, to config.steps."""
     config = run.config
     start = checkpoint.step if checkpoint else 0
     # Opens the evaluation's files now: a missing one must fail before minutes of compiling.
     evaluate = hooks.evaluation(run)
+    tracked = trackers.configured(config, run.workdir)
     traced = run_lib.trace_steps(run)
     _, metric_shapes = next(iter(traced.values())).out_info
     replicated = mesh_lib.replicated(run.mesh)
@@ -108,6 +115,7 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
             # The row first: a run resumed from this checkpoint would not write it again.
             writer.flush()
             checkpoints.save(manager, step.state, writer.means, step.number, step.next_example)
+            times.saved(step.number)
 
     evaluate_every, save_every = config.evaluate_every, config.save_every
     # In this order. Due at multiples of any interval (0: none) and after the run's last step.
@@ -119,26 +127,28 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
         Hook(
             (evaluate_every,),
             lambda s: run_evaluation(s.number, s.state),
-            off_clock=True,
+            section="evaluation",
             recheck_stop=True,
         ),
-        Hook((save_every,), save, on_stop=True, off_clock=True),
+        Hook((save_every,), save, on_stop=True, section="checkpoint"),
         Hook((1,), lambda _: manager.check_for_errors()),  # of saves in the background
     )
     with (
-        contextlib.closing(manager),
+        times.closing(manager),
         hooks.profile(config.profile_steps, run.workdir) as profile,
         hooks.progress_bar(config.steps, start) as bar,
         MetricWriter(
-            run.workdir, start, config.batch_size, means, new_means, (hooks.bar_tracker(bar),)
+            run.workdir, start, times, means, new_means, (hooks.bar_tracker(bar), *tracked)
         ) as writer,
     ):
-        train_steps = compile_steps(run, traced, stopped)
+        with times.section("compile"):
+            train_steps = run_lib.compile_steps(run, traced, stopped)
+        times.facts(**times_lib.program(config, train_steps or {}))
         owed = config.evaluate_first
         if checkpoint:  # a signal may have cut its evaluation short
             owed = hooks.evaluation_owed(config, run.workdir, start)
         if train_steps and owed:
-            with writer.clock.paused():
+            with times.section("evaluation"):
                 owed = not run_evaluation(start, state)
                 writer.flush()
         if train_steps is None or owed:
@@ -158,6 +168,7 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
             process=process,
             processes=processes,
         )
+        batches = times.batches(batches)
         for number in range(start + 1, config.steps + 1):
             profile(number)
             batch = next(batches)
@@ -165,15 +176,17 @@ def train(run: Run, checkpoint: run_lib.Checkpoint | None, stopped: Callable[[],
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = train_step(state, mesh_lib.put_batch(batch, run.mesh), run.lpips)
                 writer.add(metrics)
+            times.dispatched(number, metrics["finite"])
             next_example += config.batch_size
             last, stopping = number == config.steps, stopped()
             step = Step(number, state, metrics, batch, next_example, last=last, stopping=stopping)
             for hook in after_step:
-                step = hook(step, writer.clock, stopped)  # a signal may come during a slow one
+                step = hook(step, times, stopped)  # a signal may come during a slow one
             bar.update(1)
             # After the last step's evaluation a signal changes nothing: the run is done.
             if step.stopping and not (step.last and evaluated == number):
-                manager.wait_until_finished()
+                with times.section("checkpoint"):
+                    manager.wait_until_finished()
                 logging.info(
                     "saved at step %d after a signal; rerun the same command to resume", number
                 )
@@ -211,22 +224,3 @@ def restore_or_initialise(
     run_lib.write_record(run, checkpoint, origin)
     logging.info("%s\n%s", tables.parameters(run.spec), tables.memory(run.abstract, run.mesh))
     return manager, state, means, next_example
-
-
-def compile_steps(
-    run: Run, traced: Mapping[int, jax.stages.Traced], stopped: Callable[[], bool]
-) -> dict[int, jax.stages.Compiled] | None:
-    """{size per side: the compiled train step}; None if a signal came meanwhile."""
-    compiled = {}
-    for size, trace in traced.items():
-        if stopped():
-            return None
-        began = time.perf_counter()
-        compiled[size] = trace.lower().compile()
-        what = "latents per side" if run.latents else "pixels"
-        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
-    if run.lpips:
-        percent = tables.lpips_percent(run.config.batch_size, run.lpips, compiled)
-        if percent is not None:
-            logging.info("LPIPS is %.0f %% of the step's FLOPs", percent)
-    return compiled

@@ -40,6 +40,32 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 340.0, 2, "default"),
 }
 
+# Device kinds, as JAX reports them.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+# FLOPs per second of GPUs, bfloat16 without sparsity (NVIDIA's data sheets); none is planned for.
+GPUS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+    """FLOPs per second, in bfloat16, of a device of this kind; None if unknown, as of a CPU."""
+    return CHIPS[KINDS[kind]].flops if kind in KINDS else GPUS.get(kind)
+
+
 # Not available to a program: libtpu keeps a quarter of a GiB, and prefetched batches take room.
 RESERVE = GIB / 2
 

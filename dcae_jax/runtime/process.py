@@ -9,10 +9,11 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
-from dcae_jax import errors
+from dcae_jax import errors, files
 from dcae_jax.errors import UserError
 
 # Exit statuses, beside preemption.STATUS.
@@ -21,6 +22,8 @@ FAILED = 1  # the machine failed, or training diverged
 MISTAKE = 2  # user error
 INTERRUPTED = 130  # Ctrl-C with nothing saved: 128 + SIGINT, as in shells
 UNREAD = 141  # whoever read the output has stopped, as `| head` does: 128 + SIGPIPE
+
+_started: float | None = None
 
 
 def failure(error: BaseException) -> int:
@@ -38,6 +41,29 @@ def failure(error: BaseException) -> int:
         raise error
     sys.stderr.write(f"error: {line}\n")
     return status
+
+
+def age() -> float:
+    """Seconds since this process started, to 10 ms; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):  # not Linux
+        return 0.0
+
+
+def note_start() -> None:
+    """Notes that this process runs a command, whose time counts from the process's start."""
+    global _started
+    _started = time.perf_counter() - age()
+
+
+def take_start() -> float:
+    """When the command began, by time.perf_counter, for the first job of it that asks; else now."""
+    global _started
+    started, _started = _started, None
+    return time.perf_counter() if started is None else started
 
 
 def has_tpu() -> bool:
@@ -102,8 +128,7 @@ def use_compile_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "dcae_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", files.cache_folder("xla"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             # By default JAX does not cache what compiles in under a second, and a start has many.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -30,7 +30,7 @@ def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
         found["data.content"] = f"{len(source):,} crops, {_short(shards.hexdigest())}"
     else:
         found["data.content"] = f"{len(source):,} images, index {_short(contents.index(source))}"
-        if config.data.source == "folder" and config.data.held_out_path:
+        if config.data.source in sources.FILES and config.data.held_out_path:
             held_out = sources.held_out_source(config.data)
             found["data.held_out_content"] = (
                 f"{len(held_out):,} images, index {_short(contents.index(held_out))}"

@@ -7,7 +7,8 @@ import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -207,6 +208,25 @@ def trace_steps(run: Run) -> dict[int, Any]:
         size: step.trace(run.abstract, abstract_batch(run.config, size, run.mesh), run.lpips)
         for size in batch_sizes(run.config)
     }
+
+
+def compile_steps(
+    run: Run, traced: Mapping[int, jax.stages.Traced], stopped: Callable[[], bool]
+) -> dict[int, jax.stages.Compiled] | None:
+    """{size per side: the compiled train step}; None if a signal came meanwhile."""
+    compiled = {}
+    for size, trace in traced.items():
+        if stopped():
+            return None
+        began = time.perf_counter()
+        compiled[size] = trace.lower().compile()
+        what = "latents per side" if run.latents else "pixels"
+        logging.info("compiled the step at %d %s: %.1f s", size, what, time.perf_counter() - began)
+    if run.lpips:
+        percent = tables.lpips_percent(run.config.batch_size, run.lpips, compiled)
+        if percent is not None:
+            logging.info("LPIPS is %.0f %% of the step's FLOPs", percent)
+    return compiled
 
 
 def batch_sizes(config: Config) -> list[int]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcae_jax import files
 from dcae_jax.config.schema import Data
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import folders, sources, transforms
 from dcae_jax.errors import UserError
 
 
@@ -191,3 +192,37 @@ def test_the_labels_of_a_mixture_are_those_of_all_parts(tmp_path):
     assert all(f"/{names[label]}/" in mixture.name(i) for i, label in enumerate(found))
     with pytest.raises(UserError, match="held_out_path='x'"):
         sources.training_source(Data(**settings, held_out_path="x"))
+
+
+def test_a_large_folder_is_listed_once_until_it_changes(image_folder, tmp_path, monkeypatch):
+    """Catches a million files listed at each start, and a list that misses a change in a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folders, "INDEXED", 12)
+    os.mkdir(os.path.join(image_folder, "empty"))
+
+    def settle():
+        for folder, *_ in os.walk(image_folder):
+            os.utime(folder, (1e9, 1e9))
+
+    def index():
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "walk_folders", None)
+            return sources.folder(image_folder).index()
+
+    plain = sources.folder(image_folder)
+    with pytest.raises(TypeError):
+        index()  # what has just changed may change again at the same time
+    settle()
+    assert sources.folder(image_folder).index() == index() == plain.index()
+    file = plain.name(3)
+    for change in (
+        lambda: os.rename(file, f"{file}.jpg"),
+        lambda: Image.new("RGB", (9, 9)).save(os.path.join(image_folder, "empty", "new.png")),
+        lambda: os.remove(plain.name(5)),
+    ):
+        settle()
+        sources.folder(image_folder)
+        index()
+        change()
+        with pytest.raises(TypeError):
+            index()

@@ -7,11 +7,12 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.data import latents
 from dcae_jax.errors import UserError
-from dcae_jax.jobs import status
+from dcae_jax.jobs import goodput, status
 from dcae_jax.runtime import lease
 
 
@@ -40,6 +41,38 @@ def test_a_run_that_is_done(generator_run):
     assert found["step"] == "4 of 4" and found["checkpoint"] == "step 4, intact"
     assert re.match(r"step 4: .*\bloss \d", found["latest metrics"])
     assert found["job"] == "train: uvit tiny, objective epsilon"
+
+
+def test_speed_time_left_and_goodput_are_those_of_all_restarts(longer, tmp_path):
+    """Catches a time left without evaluations, and restarts or lost steps that are not counted."""
+    (longer / "metrics.jsonl").write_text(
+        '{"step": 2, "psnr_32": 9.5, "step_s": 9.0, "images_per_s": 1.0}\n'
+        '{"step": 4, "loss": 0.1, "step_s": 2.0, "images_per_s": 4.0}\n'
+    )
+    whole = dict.fromkeys((f"{name}_s" for name in goodput.SECTIONS), 0.0)
+    facts = {"marks": {"0": 0.0, "2": 30.0}, "peak_bytes": 0, "peak_host_bytes": 2e9}
+    first = whole | facts | {"started": 0.0, "first_step": 0, "last_step": 3, "step_s": 40.0}
+    second = whole | facts | {"started": 100.0, "first_step": 2, "last_step": 4, "step_s": 10.0}
+    second |= {"evaluation_s": 50.0, "startup_s": 20.0}
+    (longer / goodput.FILE).write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    found = _lines(longer)
+    assert found["speed"] == "2 s per step, 4 images per s"
+    assert found["time left"] == "20 s"  # 5 steps of 2 s, as long again for evaluations
+    assert found["goodput"].startswith("33.3 % of 2 min 0 s in steps; start-up 16.7 %")
+    assert "lost to kills 8.3 %" in found["goodput"]
+    assert found["restarts"] == "1, 1 min 0 s between the processes"
+    assert found["machine"] == "peak host memory 2.00 GB"
+    path = str(tmp_path / "plot.png")
+    assert status.main([str(longer), f"--plot={path}"]) == 0
+    assert Image.open(path).size[0] > 500
+
+
+def test_the_last_evaluation_is_named(generator_run, tmp_path):
+    """Catches the scores of an older evaluation, and samples that are not found."""
+    assert _lines(generator_run)["evaluated"] == "images/step0000004_samples.png"
+    rows = [{"step": 1, "psnr_32": 9.0}, {"step": 2, "psnr_32": 9.5, "loss": 1.0}, {"step": 3}]
+    said = status._evaluation(str(tmp_path), rows, {"objective": ""})
+    assert said == [("evaluated", "step 2: psnr_32 9.5")]
 
 
 def test_a_run_that_stopped_says_how_to_resume(longer):

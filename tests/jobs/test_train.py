@@ -146,6 +146,8 @@ def test_tensorboard_shows_the_rows(whole):
             data = data[16 + size :]
     rows = files.read_rows(str(whole))
     wanted = {(row["step"], k): v for row in rows for k, v in row.items() if k != "step"}
+    goodput = {step: scalars.pop((step, "goodput")) for step in {step for step, _ in wanted}}
+    assert all(0 < value < 1 for step, value in goodput.items() if step), goodput
     assert scalars == {key: pytest.approx(value, rel=1e-6) for key, value in wanted.items()}
     assert pictures == {(step, "reconstruction_32", True) for step in (20, 40)}
 

@@ -91,6 +91,13 @@ WORDS = (
         "is of the job evaluate; leave it empty in the job train, and use configs/evaluate.py",
         "is for the job evaluate (configs/evaluate.py); leave it empty in the job train",
     ),
+    # Two sources more.
+    (
+        "photos, folder, tfds, mixture, latents",
+        "photos, folder, huggingface, webdataset, tfds, mixture, latents",
+    ),
+    ("'photos', 'folder' or 'tfds'", "'photos', 'folder', 'huggingface', 'webdataset' or 'tfds'"),
+    ("=folder, tfds, photos or mix", "=folder, huggingface, webdataset, tfds, photos or mix"),
 )
 # safetensors are read by the library of that name, whose reasons are its own: REASON.
 REASONS = (

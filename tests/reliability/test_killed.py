@@ -4,7 +4,9 @@
 import random
 import signal
 
+import numpy as np
 import pytest
+from support import data as packing
 from support import killing
 
 from dcae_jax.checkpoints import manager as checkpoints
@@ -30,6 +32,27 @@ def test_a_run_killed_five_times_ends_bit_equal(forks, data, whole, tmp_path, se
     hit = killing.survive(forks, argv, workdir, 5, random.Random(seed))
     print("killed at", hit)
     killing.assert_same(whole, workdir)
+
+
+@pytest.mark.xdist_group("killed")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["webdataset", "arrow", "parquet"])
+def test_packed_images_killed_twice_end_with_the_bits_of_their_folder(
+    forks, data, whole, tmp_path, kind
+):
+    """Catches a source whose order, split or position changes with a kill, or with the packing."""
+    packed = packing.pack(data, kind, tmp_path / "packed")
+    path, workdir = packed.pop("data__path"), tmp_path / "run"
+    argv = killing.arguments(workdir, path, **packed)
+    print("killed at", killing.survive(forks, argv, workdir, 2, random.Random(kind)))
+    steps = checkpoints.saved_steps(str(whole))
+    assert steps == checkpoints.saved_steps(str(workdir))
+    for step in steps:
+        left, right = (killing.everything(folder, step) for folder in (whole, workdir))
+        assert left.keys() == right.keys() and len(left) > 100
+        for name, value in left.items():
+            np.testing.assert_array_equal(value, right[name], err_msg=f"{step} {name}")
+    assert killing.rows(whole) == killing.rows(workdir)
 
 
 @pytest.mark.xdist_group("killed")
