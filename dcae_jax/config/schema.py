@@ -81,8 +81,7 @@ class Loss:
     equivariance: float = key(0.0,
         "probability of a step on transformed latents (EQ-VAE, docs/structured.md)", ge=0, le=1)
     equivariance_scales: tuple[float, ...] = key((0.25, 0.5, 0.75),
-        "scales of such a step, those that leave a multiple of f; (): only quarter turns",
-        ge=0, le=1)
+        "its scales, those that leave a multiple of f; (): only quarter turns", ge=0, le=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,7 @@ class Structured:
     """config.structured: an autoencoder's structured latents (DC-AE 1.5, docs/structured.md)."""
 
     channels: tuple[int, ...] = key((),
-        "latent channels to keep, one of these drawn per step; (): all channels, always",
-        ge=1, le=2**16)
+        "channels to keep, one of these drawn per step; (): always all", ge=1, le=2**16)
     count: int = key(1, "draws per step; the loss is their mean", ge=1)
     always_full: bool = key(False, "with count > 1: the last draw is all channels")
 
@@ -101,8 +99,7 @@ class Augment:
     """config.augment: augmented diffusion training (DC-AE 1.5, docs/structured.md)."""
 
     channels: tuple[int, ...] = key((),
-        "latent channels to denoise, one of these drawn per step; (): all channels, always",
-        ge=1, le=2**16)
+        "channels to denoise, one of these drawn per step; (): always all", ge=1, le=2**16)
     count: int = key(1, "draws per step, each with its own noise; the loss is their mean", ge=1)
     always_full: bool = key(False, "with count > 1: the last draw is all channels")
 
@@ -195,8 +192,7 @@ class Evaluate:
     count: int = key(1000, "maximum number of crops, spread over the source; 0: all", ge=0)
     crops: int = key(1, "crops per image; 1: ADM's centre crop, else fixed random crops", ge=1)
     channels: tuple[int, ...] = key((),
-        "score the first channels of the latent alone, for each of these counts; (): all",
-        ge=1, le=2**16)
+        "score only so many first channels of the latent, for each; (): all", ge=1, le=2**16)
     grid: int = key(8, "images in the PNG grids", ge=1)
     lpips_weights: str = key("", "converted AlexNet file; enables LPIPS (docs/evaluation.md)")
     inception_weights: str = key("",
@@ -264,8 +260,7 @@ class Export:
     out: str = key("", "output folder; must be new or empty")
     dtype: Literal["float32", "float16"] = key("float32",
         "dtype of the stored parameters; float16: half the size, autoencoders only")
-    channels: int = key(0,
-        "export a model of only the first latent channels; 0: all", ge=0, le=2**16)
+    channels: int = key(0, "export only the first latent channels; 0: all", ge=0, le=2**16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dcae_jax.runtime import lease, preemption
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import resolve, tables
 from dcae_jax.setup import run as run_lib
-from dcae_jax.setup.run import Run
+from dcae_jax.setup.run import Checkpoint, Run
 from dcae_jax.training.state import TrainState
 
 if TYPE_CHECKING:  # importing it takes a tenth of a second
@@ -42,10 +42,7 @@ def run(config: Config, workdir: str) -> int:
     """The job `train`. Returns 0 when done, 75 when stopped by a signal after saving."""
     mesh = mesh_lib.make_mesh(config.mesh)
     config, latents = resolve.training(config, mesh)  # latents: None for an autoencoder
-    with (
-        lease.hold(workdir, jax.process_index()),
-        preemption.flag(all_processes=True) as stop,
-    ):
+    with lease.hold(workdir, jax.process_index()), preemption.flag(all_processes=True) as stop:
         checkpoint = run_lib.find_checkpoint(config, workdir)
         if checkpoint and checkpoint.step >= config.steps:
             if not hooks.evaluation_owed(config, workdir, checkpoint.step):
@@ -82,10 +79,7 @@ def run_phases(phases: dict[str, Config], workdir: str) -> int:
 
 
 def train(
-    run: Run,
-    checkpoint: run_lib.Checkpoint | None,
-    stopped: Callable[[], bool],
-    times: times_lib.Times,
+    run: Run, checkpoint: Checkpoint | None, stopped: Callable[[], bool], times: times_lib.Times
 ) -> int:
     """Trains from the checkpoint of an earlier process, or from step 0, to config.steps."""
     config = run.config
@@ -195,7 +189,7 @@ def train(
 
 
 def restore_or_initialise(
-    run: Run, checkpoint: run_lib.Checkpoint | None, new_means: Callable[[], Means]
+    run: Run, checkpoint: Checkpoint | None, new_means: Callable[[], Means]
 ) -> tuple["ocp.CheckpointManager", TrainState, Means, int]:
     """(checkpoint manager, state, running means, index of the next example) to start with.
 
