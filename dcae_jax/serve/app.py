@@ -25,7 +25,7 @@ from dcae_jax.api import autoencoder, generator
 from dcae_jax.api.autoencoder import Autoencoder
 from dcae_jax.api.generator import Generator, SampleSettings
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.data import sources
+from dcae_jax.data import transforms
 from dcae_jax.diffusion import samplers
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import process
@@ -164,7 +164,7 @@ def build(autoencoders: dict[str, Autoencoder], generators: dict[str, Generator]
                 gr.Markdown("No autoencoder was named on the command line.")
             with gr.Row(visible=bool(autoencoders)):
                 # A file, not an image component: gradio would open it with any of Pillow's readers.
-                kinds = list(sources.EXTENSIONS)
+                kinds = list(transforms.EXTENSIONS)
                 file = gr.File(label="Image", file_types=kinds, height=140, elem_id="upload")
                 _refuse_urls(file, gr.Error("this page fetches nothing from other servers"))
                 names = list(autoencoders)

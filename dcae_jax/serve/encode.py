@@ -13,7 +13,7 @@ import os
 
 from dcae_jax import files
 from dcae_jax.checkpoints import weights as checkpoint_weights
-from dcae_jax.data import sources
+from dcae_jax.data import transforms
 from dcae_jax.runtime import process
 from dcae_jax.serve import inputs, latent_files, reconstruct
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", default="npz", choices=("npz", "safetensors"))
     reconstruct.add_sizes(parser)
     given = parser.parse_args(arguments)
-    found = inputs.find(given.images, sources.EXTENSIONS)
+    found = inputs.find(given.images, transforms.EXTENSIONS)
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = reconstruct.checked_multiple(given.multiple, ae.compression)

@@ -23,7 +23,7 @@ from PIL import Image
 from dcae_jax import files
 from dcae_jax.api import autoencoder, images
 from dcae_jax.api.autoencoder import Autoencoder
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import transforms
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import process
 
@@ -86,12 +86,12 @@ def read_image(path: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sources.FORMATS) as image:
+            with Image.open(path, formats=transforms.FORMATS) as image:
                 return np.asarray(transforms.to_rgb(image))
     except MemoryError:
         raise
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path} is not an image ({', '.join(sources.FORMATS)})") from None
+        raise UserError(f"{path} is not an image ({', '.join(transforms.FORMATS)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UserError(f"{path} has more than {most} million pixels; cut it into parts") from None

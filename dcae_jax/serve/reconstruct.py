@@ -17,7 +17,7 @@ import numpy as np
 from dcae_jax import files
 from dcae_jax.api import images
 from dcae_jax.api.autoencoder import Autoencoder
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import transforms
 from dcae_jax.errors import UserError
 from dcae_jax.evaluation import pairs
 from dcae_jax.runtime import process
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--alone", action="store_true", help="write the reconstruction alone")
     add_sizes(parser)
     given = parser.parse_args(arguments)
-    found = inputs.find(given.images, sources.EXTENSIONS)
+    found = inputs.find(given.images, transforms.EXTENSIONS)
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = checked_multiple(given.multiple, ae.compression)
