@@ -153,10 +153,8 @@ class Optimizer:
 class Data:
     """config.data: where images or latents come from, and how images are cut."""
 
-    source: Literal[
-        "photos", "folder", "huggingface", "webdataset", "tfds", "mixture", "latents"
-    ] = key("photos",
-        "photos (embedded), folder, huggingface, webdataset, tfds, mixture; latents for diffusion")
+    source: Literal["photos", "folder", "huggingface", "webdataset", "tfds", "mixture",
+        "latents"] = key("photos", "where images come from; latents: for diffusion (docs/data.md)")
     path: str = key("",
         "folder of images, of huggingface or webdataset files, or of latents (docs/data.md)")
     name: str = key("", "tfds: builder name, prepared as ArrayRecord")
@@ -165,8 +163,7 @@ class Data:
     data_dir: str = key("", "tfds: folder of prepared data sets; '': tfds's default")
     split: str = key("train", "tfds, huggingface: split to read")
     held_out_path: str = key("", "as path: images for evaluation while training")
-    held_out_split: str = key("validation",
-        "tfds, huggingface: split for evaluation while training")
+    held_out_split: str = key("validation", "tfds, huggingface: split for evaluation in training")
     held_out: float = key(0.02,
         "fraction of files held out where there is no held_out_path or split", ge=0, lt=1)
     crop: Literal["random", "random_resized", "center"] = key("random",
@@ -310,8 +307,7 @@ class Training:
     ema_decay: float = key(0.9999,
         "decay at step t: ema_decay * (1 - exp(-t / ema_warmup)); 0: no averages", ge=0, lt=1)
     ema_warmup: int = key(2000, "time constant of the EMA warm-up, in steps", ge=1)
-    tracker: str = key("",
-        "FILE.py:FUNCTION that is given each metric row, as for W&B (docs/training.md); '': none")
+    tracker: str = key("", "FILE.py:FUNCTION that takes metric rows (docs/training.md); '': none")
     log_every: int = key(100, "steps between rows of metrics.jsonl", ge=1)
     save_every: int = key(1000, "steps between checkpoints", ge=1)
     keep: int = key(2, "checkpoints to keep", ge=1)
