@@ -21,9 +21,13 @@ KEPT = 3
 
 @pytest.fixture(scope="module")
 def cuttable(tmp_path_factory):
-    """The export of a narrow tiny-1.5 with 8 latent channels."""
+    """The export of a narrow tiny-1.5 with 8 latent channels, each of which shows in the image."""
+
+    def louder(weights):
+        weights["encoder.project_out.kernel"] = 30 * weights["encoder.project_out.kernel"]
+
     folder = str(tmp_path_factory.mktemp("cuttable"))
-    return small_models.export_autoencoder(folder, variant="tiny-1.5")
+    return small_models.export_autoencoder(folder, louder, variant="tiny-1.5")
 
 
 @pytest.fixture(scope="module")
