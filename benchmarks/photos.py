@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers the photographs that docs/results.md trains on: one file of at most 24 MB.
+"""Gathers the photographs that `small` is trained on: one file of at most 24 MB.
 
     python benchmarks/photos.py --out=photos
 
@@ -187,7 +187,7 @@ def report(photos, packages, path: str, digest: str) -> str:
     """photos.md: the contents of the file and their authors."""
     sides = collections.Counter(photo["side"] for photo in photos)
     lines = [
-        "# The photographs of docs/results.md\n",
+        "# The photographs that `small` is trained on\n",
         f"Written by benchmarks/photos.py: {sides['train']} photographs for training and "
         f"{sides['held_out']} held out, in photos.tar of {os.path.getsize(path):,} bytes, SHA-256 "
         f"`{digest}` (Pillow {__version__}).\n",

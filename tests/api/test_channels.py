@@ -157,7 +157,7 @@ def test_scores_by_channels_stand_in_one_table_and_plot(
 ):
     """Catches a cut that is not the model's own, rows under one name, and a plot of another set."""
     caplog.set_level("INFO")
-    evaluate_config.init_from = cuttable
+    evaluate_config.init_from, evaluate_config.model.variant = cuttable, ""
     evaluate_config.evaluate.channels = (KEPT, 8)
     assert run_job(evaluate, evaluate_config, str(tmp_path / "cut")) == 0
     by_channels = json.loads((tmp_path / "cut" / "evaluate.json").read_text())["results"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of photographs that docs/results.md trains on; the pictures are not here."""
+"""The list of photographs that `configs/phase1.py:small` trains on; the pictures are not here."""
 
 import csv
 import importlib.util
