@@ -116,6 +116,7 @@ def test_stored_latents_are_the_first_channels_and_their_statistics(few_latents,
         run_job(encode, config, f"{few_latents}/few")
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_of_few_channels_trains_samples_and_travels(few_latents, tmp_path, alone):
     """Catches a generator that asks for all channels, or decodes few of them as others."""
     config = small_models.diffusion_config(f"{few_latents}/few")

@@ -111,6 +111,7 @@ def _step(config, mesh, values):
     return after, {name: float(value) for name, value in metrics.items()}
 
 
+@pytest.mark.slow
 def test_a_step_draws_noise_for_each_number_of_channels(diffusion_config, one_device, monkeypatch):
     """Catches draws that share their noise, labels of the wrong example, and draws that differ
     between devices or microbatches."""

@@ -85,6 +85,7 @@ def test_the_exact_average_velocity_solves_the_identity(target):
     assert loss.max() < 1e-20 and jnp.abs(slopes.mean(0)).max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["u", pytest.param("v", marks=pytest.mark.slow)])
 def test_a_conditional_velocity_gives_the_same_solution_on_average(target):
     """Catches a target whose mean is not the exact u, which a loss above zero hides."""

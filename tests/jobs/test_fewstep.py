@@ -65,6 +65,7 @@ def test_a_fine_tune_starts_as_its_flow_model(config, flow_run, one_device, alon
             np.testing.assert_array_equal(ours, want)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_grids_and_an_export_that_samples(config, run_export, alone, tmp_path):
     """Catches a grid of another number of jumps, an evaluation that is owed forever, guidance
     that is added to what is folded in, and an export that loses the interval's embedding."""

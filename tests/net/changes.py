@@ -14,7 +14,12 @@ WORDS = (
     # Sub-commands of the one command line.
     ("python -m dcae_jax.torch_io", "dcae-jax convert"),
     # One variant more.
-    (" tiny, f32c32, f64c128", " tiny, small, f32c32, f64c128"),
+    (" tiny, f32c32, f64c128", " tiny, tiny-1.5, small, f32c32, f64c128"),
+    (
+        "dc-ae-f32c128-1.5, dc-ae-f64c128-1.5",
+        "dc-ae-f32c128-1.5, dc-ae-f64c128-1.5, dc-ae-1.5-f32c128, dc-ae-1.5-f64c128, "
+        "dc-ae-f32c128-1.1",
+    ),
     ("make it with dcae_jax.torch_io", "make it with `dcae-jax convert`"),
     # The key `phase` is gone: what starts from weights says so itself.
     ("and phase 1 starts from weights", "but this configuration starts from weights"),

@@ -88,6 +88,7 @@ def test_channels_that_are_not_drawn_do_not_move(cuttable, one_device):
         assert moved[:8].all() and not moved[8:].any()
 
 
+@pytest.mark.slow
 def test_microbatches_and_devices_share_the_draw(cuttable, one_device):
     """Catches a draw of its own in each microbatch, or on each device: another step."""
     cuttable.structured.channels = tuple(range(1, 9))
@@ -172,6 +173,7 @@ def test_transformed_steps_come_up_by_their_probability():
     assert min(int(latent_draws.transform(1.0, 2, _key(n))[0]) for n in range(50)) == 1
 
 
+@pytest.mark.slow
 def test_a_step_with_equivariance_is_the_plain_one_until_it_draws_a_transform(cuttable, one_device):
     """Catches another loss, other gradients or other statistics in the branch without one."""
     cuttable.model.variant = "tiny"  # with BatchNorm
