@@ -85,7 +85,7 @@ def diffusion(workdir: str, steps: int, every: int) -> dict[str, list[dict[str, 
     for mode in MODES:
         stored = os.path.join(workdir, f"{mode}0-latents")
         ae = os.path.join(workdir, f"{mode}0")
-        assert encode.run(config("encode.py", "tiny", init_from=ae), stored) == encode.DONE
+        assert encode.run(config("encode.py", "tiny-1.5", init_from=ae), stored) == encode.DONE
         for name, augment in (("plain", {}), ("augmented", AUGMENT)):
             folder = os.path.join(workdir, f"{mode}0-{name}")
             rows = found[f"{mode} latents, {name}"] = []
