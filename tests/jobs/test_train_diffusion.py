@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import run_job, small_models
+from support.processes import JOINED, two_processes
 
 import dcae_jax
 from dcae_jax import config as config_lib
@@ -18,6 +19,8 @@ from dcae_jax.errors import UserError
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import resolve
+
+AUGMENT = {"channels": (2, 4, 6), "count": 2, "always_full": True}
 
 
 def _arrays(workdir, which="raw"):
@@ -44,11 +47,16 @@ def test_a_run_leaves_rows_samples_and_what_the_latents_fix(
 
 @pytest.mark.parametrize(
     "file",
-    ["uvit", *(pytest.param(f, marks=pytest.mark.slow) for f in ("usit", "dit", "meanflow"))],
+    [
+        "uvit",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("usit", "dit", "meanflow", "augment")),
+    ],
 )
 def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
-    """Catches draws of noise, times or dropped labels that depend on where a run began."""
-    config = small_models.diffusion_config(latents_folder, file)
+    """Catches draws of noise, times, dropped labels or channels that depend on where a run began."""
+    config = small_models.diffusion_config(latents_folder, "dit" if file == "augment" else file)
+    if file == "augment":
+        config.augment.update(AUGMENT)
     workdir, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
     config.steps, config.sample.steps = 4, 2
     run_job(train, config, workdir)
@@ -70,6 +78,31 @@ def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
     name = os.path.join("images", f"step0000004_{grid}.png")
     images = [open(os.path.join(folder, name), "rb").read() for folder in (workdir, halves)]
     assert images[0] == images[1]
+
+
+TRAINING = """
+sys.argv = sys.argv[:1]
+from support import run_job, small_models
+from dcae_jax.jobs import train
+config = small_models.diffusion_config(settings["latents"], "uvit")
+config.augment.update(eval(settings["augment"]))
+config.steps = 2
+print(json.dumps(run_job(train, config, settings["workdir"])))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_augment_as_one(diffusion_config, latents_folder, alone, tmp_path):
+    """Catches numbers of channels, noise or labels that each process draws for itself."""
+    whole, together = str(tmp_path / "whole"), str(tmp_path / "together")
+    diffusion_config.augment.update(AUGMENT)
+    diffusion_config.steps = 2
+    assert run_job(train, diffusion_config, whole) == train.DONE
+    given = {"latents": latents_folder, "augment": repr(AUGMENT), "workdir": together}
+    assert two_processes(TRAINING, given, JOINED) == [0, 0]
+    for ours, want in zip(files.read_rows(together), files.read_rows(whole), strict=True):
+        for key in ("loss", "mse", "channels", "grad_norm"):
+            np.testing.assert_allclose(ours[key], want[key], rtol=1e-4, err_msg=key)
 
 
 def test_latents_that_do_not_fit_are_refused(

@@ -30,7 +30,8 @@ print(json.dumps(run_job(train, config, settings["workdir"])))
 
 def _train(config, workdir, mesh=None):
     """Two processes train `config` into `workdir`."""
-    changed = {key: config.to_dict()[key] for key in ("model", "evaluate", "optimizer")}
+    sections = ("model", "evaluate", "optimizer", "structured")
+    changed = {key: config.to_dict()[key] for key in sections}
     for key in ("resolution", "batch_size", "steps", "log_every", "save_every", "evaluate_every"):
         changed[key] = config[key]
     settings = {"config": changed, "workdir": str(workdir), "mesh": mesh or {}}
@@ -52,10 +53,15 @@ def _assert_same_rows(rows, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{}, {"data": 1, "spatial": 4}])
-def test_two_processes_train_as_one_and_one_resumes_them(mesh, small, alone, tmp_path):
+@pytest.mark.parametrize(
+    "mesh, channels", [({}, ()), ({"data": 1, "spatial": 4}, ()), ({}, (2, 4, 6, 8))]
+)
+def test_two_processes_train_as_one_and_one_resumes_them(mesh, channels, small, alone, tmp_path):
     """Catches images read twice or by nobody, an evaluation of one process's share, rows written
-    by both, and a checkpoint that needs as many processes as wrote it."""
+    by both, a checkpoint that needs as many processes as wrote it, and numbers of channels that
+    each process draws for itself."""
+    if channels:
+        small.model.variant, small.structured.channels = "tiny-1.5", channels
     small.optimizer.eps = 1e-4  # or where a gradient is zero, Adam would step by rounding's sign
     small.evaluate_every = 2
     if mesh:
