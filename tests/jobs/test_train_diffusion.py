@@ -53,7 +53,7 @@ def test_a_run_leaves_rows_samples_and_what_the_latents_fix(
     ],
 )
 def test_a_restarted_run_ends_bit_equal(file, alone, latents_folder, tmp_path):
-    """Catches draws of noise, times, dropped labels or channels that depend on where a run began."""
+    """Catches draws (noise, times, labels, channels) that depend on where a run began."""
     config = small_models.diffusion_config(latents_folder, "dit" if file == "augment" else file)
     if file == "augment":
         config.augment.update(AUGMENT)
