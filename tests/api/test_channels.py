@@ -139,7 +139,7 @@ def test_a_diffusion_model_of_few_channels_trains_samples_and_travels(few_latent
         run_job(export, job, str(tmp_path / "work"))
 
 
-@pytest.mark.parametrize("form", ["orbax", "diffusers"])
+@pytest.mark.parametrize("form", ["orbax", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_an_export_of_few_channels_is_a_model_of_its_own(ae, cuttable, tmp_path, form, alone):
     """Catches an export that says it has few channels and holds all, or the other way round."""
     job = config_lib.load_file(os.path.join(CONFIGS, "export.py"))

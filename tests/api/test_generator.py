@@ -52,6 +52,7 @@ def test_samples_are_decoded_from_unscaled_latents(generator_run, alone, monkeyp
     assert np.mean(images != want) < 1e-3 and np.abs(images.astype(int) - want).max() <= 1
 
 
+@pytest.mark.slow
 def test_samples_on_eight_devices_are_those_of_one(generator_run, alone):
     """Catches noise or labels that follow the layout of the mesh."""
     labels = np.arange(11) % 3

@@ -72,6 +72,7 @@ def test_only_files_of_the_job_are_removed(generator_run, alone, tmp_path):
     assert os.listdir(parts) == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_two_processes_sample_what_one_samples(generator_run, alone, tmp_path):
     """Catches samples that each process makes for itself, or parts that one of them lacks."""
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")

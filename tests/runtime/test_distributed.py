@@ -280,6 +280,7 @@ hosts.assert_same_config({})
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_says_nothing_is_reported():
     """Catches a run that waits for ever for an answer."""
     began = time.monotonic()

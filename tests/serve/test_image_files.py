@@ -144,6 +144,7 @@ def _write(path, **change):
     np.savez(path, **{k: v for k, v in (fields | change).items() if v is not None})
 
 
+@pytest.mark.slow
 def test_latents_of_others_are_refused_in_one_line(command, tmp_path):
     """Catches pickles that run, a traceback, and noise from another encoder's latents."""
     path = tmp_path / "z.npz"
