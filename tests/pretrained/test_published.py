@@ -388,15 +388,11 @@ def test_full_size_weights_travel_there_and_back_bit_for_bit(name, form, tmp_pat
     """Catches a square kernel turned one way only, and two tensors under one name, in the depths
     and widths that are published; both give no error, since all shapes are right."""
     arch = dcae.variant(name)
-    module = abstract(
-        lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=rngs)
+    _, params, stats = split(
+        abstract(lambda rngs: dcae.DCAE(arch, depthwise="grouped", dtype=np.float32, rngs=rngs))
     )
-    _, params, stats = split(module)
-    rng = np.random.default_rng(0)
-    weights = {
-        path: rng.standard_normal(leaf.shape, np.float32)
-        for path, leaf in {**params, **stats}.items()
-    }
+    rng, leaves = np.random.default_rng(0), {**params, **stats}
+    weights = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in leaves.items()}
     write_folder(tmp_path / "hub", arch, weights, form)
     read, saved = checkpoint_weights.load_weights(str(tmp_path / "hub"))
     assert saved.model.variant in (name, "f32c32", "f32c32-sana")
