@@ -71,7 +71,7 @@ def test_a_cut_autoencoder_gives_the_same(ae):
     small, x = ae.cut(KEPT), _images(1, 32, 32)
     assert small.latent_channels == KEPT and small.num_parameters < ae.num_parameters
     z = ae.encode(x, channels=KEPT)
-    np.testing.assert_allclose(small.encode(x), z, atol=1e-6)
+    np.testing.assert_allclose(small.encode(x), z, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(small.decode(z), ae.decode(z), atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_an_export_of_few_channels_is_a_model_of_its_own(ae, cuttable, tmp_path,
     small, x = dcae_jax.load_autoencoder(job.export.out), _images(1, 32, 32)
     assert small.latent_channels == KEPT
     z = ae.encode(x, channels=KEPT)
-    np.testing.assert_allclose(small.encode(x), z, atol=1e-6)
+    np.testing.assert_allclose(small.encode(x), z, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(small.decode(z), ae.decode(z), atol=1e-5)
 
 
