@@ -2,6 +2,7 @@
 """The metric networks: in float32 everywhere, one batch fetched while the next one runs."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
@@ -16,7 +17,7 @@ def products(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from products(inner)
 
 
