@@ -75,11 +75,6 @@ def check(config: Config) -> None:
 
 def _check_meanflow(config: Config) -> None:
     m, guidance = config.meanflow, config.sample.guidance
-    if config.augment.channels:
-        raise UserError(
-            f"augment.channels={config.augment.channels} is not defined for objective='meanflow'; "
-            "leave it at ()"
-        )
     low, high = m.guidance_interval
     if not low <= high:
         interval = m.guidance_interval

@@ -21,7 +21,7 @@ import scipy.special
 from jaxtyping import Float, Int, Key
 
 from dcae_jax.config.schema import MeanFlow
-from dcae_jax.diffusion.objectives import Array, LossAndTerms
+from dcae_jax.diffusion.objectives import Array, LossAndTerms, example_means, first
 
 T = TypeVar("T")
 # (z [B, h, w, c], t [B], r [B], labels [B]) -> u [B, h, w, c]
@@ -52,6 +52,8 @@ def loss(
     key: Key[Array, ""],
     *,
     none: int,
+    channels: Int[Array, " B"] | None = None,
+    copies: int = 1,
 ) -> LossAndTerms:
     """The loss of clean, scaled latents x0 [B, h, w, c]: a scalar, and its terms.
 
@@ -59,31 +61,35 @@ def loss(
     du/dt. labels equal to `none` are dropped ones, which guidance does not apply to. The terms,
     unweighted mean squared errors: "mse" of the rows with r = t, "jump_mse" of the others. The
     draws of example i come from fold_in(key, i), so they do not depend on sharding.
+
+    channels: see `objectives.loss`. copies: how often each example stands in the batch, next to
+    itself; its copies all have r = t, or none, as else the copy would tell how many channels.
     """
     u, still = average_velocity(network), average_velocity(constant(network))
     t, other, noise = draws(settings, x0, key)
-    equal, jump = split((x0, t, other, noise, labels), settings.equal)
+    equal, jump = split((x0, t, other, noise, labels, channels), settings.equal, copies)
     errors, weights, terms = [], [], {}
     if len(equal[0]):
-        x, t, _, e, y = equal
-        z = _mix(x, e, t)
+        x, t, _, e, y, c = equal
+        z = first(_mix(x, e, t), c)
         prediction = u(z, t, t, y)  # [n, h, w, c]
         own = jax.lax.stop_gradient(prediction)
         target = guided(settings, still, z, t, y, e - x, none, own)
-        errors.append(_mean_square(prediction - target))
+        errors.append(example_means(jnp.square(prediction - target), c))
         weights.append(time_weight(settings, t))
         terms["mse"] = jnp.mean(errors[0])
     if len(jump[0]):
-        x, t, other, e, y = jump
+        x, t, other, e, y, c = jump
         t, r = jnp.maximum(t, other), jnp.minimum(t, other)
-        z = _mix(x, e, t)
-        error = jump_error(settings, u, still, z, t, r, y, e - x, none)
+        z = first(_mix(x, e, t), c)
+        error = jump_error(settings, u, still, z, t, r, y, e - x, none, c)
         scale = terms["mse"] / (error + BALANCE) if settings.balance else 1
         errors.append(error)
         weights.append(time_weight(settings, t) * jax.lax.stop_gradient(scale))
         terms["jump_mse"] = jnp.mean(error)
     error, weight = jnp.concatenate(errors), jnp.concatenate(weights)  # [B]
-    values = math.prod(x0.shape[1:])
+    kept = x0.shape[3] if channels is None else jnp.concatenate([equal[-1], jump[-1]])
+    values = x0.shape[1] * x0.shape[2] * kept
     adaptive = (jax.lax.stop_gradient(error) + ADAPTIVE / values) ** settings.adaptive
     return jnp.mean(weight * error / adaptive), terms
 
@@ -98,21 +104,23 @@ def jump_error(
     labels: Int[Array, " B"],
     v: Float[Array, "B h w c"],
     none: int,
+    channels: Int[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """Mean squared error [B] of u(z, t, r) against v_g - (t - r) du/dt (MeanFlow, eq. 10).
 
     v: the conditional velocity e - x of each example, or the marginal one, if it is known. still: u
     without a gradient. The path of du/dt follows v_g, or with target="v" the network's own
-    u(z, t, t), as in iMF (arXiv:2512.02012) without its second head.
+    u(z, t, t), as in iMF (arXiv:2512.02012) without its second head. channels: z has zeros from
+    each example's number on, and so has its path.
     """
     own = None
     if settings.target == "v" or settings.mix:
         own = still(z, t, t, labels)
     v_g = guided(settings, still, z, t, labels, v, none, own)
     tangent = own if own is not None and settings.target == "v" else v_g
-    slope = total_derivative(settings, still, z, t, r, labels, tangent)
+    slope = total_derivative(settings, still, z, t, r, labels, first(tangent, channels))
     target = jax.lax.stop_gradient(v_g - _wide(t - r) * slope)
-    return _mean_square(u(z, t, r, labels) - target)
+    return example_means(jnp.square(u(z, t, r, labels) - target), channels)
 
 
 def total_derivative(
@@ -174,17 +182,23 @@ def rows_equal(share: float, count: int) -> int:
     return round(share * count)
 
 
-def split(arrays: tuple[Array, ...], share: float) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def split(
+    arrays: tuple[Array | None, ...], share: float, copies: int = 1
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arrays [B, ...] of the rows with r = t, and of the others; which is static.
 
-    The rows with r = t lie evenly among the others, so each device keeps its own examples.
+    The rows with r = t lie evenly among the others, so each device keeps its own examples. An
+    example's copies, `copies` neighbours, stay together. None stays None.
     """
-    count = len(arrays[0])
+    rows = next(len(a) for a in arrays if a is not None)
+    count = rows // copies
     chosen = rows_equal(share, count)
     groups = math.gcd(chosen, count)
 
-    def part(a: Array, start: int, stop: int) -> Array:
-        grouped = a.reshape(groups, count // groups, *a.shape[1:])
+    def part(a: Array | None, start: int, stop: int) -> Array | None:
+        if a is None:
+            return None
+        grouped = a.reshape(groups, count // groups, copies, *a.shape[1:])
         return grouped[:, start:stop].reshape(-1, *a.shape[1:])
 
     each = chosen // groups
@@ -257,8 +271,3 @@ def _mix(x: Array, noise: Array, t: Array) -> Array:
 def _wide(a: Array) -> Array:
     """[B] -> [B, 1, 1, 1]."""
     return a[:, None, None, None]
-
-
-def _mean_square(x: Array) -> Array:
-    """[B, h, w, c] -> [B]."""
-    return jnp.mean(jnp.square(x), axis=(1, 2, 3))

@@ -118,7 +118,7 @@ def epsilon_loss(
     betas = scaled_linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
     x_t = q_sample(betas, x0, n, noise)  # [B, h, w, c]
-    x_t = _first(x_t, channels)
+    x_t = first(x_t, channels)
     prediction = model(x_t, (n + 1).astype(x0.dtype), cond).astype(x0.dtype)
     mse = _mean(jnp.square(prediction - noise), channels)
     return mse, {"mse": mse}
@@ -139,7 +139,7 @@ def learned_sigma_loss(
     betas = linear_betas()
     n, noise = _draws(key, x0, lambda k: jax.random.randint(k, (), 0, len(betas)))
     x_t = q_sample(betas, x0, n, noise)  # [B, h, w, c]
-    prediction = model(_first(x_t, channels), n.astype(x0.dtype), cond)  # [B, h, w, 2 c]
+    prediction = model(first(x_t, channels), n.astype(x0.dtype), cond)  # [B, h, w, 2 c]
     prediction = prediction.astype(x0.dtype)
     epsilon, v = jnp.split(prediction, 2, axis=-1)  # [B, h, w, c] each
     mse = _mean(jnp.square(epsilon - noise), channels)
@@ -158,7 +158,7 @@ def flow_loss(
     """SiT's loss: MSE of the velocity (Ma et al. 2024), linear path; time 0 is noise, 1 is data."""
     t, noise = _draws(key, x0, lambda k: jax.random.uniform(k, (), x0.dtype))
     x_t = _like(t, x0) * x0 + _like(1 - t, x0) * noise  # [B, h, w, c]
-    prediction = model(_first(x_t, channels), t, cond).astype(x0.dtype)
+    prediction = model(first(x_t, channels), t, cond).astype(x0.dtype)
     mse = _mean(jnp.square(prediction - (x0 - noise)), channels)
     return mse, {"mse": mse}
 
@@ -173,21 +173,21 @@ def _draws(key: Array, x0: Array, draw_time: Callable[[Array], Array]) -> tuple[
     return jax.vmap(draw)(jnp.arange(x0.shape[0]))
 
 
-def _first(x: Array, channels: Array | None) -> Array:
+def first(x: Array, channels: Array | None) -> Array:
     """x [B, h, w, c] with zeros from each example's number of channels [B] on; None: x."""
     return x if channels is None else layers.first_channels(x, channels)
 
 
 def _mean(x: Array, channels: Array | None) -> Array:
     """The mean over examples of the mean of x [B, h, w, c] over their first channels [B]."""
-    return jnp.mean(x if channels is None else _example_means(x, channels))
+    return jnp.mean(x if channels is None else example_means(x, channels))
 
 
-def _example_means(x: Array, channels: Array | None) -> Array:
+def example_means(x: Array, channels: Array | None) -> Array:
     """The mean of each example of x [B, h, w, c], over its first channels [B]; None: over all."""
     if channels is None:
         return jnp.mean(x, axis=range(1, x.ndim))
-    return jnp.sum(_first(x, channels), (1, 2, 3)) / (x.shape[1] * x.shape[2] * channels)
+    return jnp.sum(first(x, channels), (1, 2, 3)) / (x.shape[1] * x.shape[2] * channels)
 
 
 def _like(a: Shaped[Array, " B"], x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
@@ -322,7 +322,7 @@ def variational_bound(
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretised_log_likelihood(x0, mean, log_variance)
     term = jnp.where(_like(n == 0, x0), nll, kl)
-    return _example_means(term, channels) / np.log(2)
+    return example_means(term, channels) / np.log(2)
 
 
 _DPM = ("dpm_fast", "dpmpp_2m", "dpmpp_3m", "ddim")

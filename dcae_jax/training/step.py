@@ -200,7 +200,10 @@ def denoising_gradients(
         model = sharding.all_gather_weights(model)
         if config.objective == "meanflow":
             none = config.model.num_classes
-            return meanflow.loss(config.meanflow, model, x0, labels, key, none=none)
+            copies = len(x0) // len(batch["latent"])
+            return meanflow.loss(
+                config.meanflow, model, x0, labels, key, none=none, channels=channels, copies=copies
+            )
         return objectives.loss(config.objective, model, x0, labels, key, channels)
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

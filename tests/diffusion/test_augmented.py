@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import on_latents
+from support import on_latents, small_models
 
-from dcae_jax.diffusion import objectives
+from dcae_jax.config.schema import MeanFlow
+from dcae_jax.diffusion import meanflow, objectives
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.setup import resolve
@@ -102,6 +103,52 @@ def test_output_channels_that_no_draw_keeps_have_no_gradient(name):
     assert np.all(into[:, :, 3:] == 0) and np.all(np.abs(into[:, :, :3]).max((0, 1, 3)) > 0)
 
 
+def _average(weights):
+    """The network as an average velocity: it takes an interval too."""
+    network = _network(weights)
+    return lambda x, s, labels, h: network(x, s + 300 * h, 0.1 * labels)
+
+
+@pytest.mark.parametrize("equal", [0.0, 1.0])
+@pytest.mark.parametrize("target", ["u", "v"])
+def test_an_average_velocity_is_that_of_the_network_with_sliced_weights(equal, target, monkeypatch):
+    """Catches a path, a guided target or an adaptive weight that takes in channels that are not
+    there."""
+    settings = MeanFlow(
+        equal=equal, target=target, guidance=2.0, mix=0.5, guidance_interval=(0.0, 1.0)
+    )
+    weights = _weights(C)
+    rng = np.random.default_rng(1)
+    x0 = jnp.asarray(rng.standard_normal((B, SIDE, SIDE, C)), jnp.float32)
+    noise = jnp.asarray(rng.standard_normal(x0.shape), jnp.float32)
+    t, r, labels = jnp.linspace(0.3, 0.9, B), jnp.linspace(0.0, 0.4, B), jnp.arange(B)
+
+    def loss(counts, rows=slice(None), sliced=None):
+        """With masks; sliced: by the network that has only so many channels."""
+        monkeypatch.setattr(
+            meanflow, "draws", lambda *a: (t[rows], r[rows], noise[rows, ..., :sliced])
+        )
+        network = _average(weights if sliced is None else _sliced(weights, sliced, 1))
+        inputs = (x0[rows, ..., :sliced], labels[rows], jax.random.key(0))
+        return float(meanflow.loss(settings, network, *inputs, none=9, channels=counts)[0])
+
+    counts = [1, 2, 5, 6]
+    for c in counts:
+        assert loss(jnp.full(B, c)) == pytest.approx(loss(None, sliced=c), rel=1e-5)
+    each = [loss(None, slice(i, i + 1), c) for i, c in enumerate(counts)]
+    assert loss(jnp.array(counts)) == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_jumps_do_not_depend_on_the_number_of_channels():
+    """Catches rows chosen so that one of the draws is always flow matching, the other never."""
+    rows = (jnp.arange(8).repeat(2), jnp.tile(jnp.array([2, 6]), 8))
+    equal, jump = meanflow.split(rows, 0.75, copies=2)
+    for example, channels in (equal, jump):
+        np.testing.assert_array_equal(example[::2], example[1::2])
+        np.testing.assert_array_equal(channels.reshape(-1, 2), [[2, 6]] * (len(channels) // 2))
+    assert len(equal[0]) == 12 and len(jump[0]) == 4
+
+
 def _step(config, mesh, values):
     spec = state_lib.train_spec(config, mesh)
     state = state_lib.init_state(config, mesh, spec)
@@ -142,6 +189,28 @@ def test_a_step_draws_noise_for_each_number_of_channels(diffusion_config, one_de
     assert many_metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
     for name in after.params:
         np.testing.assert_allclose(after.params[name], many.params[name], atol=2e-6)
+
+
+def test_an_average_velocity_knows_the_copies(latents_folder, one_device, monkeypatch):
+    """Catches copies of which one is taken for another example, and a loss without the mask."""
+    config, source = on_latents(small_models.diffusion_config(latents_folder, "meanflow"))
+    config.augment.update({"channels": (2, 4), "count": 2})
+    seen = {}
+    real = meanflow.loss
+
+    def spy(settings, network, x0, labels, key, **kwargs):
+        seen.update(kwargs, rows=len(x0))
+        return real(settings, network, x0, labels, key, **kwargs)
+
+    monkeypatch.setattr(meanflow, "loss", spy)
+    spec = state_lib.train_spec(config, one_device)
+    state = state_lib.abstract_state((), one_device, spec)
+    batch = {
+        "latent": jax.ShapeDtypeStruct((8, *source[0][0][0].shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    jax.eval_shape(step_lib.make_step(config, spec), state, batch, {})
+    assert (seen["rows"], seen["copies"], seen["channels"].shape) == (16, 2, (16,))
 
 
 def test_more_channels_than_the_latents_have_are_refused(diffusion_config, one_device):

@@ -105,7 +105,6 @@ def test_what_cannot_be_fine_tuned_is_refused(config, generator_run, alone, tmp_
         ({"meanflow.equal": 0.9, "meanflow.to_data": 0.2}, "exceed 1 together"),
         ({"meanflow.equal": 0.75, "accumulate": 8}, "splits 1 examples.*into 1 and 0"),
         ({"meanflow.equal": 0.0}, "meanflow.balance=True needs rows with r = t"),
-        ({"augment.channels": (4,)}, "augment.channels=.* is not defined for objective='meanflow'"),
         ({"meanflow.guidance_interval": (0.8, 0.2)}, "meanflow.guidance_interval="),
     ],
 )
