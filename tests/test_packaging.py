@@ -106,3 +106,10 @@ def test_the_wheel_has_the_configs_and_finds_them(tmp_path):
     done = subprocess.run(run, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
     folder, steps = done.stdout.split()
     assert folder == str(tmp_path / "site" / "dcae_jax" / "configs") and int(steps) > 0
+
+
+@pytest.mark.xdist_group("grouped")
+def test_groups_of_tests_stay_together(request):
+    """Catches a pytest whose node ids pytest-xdist cannot mark: each worker then runs the net."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@grouped")
