@@ -32,6 +32,7 @@ PROMISED = {  # the contract of plan.json
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_plan_is_of_the_program_that_trains(tmp_path, monkeypatch, capsys):
     """Catches a planner that describes another program: without donation, or another layout; and a
     plan that says nothing for the minutes that it takes."""

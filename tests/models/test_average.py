@@ -65,7 +65,7 @@ def test_a_fresh_embedding_leaves_the_flow_model_as_it_is(module):
     assert np.abs(run(heard, t / 3) - run(heard, t / 2)).max() > 1e-4
 
 
-@MODULES
+@pytest.mark.parametrize("module", [uvit, pytest.param(dit, marks=pytest.mark.slow)])
 def test_loops_and_remat_change_neither_the_derivative_nor_the_gradient(module):
     """Catches a jvp that a compiled loop or jax.checkpoint drops, or a gradient through it."""
     x, t, labels = inputs()

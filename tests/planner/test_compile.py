@@ -48,6 +48,7 @@ def test_flops_of_a_transformer_grow_with_its_depth(one_device):
     assert counts[1] > 1.5 * counts[0]
 
 
+@pytest.mark.slow
 def test_flops_count_the_derivative_and_folded_guidance(one_device):
     """Catches a plan of average velocities that is the flow model's, and a derivative or a guided
     prediction on rows that need none: 7/6 and 19/12 of a flow step's passes."""

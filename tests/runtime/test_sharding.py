@@ -162,7 +162,7 @@ def _collectives(text, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["phase1", "uvit", pytest.param("phase3", marks=slow)])
+@pytest.mark.parametrize("kind", ["uvit", *(pytest.param(f"phase{n}", marks=slow) for n in (1, 3))])
 def test_fsdp_puts_one_layer_together_at_a_time(kind):
     """Catches a stack of layers, or the batch's activations, gathered on every device: both are
     what XLA does without constraints on how weights are used."""
@@ -363,9 +363,8 @@ def test_several_devices_need_less_memory_for_one_image(pair):
     assert part < 0.35 * whole
 
 
-@pytest.mark.parametrize(
-    "there", [(), pytest.param((("data", 2), ("fsdp", 2)), marks=slow)], ids=["one", "four"]
-)
+@slow
+@pytest.mark.parametrize("there", [(), (("data", 2), ("fsdp", 2))], ids=["one", "four"])
 def test_eight_devices_save_and_fewer_go_on(there, tmp_path):
     """Catches a checkpoint that goes on from anything but where it stood: moments in the order of
     the devices, averages or counters left out."""

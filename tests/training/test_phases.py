@@ -130,9 +130,10 @@ def _f32(number, one_device, depths):
     "depths",
     [
         pytest.param(((0, 1, 2, 1, 1, 1), (0, 1, 2, 1, 1, 1)), id="shallow"),
-        pytest.param(((), ()), id="full", marks=pytest.mark.slow),
+        pytest.param(((), ()), id="full"),
     ],
 )
+@pytest.mark.slow
 def test_phases_2_and_3_compute_and_keep_less_than_a_full_step(one_device, depths):
     """Catches a backward pass that frozen layers still pay for: clipping or a finite check over
     all gradients brings it back."""

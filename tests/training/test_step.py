@@ -106,7 +106,9 @@ def test_microbatches_add_up_to_the_batch(small, one_device):
         np.testing.assert_allclose(whole_metrics[0][key], parts_metrics[0][key], rtol=1e-4)
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "fsdp": 2}])
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 4}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2}]
+)
 def test_several_devices_do_what_one_does(small, one_device, axes):
     """Catches statistics, losses or norms taken over one device's share of the batch."""
     sizes = config_lib.default().mesh
@@ -122,6 +124,7 @@ def test_several_devices_do_what_one_does(small, one_device, axes):
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_lpips_is_part_of_the_loss_when_its_weights_are_there(small, one_device):
     """Catches a perceptual loss that is computed and never added, or has no gradient."""
     small.loss.lpips_weight = 0.5
