@@ -35,6 +35,7 @@ OPTIONAL = {
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",
     "pyarrow": "pyarrow",
+    "qwix": "qwix",
     "torch": "torch",
 }
 

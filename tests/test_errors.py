@@ -14,6 +14,7 @@ from support import ROOT
 from dcae_jax import errors
 from dcae_jax.data import huggingface
 from dcae_jax.errors import UserError
+from dcae_jax.models import quantized
 from dcae_jax.planner import chips
 from dcae_jax.pretrained import hub, torch_io
 from dcae_jax.serve import app
@@ -29,6 +30,7 @@ USES = {
     "gradio": lambda path: app.main(["runs/phase3"]),
     "huggingface_hub": lambda path: hub.fetch("someone/model"),
     "pyarrow": lambda path: huggingface.huggingface(_touch(path / "a.parquet"), "train"),
+    "qwix": lambda path: quantized.form("int8"),
     "libtpu": lambda path: chips.check_compiler("v5e:2x2"),
     "torch": lambda path: torch_io.read_state_dict(_touch(path / "weights.pth")),
     "kubernetes": None,  # JAX asks for it: tests/runtime/test_distributed.py

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dcae_jax import models
-from dcae_jax.api import images, tiling
+from dcae_jax.api import calibration, images, tiling
 from dcae_jax.api.tiling import AnyArray
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.schema import MeshSizes, Model
 from dcae_jax.errors import UserError
+from dcae_jax.models import quantized
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import AutoencoderArchitecture
 from dcae_jax.models.weights import Array, Weights
@@ -34,11 +35,13 @@ class Autoencoder:
     """A trained (or fresh) autoencoder on the devices of a mesh."""
 
     graphdef: nnx.GraphDef
-    weights: Weights  # parameters and running statistics by path, float32
+    weights: Weights  # parameters and running statistics by path; float32, or as `quantize` says
     architecture: AutoencoderArchitecture
     model_config: Model
     mesh: Mesh
     dtype: str = "float32"  # compute dtype: float32 or bfloat16
+    quantize: str = ""  # a key of quantized.FORMS; '': float32 weights
+    float_encoder: str = ""  # checksum of the encoder that was quantised
 
     @property
     def compression(self) -> int:
@@ -56,9 +59,14 @@ class Autoencoder:
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained parameters, without running statistics."""
+        """Number of trained parameters: neither running statistics nor scales of int8."""
         _, params, _ = weights_lib.split(weights_lib.merge(self.graphdef, self.weights))
-        return sum(leaf.size for leaf in params.values())
+        return sum(leaf.size for name, leaf in params.items() if not name.endswith("_scale"))
+
+    @property
+    def encoder_checksum(self) -> str:
+        """sha256 of the weights that latents depend on; of those before they were quantised."""
+        return self.float_encoder or checkpoint_weights.encoder_checksum(self.weights)
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
@@ -147,7 +155,28 @@ class Autoencoder:
         models.check_channels(self.architecture, [channels], "channels")
         config = dataclasses.replace(self.model_config, latent_channels=channels)
         weights = models.find(config).cut(self.weights, channels)
-        return build_autoencoder(config, weights.items(), self.mesh, self.dtype)
+        return build_autoencoder(
+            config, weights.items(), self.mesh, self.dtype, self.quantize, self.float_encoder
+        )
+
+    def quantized_as(self, form: str, calibrate: calibration.Images | None = None) -> "Autoencoder":
+        """This float autoencoder with int8 or fp8 layers; see `load_autoencoder`.
+
+        form: its `quantize`. Raises UserError.
+        """
+        if self.quantize:
+            raise UserError(f"quantize={form!r}: these weights are {self.quantize} already")
+        wanted = quantized.form(form)
+        calibration.check(form, wanted, calibrate, self.mesh)
+        model = weights_lib.merge(self.graphdef, self.weights)
+        peaks = {}
+        if calibrate is not None:
+            crops = calibration.crops(calibrate, self.compression)
+            peaks = calibration.input_peaks(self.graphdef, self.weights, self.dtype, crops)
+        weights = quantized.quantize(self.weights, model, wanted, peaks)
+        return build_autoencoder(
+            self.model_config, drain(weights), self.mesh, self.dtype, form, self.encoder_checksum
+        )
 
     def reconstruct(self, image: Image.Image | AnyArray, *, tile: int | None = None) -> np.ndarray:
         """The decoded latents of an image of any size: [H, W, 3] uint8, [B, H, W, 3] of a batch.
@@ -247,6 +276,9 @@ def load_autoencoder(
     mesh: Mesh | None = None,
     weights: str = "ema",
     variant: str = "",
+    *,
+    quantize: str = "",
+    calibrate: calibration.Images | None = None,
 ) -> Autoencoder:
     """Loads the autoencoder in `path`: ours, or weights published for PyTorch.
 
@@ -256,33 +288,55 @@ def load_autoencoder(
       uses full-precision matrix products on every device.
     - `weights`: 'ema' or 'raw', for a workdir.
     - `variant`: the model of a bare weights file; a published name also sets the scaling factor.
+    - `quantize`: 'int8' or 'fp8' weights and layer inputs, or 'int8-weights' (docs/serve.md). An
+      export may hold quantised weights already.
+    - `calibrate`: for 'int8' and 'fp8', images like those to come: a folder, or PIL images or
+      arrays. The largest inputs of each layer on them become its range.
 
     Raises UserError (a ValueError) if there is nothing to load or the weights are of another
     variant.
     """
-    arrays, saved = checkpoint_weights.load_weights(path, weights, variant)
+    arrays, saved = checkpoint_weights.load_weights(path, weights, variant, quantized=True)
     mesh = mesh or mesh_lib.make_mesh(MeshSizes())
-    return build_autoencoder(saved.model, drain(arrays), mesh, dtype)
+    ae = build_autoencoder(
+        saved.model, drain(arrays), mesh, dtype, saved.quantize, saved.float_encoder
+    )
+    return ae.quantized_as(quantize, calibrate) if quantize or calibrate is not None else ae
 
 
-def abstract_autoencoder(model: Model, mesh: Mesh, dtype: str | None = None) -> Autoencoder:
-    """The autoencoder of config.model, its weights as shapes. Raises UserError for a bad dtype."""
+def abstract_autoencoder(
+    model: Model, mesh: Mesh, dtype: str | None = None, quantize: str = ""
+) -> Autoencoder:
+    """The autoencoder of config.model, its weights as shapes. Raises UserError for a bad dtype.
+
+    quantize: '' or a key of quantized.FORMS.
+    """
     dtype = mesh_lib.compute_dtype(checked_dtype(dtype), mesh)
-    graphdef, params, stats = weights_lib.split(state_lib.abstract_model(model, mesh, dtype=dtype))
+    layers = state_lib.abstract_model(model, mesh, dtype=dtype)
+    if quantize:
+        quantized.replace(layers, quantized.form(quantize))
+    graphdef, params, stats = weights_lib.split(layers)
     arch = models.find(model).architecture(model)
     shapes = replicated_shapes({**params, **stats}, mesh)
-    return Autoencoder(graphdef, shapes, arch, model, mesh, dtype)
+    return Autoencoder(graphdef, shapes, arch, model, mesh, dtype, quantize)
 
 
 def build_autoencoder(
-    model: Model, weights: NamedArrays, mesh: Mesh, dtype: str | None = None
+    model: Model,
+    weights: NamedArrays,
+    mesh: Mesh,
+    dtype: str | None = None,
+    quantize: str = "",
+    float_encoder: str = "",
 ) -> Autoencoder:
     """The autoencoder of config.model with `weights`, replicated over the mesh.
 
-    Raises UserError for a bad dtype and for weights of another model.
+    quantize, float_encoder: see `Autoencoder`. Raises UserError for a bad dtype and for weights of
+    another model.
     """
-    abstract = abstract_autoencoder(model, mesh, dtype)
-    return dataclasses.replace(abstract, weights=place_weights(weights, abstract.weights, mesh))
+    abstract = abstract_autoencoder(model, mesh, dtype, quantize)
+    placed = place_weights(weights, abstract.weights, mesh)
+    return dataclasses.replace(abstract, weights=placed, float_encoder=float_encoder)
 
 
 def checked_dtype(dtype: str | None) -> str:
@@ -314,14 +368,15 @@ def replicated_shapes(abstract: Weights, mesh: Mesh) -> Weights:
 
 
 def place_weights(weights: NamedArrays, abstract: Weights, mesh: Mesh) -> Weights:
-    """Float32 copies of `weights`, taken one at a time, replicated on the mesh.
+    """Copies of `weights` in the dtypes of `abstract`, taken one at a time, replicated on the mesh.
 
     Raises UserError unless names and shapes match `abstract`.
     """
     placed = {}
     for name, value in weights:
         # A copy: a device array may alias host memory, and a mapped file can change.
-        value = np.array(value, np.float32, order="C")
+        dtype = abstract[name].dtype if name in abstract else np.float32
+        value = np.array(value, dtype, order="C")
         placed[name] = mesh_lib.host_to_global(value, mesh_lib.replicated(mesh)).block_until_ready()
     state_lib.check_weights(placed, abstract)
     return placed

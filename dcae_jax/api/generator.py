@@ -289,9 +289,7 @@ def load_generator(
     made_by = (saved.latents or {}).get("weights", "ema")
     inner = autoencoder_lib.load_autoencoder(where, dtype=dtype, mesh=mesh, weights=made_by)
     if saved.latents:
-        latent_spec.check_autoencoder(
-            saved.latents, where, checkpoint_weights.encoder_checksum(inner.weights)
-        )
+        latent_spec.check_autoencoder(saved.latents, where, inner.encoder_checksum)
     model = saved.model
     ours, theirs = model.scaling_factor, inner.scaling_factor
     if autoencoder and not saved.latents and ours and theirs and ours != theirs:

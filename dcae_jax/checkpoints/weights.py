@@ -39,20 +39,31 @@ AUTOENCODER = "autoencoder"  # subfolder of a generator's export: the export of 
 
 
 def load_weights(
-    path: str, which: str = "ema", variant: str = "", kind: str = "autoencoder"
+    path: str,
+    which: str = "ema",
+    variant: str = "",
+    kind: str = "autoencoder",
+    *,
+    quantized: bool = False,
 ) -> tuple[Arrays, Saved]:
     """(weights by path, their model) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
     PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
     'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
-    a diffusion model. Arrays are NumPy, float32, parameters and statistics together.
+    a diffusion model. Arrays are NumPy, float32, parameters and statistics together; with
+    `quantized`, an export may also be of quantised weights, in their own dtypes.
     Raises UserError if there is nothing to load or the weights are not of the variant.
     """
     files.check_local(path, "path")
     full = os.path.abspath(os.path.expanduser(path))
     if files.exists(os.path.join(full, EXPORT)):
         weights, saved = _load_export(full, kind)
+        if saved.quantize and not quantized:
+            raise UserError(
+                f"init_from={path!r} is {saved.quantize}, which only encodes and decodes; give the "
+                "weights that it was made from"
+            )
         return weights, _named(path, saved, variant)
     if saved := _run_at(full):
         return _load_run(full, which, kind, saved), _named(path, saved, variant)
@@ -265,9 +276,16 @@ def _load_export(folder: str, kind: str) -> tuple[Arrays, Saved]:
     if kind == "generator":
         meta["autoencoder"] = files.inside(folder, AUTOENCODER)
     saved = _saved_in(os.path.join(folder, EXPORT), meta)
-    weights = {k: v.astype(np.float32, copy=False) for k, v in _read_numpy(params, "raw").items()}
+    weights = _read_numpy(params, "raw")
+    if not meta.get("quantize"):
+        weights = {k: v.astype(np.float32, copy=False) for k, v in weights.items()}
     logging.info("read the export %s", folder)
-    return weights, dataclasses.replace(saved, latents=meta.get("latents"))
+    return weights, dataclasses.replace(
+        saved,
+        latents=meta.get("latents"),
+        quantize=str(meta.get("quantize") or ""),
+        float_encoder=str(meta.get("encoder_checksum") or ""),
+    )
 
 
 def checksum(weights: AnyWeights, parts: tuple[str, ...] = ("",)) -> str:

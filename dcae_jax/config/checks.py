@@ -2,7 +2,7 @@
 """Checks across keys that need only their values: no model, data or devices."""
 
 from dcae_jax import files
-from dcae_jax.config.schema import Augment, Config, Structured
+from dcae_jax.config.schema import Augment, Config, Export, Structured
 from dcae_jax.errors import UserError, nearest_multiples
 
 
@@ -16,6 +16,7 @@ def check(config: Config) -> None:
         ("evaluate.samples", config.evaluate.samples),
         ("evaluate.reference", config.evaluate.reference),
         ("export.out", config.export.out),
+        ("export.calibrate", config.export.calibrate),
         *((f"data.parts, {kind}", str(path)) for _, kind, path in config.data.parts),
     ):
         files.check_local(path, key)
@@ -57,6 +58,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"
         )
+    _check_export(config.export)
     low, high = config.data.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(f"data.crop_area={config.data.crop_area} must be 0 < low <= high <= 1")
@@ -71,6 +73,23 @@ def check(config: Config) -> None:
         raise UserError(f"plan.effort={config.plan.effort} must be in [-1, 1]")
     if config.profile_steps and config.profile_steps[0] > config.profile_steps[1]:
         raise UserError(f"profile_steps={config.profile_steps} must be (first, last)")
+
+
+def _check_export(export: Export) -> None:
+    if export.calibrate and not export.quantize:
+        raise UserError(
+            f"export.calibrate={export.calibrate!r} is for export.quantize='int8'; set both"
+        )
+    if export.quantize and export.format in ("diffusers", "authors"):
+        raise UserError(
+            f"export.quantize={export.quantize!r}: the format {export.format} holds float weights; "
+            "use export.format=orbax or stablehlo"
+        )
+    if export.quantize and export.dtype != "float32":
+        raise UserError(
+            f"export.quantize={export.quantize!r} sets the dtypes itself; leave export.dtype at "
+            "'float32'"
+        )
 
 
 def _check_meanflow(config: Config) -> None:

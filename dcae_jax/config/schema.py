@@ -258,6 +258,9 @@ class Export:
     dtype: Literal["float32", "float16"] = key("float32",
         "dtype of the stored parameters; float16: half the size, autoencoders only")
     channels: int = key(0, "export only the first latent channels; 0: all", ge=0, le=2**16)
+    quantize: Literal["", "int8", "int8-weights"] = key("",
+        "int8 layers, or only their weights, for orbax and stablehlo (docs/serve.md)")
+    calibrate: str = key("", "quantize=int8: folder of images like those to come")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -259,7 +259,7 @@ def make_manifest(job: Job, shards: list[ShardSums]) -> dict[str, Any]:
         "autoencoder": files.whole_path(config.init_from),
         "weights": config.weights,
         "checksum": job.identity["weights"],
-        "encoder_checksum": checkpoint_weights.encoder_checksum(model.weights),
+        "encoder_checksum": model.encoder_checksum,
         "resolution": config.resolution,
         "compression": model.compression,
         "latent_size": size,

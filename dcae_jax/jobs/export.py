@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 import dcae_jax
 from dcae_jax import config as config_lib
 from dcae_jax import files, models
-from dcae_jax.api import generator
+from dcae_jax.api import autoencoder, generator
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config import Config
 from dcae_jax.config.schema import Job, MeshSizes, Model
 from dcae_jax.errors import UserError
+from dcae_jax.models import quantized
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.protocol import Arrays, AutoencoderArchitecture
 from dcae_jax.pretrained import export_formats
@@ -83,14 +84,30 @@ def write(config: Config, weights: Arrays, folder: str) -> float:
     if config.export.dtype == "float16":
         weights = _half(config, weights, set(params))
     meta = _autoencoder_meta(config.model, arch, _provenance(config), config.export.dtype)
+    if config.export.quantize:
+        weights, more = _quantize(config, weights, mesh)
+        meta |= more
     if config.export.format == "stablehlo":
         return _write_stablehlo(config, mesh, weights, meta, folder)
     if config.export.format == "orbax":
         checkpoint_weights.save_export(folder, weights, meta)
     else:
         export_formats.write_torch(config.export.format, weights, arch, folder)
-    back, _ = checkpoint_weights.load_weights(folder)
+    back, _ = checkpoint_weights.load_weights(folder, quantized=True)
     return _equal(export_formats.max_difference(weights, back))
+
+
+def _quantize(config: Config, weights: Arrays, mesh: Mesh) -> tuple[Arrays, dict[str, Any]]:
+    """(the weights as config.export says, what model.json says about it). Raises UserError."""
+    form, calibrate = config.export.quantize, config.export.calibrate or None
+    ae = autoencoder.build_autoencoder(config.model, weights.items(), mesh, "float32")
+    try:
+        ae = ae.quantized_as(form, calibrate)
+    except UserError as error:
+        text = str(error).replace("quantize=", "export.quantize=")
+        raise UserError(text.replace("calibrate=", "export.calibrate=")) from error
+    meta = {"quantize": form, "encoder_checksum": ae.encoder_checksum, "calibrate": calibrate}
+    return {name: np.asarray(value) for name, value in ae.weights.items()}, meta
 
 
 def _write_stablehlo(
@@ -103,9 +120,10 @@ def _write_stablehlo(
         config = config_lib.replace(config, dtype="float32")
     if config.model.depthwise == "auto":
         config = config_lib.replace(config, model={"depthwise": "grouped"})
-    graphdef, _, _ = weights_lib.split(
-        state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
-    )
+    layers = state_lib.abstract_model(config.model, mesh, dtype=config.dtype)
+    if config.export.quantize:
+        quantized.replace(layers, quantized.form(config.export.quantize))
+    graphdef, _, _ = weights_lib.split(layers)
     arch = models.find(config.model).architecture(config.model)
     return export_formats.write_stablehlo(graphdef, weights, arch, meta, folder, config.dtype)
 
@@ -171,6 +189,11 @@ def _load_generator(config: Config) -> generator.Generator:
     Raises UserError if the format cannot hold it.
     """
     form = config.export.format
+    if config.export.quantize:
+        raise UserError(
+            f"export.quantize={config.export.quantize!r} is for autoencoders, and init_from="
+            f"{config.init_from!r} is a diffusion model; leave it out"
+        )
     if config.export.channels:
         raise UserError(
             f"export.channels={config.export.channels} is for autoencoders, and init_from="

@@ -18,7 +18,6 @@ import numpy as np
 from dcae_jax import files
 from dcae_jax.api import autoencoder as autoencoder_lib
 from dcae_jax.api import generator
-from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
 from dcae_jax.config.schema import Sample
 from dcae_jax.data import sources
@@ -129,8 +128,9 @@ def _samples(run: Run) -> Evaluate:
     autoencoder = autoencoder_lib.load_autoencoder(
         config.autoencoder, config.dtype, mesh, run.latents.manifest["weights"]
     )
-    found = weights_lib.encoder_checksum(autoencoder.weights)
-    latent_spec.check_autoencoder(run.latents.manifest, config.autoencoder, found)
+    latent_spec.check_autoencoder(
+        run.latents.manifest, config.autoencoder, autoencoder.encoder_checksum
+    )
     arch = state_lib.architecture(config.model, config)
 
     def evaluate(

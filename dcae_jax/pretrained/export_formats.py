@@ -147,7 +147,8 @@ def _write_folder(
 
 
 def _contiguous(tensors: AnyWeights) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    # Not np.ascontiguousarray, which makes scalars one-dimensional.
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
 
 
 def write_stablehlo(
@@ -166,7 +167,7 @@ def write_stablehlo(
     """
     f, c = arch.compression, arch.latent_channels
     b, h, w = jax.export.symbolic_shape("b, h, w")
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in weights.items()}
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in weights.items()}
     inputs = {"encode": (b, f * h, f * w, 3), "decode": (b, h, w, c)}
 
     def encode(weights: Weights, x: jax.Array) -> jax.Array:

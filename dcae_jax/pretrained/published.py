@@ -36,6 +36,8 @@ class Saved:
     # Provenance of the latents that a diffusion model was trained on: `autoencoder` (a path) and
     # `encoder_checksum`, of a run the rest of the manifest too. None where unknown.
     latents: Mapping[str, Any] | None = None
+    quantize: str = ""  # a key of quantized.FORMS, of an export that was quantised
+    float_encoder: str = ""  # its encoder's checksum before that
 
     @property
     def kind(self) -> str:

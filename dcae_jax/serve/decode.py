@@ -13,7 +13,6 @@ import numpy as np
 
 from dcae_jax import files
 from dcae_jax.api.autoencoder import Autoencoder
-from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.errors import UserError
 from dcae_jax.runtime import process
 from dcae_jax.serve import inputs, latent_files, reconstruct
@@ -25,13 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = process.parser("dcae-jax decode", __doc__)
     parser.add_argument("latents", nargs="+", help="files, folders or patterns in quotes")
     inputs.add_model(parser)
+    inputs.add_quantize(parser)
     parser.add_argument("--out", required=True, help="folder of the PNG files")
     parser.add_argument("--batch_size", type=inputs.positive, default=8, help="of equal sizes")
     given = parser.parse_args(arguments)
     found = inputs.find(given.latents, latent_files.EXTENSIONS)
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
-    encoder = checkpoint_weights.encoder_checksum(ae.weights)
+    encoder = ae.encoder_checksum
 
     def read(path: str) -> tuple[np.ndarray, Facts]:
         latent, facts = latent_files.read(path)

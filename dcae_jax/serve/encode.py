@@ -12,7 +12,6 @@ import logging
 import os
 
 from dcae_jax import files
-from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.data import transforms
 from dcae_jax.runtime import process
 from dcae_jax.serve import inputs, latent_files, reconstruct
@@ -23,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = process.parser("dcae-jax encode", __doc__)
     parser.add_argument("images", nargs="+", help="files, folders or patterns in quotes")
     inputs.add_model(parser)
+    inputs.add_quantize(parser)
     parser.add_argument("--out", required=True, help="folder of the latents")
     parser.add_argument("--format", default="npz", choices=("npz", "safetensors"))
     reconstruct.add_sizes(parser)
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = reconstruct.checked_multiple(given.multiple, ae.compression)
-    encoder = checkpoint_weights.encoder_checksum(ae.weights)
+    encoder = ae.encoder_checksum
     for window in inputs.windows(found, inputs.read_image, lambda p: p[..., 0].size):
         pixels = [image for _, image in window]
         latents = reconstruct.encode(pixels, ae, multiple, given.batch_size)

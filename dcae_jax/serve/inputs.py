@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -25,6 +26,7 @@ from dcae_jax.api import autoencoder, images
 from dcae_jax.api.autoencoder import Autoencoder
 from dcae_jax.data import transforms
 from dcae_jax.errors import UserError
+from dcae_jax.models import quantized
 from dcae_jax.runtime import process
 
 if TYPE_CHECKING:
@@ -179,6 +181,14 @@ def add_model(parser: argparse.ArgumentParser, what: str = "") -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
 
 
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how to quantise an autoencoder."""
+    parser.add_argument(
+        "--quantize", default="", choices=("", *quantized.FORMS), help="see docs/serve.md"
+    )
+    parser.add_argument("--calibrate", help="int8, fp8: a folder of images like those to come")
+
+
 def positive(text: str) -> int:
     """An integer argument, at least 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -192,7 +202,12 @@ def load_autoencoder(given: argparse.Namespace) -> Autoencoder:
     process.use_compile_cache()
     with naming_the_flag():
         return autoencoder.load_autoencoder(
-            given.model, given.dtype, weights=given.weights, variant=given.variant
+            given.model,
+            given.dtype,
+            weights=given.weights,
+            variant=given.variant,
+            quantize=given.quantize,
+            calibrate=given.calibrate,
         )
 
 
@@ -202,4 +217,5 @@ def naming_the_flag() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("init_from", "--model")) from error
+        text = str(error).replace("init_from", "--model")
+        raise UserError(re.sub(r"\b(quantize|calibrate)\b=?", r"--\1=", text)) from error

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = process.parser("dcae-jax reconstruct", __doc__)
     parser.add_argument("images", nargs="+", help="files, folders or patterns in quotes")
     inputs.add_model(parser)
+    inputs.add_quantize(parser)
     parser.add_argument("--out", required=True, help="folder of the PNG files")
     parser.add_argument("--alone", action="store_true", help="write the reconstruction alone")
     add_sizes(parser)
