@@ -51,8 +51,8 @@ def load_weights(
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
     PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
     'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
-    a diffusion model. Arrays are NumPy, float32, parameters and statistics together; with
-    `quantized`, an export may also be of quantised weights, in their own dtypes.
+    a diffusion model. quantized: an export may also hold quantised weights. Arrays are NumPy,
+    float32, parameters and statistics together.
     Raises UserError if there is nothing to load or the weights are not of the variant.
     """
     files.check_local(path, "path")
@@ -276,9 +276,7 @@ def _load_export(folder: str, kind: str) -> tuple[Arrays, Saved]:
     if kind == "generator":
         meta["autoencoder"] = files.inside(folder, AUTOENCODER)
     saved = _saved_in(os.path.join(folder, EXPORT), meta)
-    weights = _read_numpy(params, "raw")
-    if not meta.get("quantize"):
-        weights = {k: v.astype(np.float32, copy=False) for k, v in weights.items()}
+    weights = {k: v.astype(np.float32, copy=False) for k, v in _read_numpy(params, "raw").items()}
     logging.info("read the export %s", folder)
     return weights, dataclasses.replace(
         saved,

@@ -225,6 +225,11 @@ def write_generator(config: Config, model: generator.Generator, folder: str) -> 
 
     Returns the largest difference of the weights.
     """
+    if model.autoencoder.quantize:
+        raise UserError(
+            f"the autoencoder of init_from={config.init_from!r} is {model.autoencoder.quantize}; "
+            "give autoencoder= the weights that it was made from"
+        )
     weights, inner = (
         {name: np.asarray(value) for name, value in part.items()}
         for part in (model.weights, model.autoencoder.weights)

@@ -70,7 +70,7 @@ class Quantized(nnx.Module):
         self.input_scale, self.bias = nnx.data(scale), nnx.data(layer.bias)
         conv = isinstance(layer, nnx.Conv)
         self.window: Any = ((layer.strides,) * 2, layer.padding) if conv else None
-        self.dtype = layer.dtype
+        self.dtype: Any = layer.dtype
 
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*m out"]:
         import qwix

@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 from support.published_weights import same
@@ -19,6 +20,8 @@ from dcae_jax.api import autoencoder, calibration
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
+from dcae_jax.models import quantized
+from dcae_jax.models import weights as weights_lib
 from dcae_jax.runtime import process
 
 
@@ -99,10 +102,20 @@ def test_images_may_be_a_folder_or_arrays(photos):
     assert calibration.crops(photos, 48)[0].shape == (48, 48, 3)
 
 
+def test_a_range_covers_every_image(monkeypatch):
+    """Catches the range of the last image alone, or of the images' mean."""
+    monkeypatch.setattr(quantized, "input_peaks", lambda model, x: {"a": x.max(), "b": -x.min()})
+    graphdef, weights, _ = weights_lib.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    images = [np.full((4, 4, 3), value, np.float32) for value in (0.5, -1.0, 0.25)]
+    peaks = calibration.input_peaks(graphdef, weights, "float32", images)
+    assert peaks == {"a": 0.5, "b": 1.0}
+
+
 def test_an_export_holds_int8_and_loads_without_images(
     run_export, autoencoder_export, int8, photos
 ):
-    """Catches weights cast to float32 on the way, and another program after loading."""
+    """Catches weights that stay float32, another program after loading, and int8 weights that a
+    job takes for float ones."""
     how = ("--config.export.quantize=int8", f"--config.export.calibrate={photos}")
     status, said, out = run_export(autoencoder_export, "orbax", *how)
     assert status == 0 and "largest difference after reading it back: 0" in said

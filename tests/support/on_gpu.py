@@ -20,6 +20,7 @@ HIGHEST = (
     "models/test_dit.py",
     "models/test_layers.py",
     "models/test_patchgan.py",
+    "models/test_quantized.py",
     "models/test_sdvae.py",
     "models/test_transformer.py",
     "models/test_uvit.py",
