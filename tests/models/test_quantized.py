@@ -75,7 +75,7 @@ def test_a_layer_rounds_its_inputs_and_sums_integers(kind):
 
 @pytest.mark.parametrize("name, worst", [("int8-weights", 0.01), ("int8", 0.02), ("fp8", 0.06)])
 def test_each_form_is_near_the_float_layer(name, worst):
-    """Catches fp8 that is cut off at int8's largest value, and a form that stays float."""
+    """Catches fp8 that is cut off at int8's largest value."""
     layer = layers.Layers(jnp.float32, nnx.Rngs(0)).conv(16, 8)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 16)), jnp.float32)
     y = layer(x)
