@@ -184,7 +184,7 @@ def add_model(parser: argparse.ArgumentParser, what: str = "") -> None:
 def add_quantize(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that say how to quantise an autoencoder."""
     parser.add_argument(
-        "--quantize", default="", choices=("", *quantized.FORMS), help="see docs/serve.md"
+        "--quantize", default="", choices=tuple(quantized.FORMS), help="see docs/serve.md"
     )
     parser.add_argument("--calibrate", help="int8, fp8: a folder of images like those to come")
 
