@@ -150,14 +150,16 @@ class Autoencoder:
         """The autoencoder of only the first latent channels: smaller first and last kernels.
 
         It gives what this one gives with `channels`. Raises ValueError for a model with a latent
-        shortcut.
+        shortcut, and for quantised weights.
         """
         models.check_channels(self.architecture, [channels], "channels")
+        if self.quantize:
+            raise UserError(
+                f"channels={channels}: these weights are {self.quantize}; cut the float ones first"
+            )
         config = dataclasses.replace(self.model_config, latent_channels=channels)
         weights = models.find(config).cut(self.weights, channels)
-        return build_autoencoder(
-            config, weights.items(), self.mesh, self.dtype, self.quantize, self.float_encoder
-        )
+        return build_autoencoder(config, weights.items(), self.mesh, self.dtype)
 
     def quantized_as(self, form: str, calibrate: calibration.Images | None = None) -> "Autoencoder":
         """This float autoencoder with int8 or fp8 layers; see `load_autoencoder`.

@@ -191,6 +191,14 @@ def test_what_cannot_be_is_one_line(autoencoder_export, arguments, words):
     assert "\n" not in str(caught.value)
 
 
+def test_only_float_weights_are_cut(one_device):
+    """Catches a cut encoder that passes for the whole one, whose checksum it would carry."""
+    model = Model(variant="tiny-1.5")
+    ae = autoencoder.abstract_autoencoder(model, one_device, "float32", "int8")
+    with pytest.raises(UserError, match="channels=16: these weights are int8; cut the float ones"):
+        ae.cut(16)
+
+
 def test_a_broken_image_is_named(autoencoder_export, tmp_path):
     """Catches Pillow's traceback in the middle of a calibration."""
     (tmp_path / "a.png").write_text("no image")
