@@ -11,6 +11,7 @@ def check(config: Config) -> None:
     for key, path in (
         ("init_from", config.init_from),
         ("autoencoder", config.autoencoder),
+        ("distill.teacher", config.distill.teacher),
         ("data.path", config.data.path),
         ("data.held_out_path", config.data.held_out_path),
         ("evaluate.samples", config.evaluate.samples),
@@ -53,8 +54,11 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{name}.always_full=True leaves no draw with {name}.count=1; set it to 2 or more"
             )
+    if config.distill.teacher:
+        _check_distill(config)
     # With needs_weights, a run says so itself; a plan needs no weights.
-    if config.init_parts and not config.init_from and not config.needs_weights:
+    start = config.init_from or config.distill.teacher
+    if config.init_parts and not start and not config.needs_weights:
         raise UserError(
             f"init_parts={config.init_parts} needs init_from, which is empty; set both or neither"
         )
@@ -89,6 +93,19 @@ def _check_export(export: Export) -> None:
         raise UserError(
             f"export.quantize={export.quantize!r} sets the dtypes itself; leave export.dtype at "
             "'float32'"
+        )
+
+
+def _check_distill(config: Config) -> None:
+    name = f"distill.teacher={config.distill.teacher!r}"
+    if config.job != "train" or config.objective:
+        raise UserError(f"{name} is for training an autoencoder; leave it empty in this job")
+    if not (config.distill.l1_weight or config.distill.lpips_weight):
+        raise UserError(f"{name} needs distill.l1_weight or distill.lpips_weight; both are 0")
+    if config.loss.equivariance:
+        raise UserError(
+            f"loss.equivariance={config.loss.equivariance} trains an encoder, but {name} needs its "
+            "encoder frozen; leave one out"
         )
 
 

@@ -12,6 +12,7 @@ IDENTITY = (
     "model",
     "trainable",
     "loss",
+    "distill",
     "structured",
     "augment",
     "optimizer",

@@ -50,6 +50,7 @@ class Model:
         "convolution form; auto: shifted on CPU, else grouped")
     latent_channels: int = key(0, "0, and () below: the variant's", ge=0, le=2**16)
     widths: tuple[int, ...] = key((), "channels per stage", ge=1, le=2**16)
+    decoder_widths: tuple[int, ...] = key((), "channels per stage of the decoder", ge=1, le=2**16)
     encoder_depths: tuple[int, ...] = key((), "blocks per stage", ge=0, le=1000)
     decoder_depths: tuple[int, ...] = key((), "blocks per stage", ge=0, le=1000)
     scaling_factor: float = key(0.0,
@@ -82,6 +83,15 @@ class Loss:
         "probability of a step on transformed latents (EQ-VAE, docs/structured.md)", ge=0, le=1)
     equivariance_scales: tuple[float, ...] = key((0.25, 0.5, 0.75),
         "its scales, those that leave a multiple of f; (): only quarter turns", ge=0, le=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """config.distill: a decoder learns from that of another autoencoder (docs/distill.md)."""
+
+    teacher: str = key("", "autoencoder with the same encoder, as init_from; '': none")
+    l1_weight: float = key(0.0, "weight of the mean absolute difference to its images", ge=0)
+    lpips_weight: float = key(0.0, "weight of the perceptual loss between them", ge=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +155,7 @@ class Optimizer:
     eps: float = key(1e-8, "added to the square root of the second moment", gt=0, lt=1)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
     decay: tuple[str, ...] = key((r".*kernel",), "path patterns that decay; not biases or norms")
-    clip_norm: float = key(1.0,
-        "maximum global norm of the trained gradients; 0: no clipping", ge=0)
+    clip_norm: float = key(1.0, "maximum global norm of trained gradients; 0: no clipping", ge=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +201,7 @@ class Evaluate:
         "score only so many first channels of the latent, for each; (): all", ge=1, le=2**16)
     grid: int = key(8, "images in the PNG grids", ge=1)
     lpips_weights: str = key("", "converted AlexNet file; enables LPIPS (docs/evaluation.md)")
-    inception_weights: str = key("",
-        "converted Inception file; enables rFID, FID, IS, KID and others")
+    inception_weights: str = key("", "converted Inception file: rFID, FID, IS, KID and others")
     protocol: Literal["", "imagenet-256", "imagenet-512"] = key("",
         "imagenet-256 or imagenet-512: the protocols of published scores")
     samples: str = key("", "evaluate these, not a model: image folder, or .npz with arr_0")
@@ -237,8 +245,7 @@ class Plan:
 
     config: str = key("",
         "config file to plan, with :VARIANT: a training job's, or configs/sample.py")
-    generator: str = key("",
-        "for configs/sample.py: config file that trains its model, with :VARIANT")
+    generator: str = key("", "for configs/sample.py: file that trains its model, with :VARIANT")
     overrides: tuple[str, ...] = key((), "overrides for both files: ('batch_size=64', ...)")
     topologies: tuple[str, ...] = key(("v5e:2x2",),
         "v4, v5e, v5p or v6e with the chips per axis; or cpu")
@@ -289,8 +296,7 @@ class Job:
         "compute dtype: float32 (docs/evaluation.md), bfloat16; auto: bfloat16 except on CPU")
     init_from: str = key("",
         "weights: a workdir, checkpoint or export, or published weights (docs/weights.md)")
-    weights: Literal["ema", "raw"] = key("ema",
-        "which weights of a training run to read: ema or raw")
+    weights: Literal["ema", "raw"] = key("ema", "which weights of a run to read: ema or raw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,10 +327,8 @@ class Training:
         ge=1, le=INT_MAX, length=(0, 2))
     remat: Literal["none", "blocks"] = key("none",
         "rematerialise in the backward pass: none or blocks")
-    unroll: bool = key(False,
-        "unroll the loops over transformer blocks and microbatches")
-    allow_change: tuple[str, ...] = key((),
-        "identity keys that may differ from the run being resumed")
+    unroll: bool = key(False, "unroll the loops over transformer blocks and microbatches")
+    allow_change: tuple[str, ...] = key((), "identity keys that may differ on resuming")
     max_skipped: int = key(10, "stop after this many consecutive non-finite steps", ge=1)
 
 
@@ -355,6 +359,7 @@ class Config(Job, Training, Diffusion):
 
     model: Model = Model()
     loss: Loss = Loss()
+    distill: Distill = Distill()
     structured: Structured = Structured()
     augment: Augment = Augment()
     meanflow: MeanFlow = MeanFlow()

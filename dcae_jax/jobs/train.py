@@ -168,7 +168,7 @@ def train(
             batch = next(batches)
             train_step = train_steps[run_lib.size_of(batch)]
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = train_step(state, mesh_lib.put_batch(batch, run.mesh), run.lpips)
+                state, metrics = train_step(state, mesh_lib.put_batch(batch, run.mesh), *run.frozen)
                 writer.add(metrics)
             times.dispatched(number, metrics["finite"])
             next_example += config.batch_size

@@ -9,7 +9,6 @@ Shapes: Ci = widths[i], n is the deepest stage, f = 2^n the compression, c = lat
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from dcae_jax.config.schema import Model
 from dcae_jax.errors import UserError
 from dcae_jax.models import blocks
 from dcae_jax.models.blocks import Activation, BlockKind, DownsampleForm, UpsampleForm
+from dcae_jax.models.dcae_published import CUT, PUBLISHED
 from dcae_jax.models.layers import DepthwiseForm, Layers, NormKind, depthwise_form, run
 from dcae_jax.models.weights import Array
 
@@ -47,6 +47,7 @@ class Variant:
     output_act: Activation = "relu"  # in OutputHead
     latent_shortcuts: bool = True  # average into the latent, duplicate out of it
     residual: bool = True  # False: no parameter-free shortcuts, the ablation
+    decoder_widths: tuple[int, ...] = ()  # (): `widths`
     # Of a fresh model, see `Layers`; two variants that differ in it alone are one network.
     block_scale: float = dataclasses.field(default=1.0, compare=False)
     scaling_factor: float | None = None  # latent * scaling_factor has an rms of about 1
@@ -122,6 +123,7 @@ class Decoder(nnx.Module):
     """Latents -> images. `stages[i]` mirrors the encoder's, as published; the last runs first."""
 
     def __init__(self, arch: Variant, layers: Layers, *, remat: bool) -> None:
+        arch = dataclasses.replace(arch, widths=arch.decoder_widths or arch.widths)
         self.project_in = layers.conv(arch.latent_channels, arch.widths[-1])
         self.stages = nnx.List(decoder_stage(arch, i, layers) for i in range(len(arch.widths)))
         self.project_out = OutputHead(arch, layers)
@@ -226,6 +228,17 @@ _TINY = Variant(  # ours, for a CPU; no published weights
     decoder_blocks=("res",) * 3 + ("evit",) * 2,
     decoder_norms=("bn2d",) * 3 + ("trms2d",) * 2,
 )
+_SMALL = Variant(  # ours, for minutes on one GPU; no published weights
+    latent_channels=32,
+    widths=(32, 64, 64, 128, 128, 256),
+    encoder_depths=(0, 2, 3, 2, 2, 1),
+    decoder_depths=(0, 3, 4, 2, 2, 1),
+    encoder_blocks=("res",) * 4 + ("evit",) * 2,
+    decoder_blocks=("res",) * 4 + ("evit",) * 2,
+    decoder_norms=("trms2d",) * 6,
+    output_act="silu",
+    block_scale=0.0,
+)
 
 
 def _deeper(arch: Variant, *widths: int, **changes: Any) -> Variant:
@@ -250,17 +263,10 @@ VARIANTS = {
         latent_shortcuts=False,
         block_scale=0.0,
     ),
-    "small": Variant(  # ours, for minutes on one GPU; no published weights
-        latent_channels=32,
-        widths=(32, 64, 64, 128, 128, 256),
-        encoder_depths=(0, 2, 3, 2, 2, 1),
-        decoder_depths=(0, 3, 4, 2, 2, 1),
-        encoder_blocks=("res",) * 4 + ("evit",) * 2,
-        decoder_blocks=("res",) * 4 + ("evit",) * 2,
-        decoder_norms=("trms2d",) * 6,
-        output_act="silu",
-        block_scale=0.0,
-    ),
+    # Cheaper decoders for configs/distill.py, as f32c32-lite is of f32c32-sana.
+    "tiny-lite": dataclasses.replace(_TINY, decoder_widths=(24, 24, 32, 64, 128)),
+    "small": _SMALL,
+    "small-lite": dataclasses.replace(_SMALL, decoder_depths=(0, 1, 2, 2, 2, 1)),
     "f32c32": _F32,
     "f64c128": _deeper(_F32, 2048, latent_channels=128),
     "f128c512": _deeper(_F32, 2048, 2048, latent_channels=512),
@@ -275,27 +281,6 @@ VARIANTS = {
     "1.5-f32c128": _DCAE15,
     "1.5-f64c128": _deeper(_DCAE15, 1024, scaling_factor=0.5935),
 }
-
-# Published name -> (variant, scaling factor of those weights).
-PUBLISHED = {
-    "dc-ae-f32c32-in-1.0": ("f32c32", 0.3189),
-    "dc-ae-f32c32-mix-1.0": ("f32c32", 0.4552),
-    "dc-ae-f64c128-in-1.0": ("f64c128", 0.2889),
-    "dc-ae-f64c128-mix-1.0": ("f64c128", 0.4538),
-    "dc-ae-f128c512-in-1.0": ("f128c512", 0.4883),
-    "dc-ae-f128c512-mix-1.0": ("f128c512", 0.3620),
-    "dc-ae-f32c32-sana-1.0": ("f32c32-sana", 0.41407),
-    "dc-ae-f32c32-sana-1.1": ("f32c32-sana", 0.41407),
-    "dc-ae-lite-f32c32": ("f32c32-lite", 0.41407),
-    "dc-ae-lite-f32c32-sana-1.1": ("f32c32-lite", 0.41407),
-    "dc-ae-f32c128-1.5": ("1.5-f32c128", None),
-    "dc-ae-f64c128-1.5": ("1.5-f64c128", 0.5935),
-    "dc-ae-1.5-f32c128": ("1.5-f32c128", None),  # the same two by their newer names
-    "dc-ae-1.5-f64c128": ("1.5-f64c128", 0.5935),
-    "dc-ae-f32c128-1.1": ("1.5-f32c128", None),  # trained without structure
-}
-# A suffix of f32c128's names: all 128 channels, but trained further on the first N alone.
-CUT = re.compile(r"(dc-ae-f32c128-1\.[15]|dc-ae-1\.5-f32c128)-c(?:16|32|48|64|80|96|112)")
 
 
 def variant(name: str) -> Variant:
@@ -317,12 +302,13 @@ def architecture(model_config: Model) -> Variant:
     Empty or zero keys keep the variant's value. Raises UserError if a key does not fit.
     """
     arch = variant(model_config.variant)
-    keys = ("latent_channels", "scaling_factor", "widths", "encoder_depths", "decoder_depths")
+    lists = ("widths", "decoder_widths", "encoder_depths", "decoder_depths")
+    keys = ("latent_channels", "scaling_factor", *lists)
     given = {key: getattr(model_config, key) for key in keys if getattr(model_config, key)}
     arch = dataclasses.replace(arch, residual=model_config.residual, **given)
     stages = len(arch.encoder_blocks)
-    for key in ("widths", "encoder_depths", "decoder_depths"):
-        values = getattr(arch, key)
+    for key in lists:
+        values = getattr(arch, key) or arch.widths
         if len(values) != stages:
             raise UserError(
                 f"model.{key}={values} has {len(values)} entries; "
@@ -330,24 +316,31 @@ def architecture(model_config: Model) -> Variant:
             )
         if 0 in values[1:]:
             raise UserError(f"model.{key}={values}: only the first entry may be 0")
-    for i, width in enumerate(arch.widths):
-        attention = any("evit" in kinds[i] for kinds in (arch.encoder_blocks, arch.decoder_blocks))
-        multiple = blocks.HEAD_DIM if attention else 4  # 4: space-to-channel turns 1 channel into 4
+    _check_widths(arch, "widths", arch.encoder_blocks)
+    _check_widths(arch, "decoder_widths" if arch.decoder_widths else "widths", arch.decoder_blocks)
+    return arch
+
+
+def _check_widths(arch: Variant, key: str, kinds: tuple[BlockKind, ...]) -> None:
+    """Raises UserError unless the widths in `key` fit a half with blocks of these kinds."""
+    widths = getattr(arch, key)
+    for i, width in enumerate(widths):
+        # 4: space-to-channel turns 1 channel into 4
+        multiple = blocks.HEAD_DIM if "evit" in kinds[i] else 4
         if width % multiple:
             raise UserError(
-                f"model.widths={arch.widths}: {width} in stage {i} is not a multiple of {multiple}"
+                f"model.{key}={widths}: {width} in stage {i} is not a multiple of {multiple}"
             )
     # Averaging and duplicating need whole groups of channels.
-    pairs = [(4 * a, b) for a, b in itertools.pairwise(arch.widths)] if arch.residual else []
+    pairs = [(4 * a, b) for a, b in itertools.pairwise(widths)] if arch.residual else []
     if not arch.cuttable:
-        pairs.append((arch.widths[-1], arch.latent_channels))
+        pairs.append((widths[-1], arch.latent_channels))
     for wide, narrow in pairs:
         if wide % narrow:
             raise UserError(
-                f"model.widths={arch.widths}, latent_channels={arch.latent_channels}: a shortcut "
+                f"model.{key}={widths}, latent_channels={arch.latent_channels}: a shortcut "
                 f"cannot average {wide} channels into {narrow}; use widths that divide"
             )
-    return arch
 
 
 def create(

@@ -62,7 +62,7 @@ def config_of(arch: Variant) -> dict[str, Any]:
         "encoder_block_types": [there[kind] for kind in arch.encoder_blocks],
         "decoder_block_types": [there[kind] for kind in arch.decoder_blocks],
         "encoder_block_out_channels": list(arch.widths),
-        "decoder_block_out_channels": list(arch.widths),
+        "decoder_block_out_channels": list(arch.decoder_widths or arch.widths),
         "encoder_layers_per_block": list(arch.encoder_depths),
         "decoder_layers_per_block": list(arch.decoder_depths),
         "encoder_qkv_multiscales": [[5] * (kind == "evit5") for kind in arch.encoder_blocks],
@@ -99,8 +99,9 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
         if c[key] != only:
             raise bad_field(key, c[key], f"only {only} is supported")
     widths = _counts(c, "encoder_block_out_channels", 1)
-    if _counts(c, "decoder_block_out_channels", 1) != widths:
-        why = f"must equal encoder_block_out_channels={list(widths)}"
+    decoder_widths = _counts(c, "decoder_block_out_channels", 1)
+    if len(decoder_widths) != len(widths):
+        why = f"must be as long as encoder_block_out_channels={list(widths)}"
         raise bad_field("decoder_block_out_channels", c["decoder_block_out_channels"], why)
     stages = len(widths)
     if stages < 2:
@@ -121,10 +122,12 @@ def variant_of(config: Mapping[str, Any]) -> Variant:
         upsample=_choices(c, "upsample_block_type", 1)[0],
         output_act=_choices(c, "decoder_conv_act_fn", 1)[0],
         latent_shortcuts=c["encoder_out_shortcut"],
+        decoder_widths=() if decoder_widths == widths else decoder_widths,
         scaling_factor=None if scaling == 1 else scaling,
     )
     _check_decoder(c, arch)
-    _check_widths(arch)
+    _check_widths(arch, "encoder", widths, arch.encoder_blocks)
+    _check_widths(arch, "decoder", decoder_widths, arch.decoder_blocks)
     return arch
 
 
@@ -144,16 +147,17 @@ def _check_decoder(c: Mapping[str, Any], arch: Variant) -> None:
             raise bad_field("decoder_norm_types", c["decoder_norm_types"], why)
 
 
-def _check_widths(arch: Variant) -> None:
-    key, value = "encoder_block_out_channels", list(arch.widths)
-    for i, width in enumerate(arch.widths):
-        blocks = [arch.encoder_blocks[i], arch.decoder_blocks[i]]
-        multiple = 4 if blocks == ["res", "res"] else HEAD_DIM
+def _check_widths(
+    arch: Variant, side: str, widths: tuple[int, ...], kinds: tuple[str, ...]
+) -> None:
+    key, value = f"{side}_block_out_channels", list(widths)
+    for i, width in enumerate(widths):
+        multiple = 4 if kinds[i] == "res" else HEAD_DIM
         if width % multiple:
             raise bad_field(key, value, f"{width} in stage {i} is not a multiple of {multiple}")
-    pairs = [(4 * a, b) for a, b in zip(arch.widths, arch.widths[1:], strict=False)]
+    pairs = [(4 * a, b) for a, b in zip(widths, widths[1:], strict=False)]
     if arch.latent_shortcuts:
-        pairs.append((arch.widths[-1], arch.latent_channels))
+        pairs.append((widths[-1], arch.latent_channels))
     first = 0 if arch.encoder_depths[0] or arch.decoder_depths[0] else 1
     for wide, narrow in pairs[first:]:
         if wide % narrow:

@@ -298,7 +298,7 @@ def settings_of(arch: Variant) -> dict[str, Any]:
         for name, row in rows.items()
         if _network(row) == _network(arch) and row.scaling_factor == arch.scaling_factor
     ]
-    sizes = ("latent_channels", "widths", "encoder_depths", "decoder_depths")
+    sizes = ("latent_channels", "widths", "decoder_widths", "encoder_depths", "decoder_depths")
     free = {key: getattr(arch, key) for key in (*sizes, "residual")}
     for name in [*exact, *dcae.VARIANTS]:
         row = rows[name]

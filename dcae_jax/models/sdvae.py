@@ -70,11 +70,12 @@ def architecture(model_config: Model) -> Variant:
     Empty or zero keys keep the variant's value. Raises UserError if a key does not fit.
     """
     arch = variant(model_config.variant)
-    for key in ("encoder_depths", "decoder_depths"):
+    for key in ("decoder_widths", "encoder_depths", "decoder_depths"):
         if getattr(model_config, key):
             raise UserError(
                 f"model.{key}={tuple(getattr(model_config, key))}: {model_config.variant} has "
-                f"{arch.depth} blocks in every stage; leave it at ()"
+                f"{arch.depth} blocks in every stage, and equal widths in both halves; leave it "
+                "at ()"
             )
     if not model_config.residual:
         raise UserError(

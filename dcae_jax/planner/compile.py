@@ -32,8 +32,9 @@ from dcae_jax.models import layers, lpips
 from dcae_jax.planner import chips, hlo
 from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
-from dcae_jax.setup import resolve
+from dcae_jax.setup import frozen, resolve
 from dcae_jax.setup import run as run_lib
+from dcae_jax.training import losses
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
 
@@ -302,11 +303,12 @@ def step_and_arguments(
         autoencoder = autoencoder_lib.abstract_autoencoder(of_autoencoder, mesh, config.dtype)
         model = generator_lib.abstract_generator(config.model, config, autoencoder, config.dtype)
         return model.program(config.batch_size, settings)
-    spec = state_lib.train_spec(config, mesh)
+    spec = frozen.of_variant(config, state_lib.train_spec(config, mesh), mesh)
     state = state_lib.abstract_state(config.sharding, mesh, spec)
     batch = run_lib.abstract_batch(config, size, mesh)
     step = step_lib.jit_step(config, spec, state)
-    return step, (state, batch, abstract_lpips(config, mesh))
+    teacher = (spec.teacher.decoder,) if spec.teacher else ()
+    return step, (state, batch, abstract_lpips(config, mesh), *teacher)
 
 
 def flops(config: Config, mesh: Mesh, size: int) -> float:
@@ -358,8 +360,8 @@ def repeated_flops(
 
 
 def abstract_lpips(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what `setup.run.lpips_weights` loads."""
-    if not config.loss.lpips_weight or config.objective:
+    """Shapes of what `setup.frozen.lpips_weights` loads."""
+    if not losses.uses_lpips(config):
         return {}
     place = mesh_lib.replicated(mesh)
     return {

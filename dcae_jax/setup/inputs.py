@@ -10,17 +10,18 @@ from dcae_jax.config import Config
 from dcae_jax.data import contents, sources
 from dcae_jax.data.latents import Latents
 from dcae_jax.data.sources import ImageSource
+from dcae_jax.training import losses
 
 # Keys that name inputs: if one was changed on purpose, so was the content of its section.
 NAMES = ("source", "path", "parts", "name", "split", "data_dir", "held_out_path", "lpips_weights")
 
 
-def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
+def digests(config: Config, source: ImageSource | Latents, teacher: str = "") -> dict[str, str]:
     """{key: digest of the input}, each key beginning with its section, as allow_change needs it.
 
     Images are represented by the names and sizes of their files, latents by their manifest, which
     has digests of the shards and the encoder: no data set is read. Weights of metric networks are
-    left out.
+    left out. teacher: checksum of the weights of distill.teacher.
     """
     found = {}
     if isinstance(source, Latents):
@@ -36,8 +37,10 @@ def digests(config: Config, source: ImageSource | Latents) -> dict[str, str]:
                 f"{len(held_out):,} images, index {_short(contents.index(held_out))}"
             )
     path = config.loss.lpips_weights
-    if config.loss.lpips_weight and not config.objective and os.path.isfile(path):
+    if losses.uses_lpips(config) and os.path.isfile(path):
         found["loss.lpips_content"] = f"sha256 {_short(files.sha256(path))}"
+    if teacher:
+        found["distill.content"] = f"weights {_short(teacher)}"
     return found
 
 

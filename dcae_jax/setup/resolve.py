@@ -74,6 +74,13 @@ def on_variant(config: Config) -> Config:
 
 def check_training(config: Config, mesh: Mesh) -> None:
     """Raises UserError if the configuration contradicts itself, the model or the devices."""
+    d = config.distill
+    if (d.l1_weight or d.lpips_weight) and not d.teacher:
+        raise UserError(
+            f"distill.l1_weight={d.l1_weight}, lpips_weight={d.lpips_weight} need distill.teacher, "
+            "which is empty; set it to the autoencoder to learn from: a workdir, an export or "
+            "published weights"
+        )
     sharding.check_rules(config.sharding)
     mesh_lib.check_batch(config.batch_size, mesh, key="batch_size", accumulate=config.accumulate)
     if config.objective:

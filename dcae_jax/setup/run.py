@@ -25,12 +25,12 @@ from dcae_jax.data import sources
 from dcae_jax.data.latents import Latents
 from dcae_jax.data.sources import ImageSource
 from dcae_jax.errors import UserError
-from dcae_jax.models import lpips_torch
 from dcae_jax.models.weights import Weights
 from dcae_jax.pretrained.published import Saved
 from dcae_jax.runtime import distributed, sharding
 from dcae_jax.runtime import mesh as mesh_lib
-from dcae_jax.setup import inputs, partial_init, tables
+from dcae_jax.setup import frozen, inputs, partial_init, tables
+from dcae_jax.setup.frozen import Teacher
 from dcae_jax.training import optim
 from dcae_jax.training import state as state_lib
 from dcae_jax.training import step as step_lib
@@ -49,11 +49,18 @@ class Run:
     source: ImageSource | Latents
     latents: Latents | None  # the source of a diffusion model
     lpips: Weights  # of the perceptual loss, {} for a loss without it
+    teacher: Teacher | None  # of config.distill
+
+    @property
+    def frozen(self) -> tuple[Weights, ...]:
+        """The weights that a step takes beside the state."""
+        return (self.lpips, self.teacher.decoder) if self.teacher else (self.lpips,)
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
         """Digests of the run's inputs, by key."""
-        return inputs.digests(self.config, self.source)
+        taught_by = self.teacher.checksum if self.teacher else ""
+        return inputs.digests(self.config, self.source, taught_by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +169,7 @@ def _allows(allow_change: tuple[str, ...], key: str) -> bool:
 
 def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> Run:
     """The run of a resolved configuration. Raises UserError."""
-    spec = state_lib.train_spec(config, mesh)
+    spec, teacher = frozen.load_teacher(config, state_lib.train_spec(config, mesh), mesh)
     sharding.check_tensor(spec.params, config.sharding, mesh)
     return Run(
         config=config,
@@ -172,30 +179,9 @@ def build(config: Config, workdir: str, mesh: Mesh, latents: Latents | None) -> 
         abstract=state_lib.abstract_state(config.sharding, mesh, spec),
         source=latents or sources.training_source(config.data),
         latents=latents,
-        lpips=lpips_weights(config, mesh),
+        lpips=frozen.lpips_weights(config, mesh),
+        teacher=teacher,
     )
-
-
-def lpips_weights(config: Config, mesh: Mesh) -> Weights:
-    """The weights of the perceptual loss, on the mesh; {} for a loss without it.
-
-    Raises UserError if the loss needs a file that does not exist.
-    """
-    if not config.loss.lpips_weight or config.objective:
-        return {}
-    if not config.loss.lpips_weights:
-        raise UserError(
-            f"loss.lpips_weight={config.loss.lpips_weight} needs loss.lpips_weights: download "
-            "vgg16-397923af.pth (torchvision), run `dcae-jax convert "
-            "vgg16-397923af.pth --out=lpips-vgg.safetensors` and name that file; or set "
-            "loss.lpips_weight=0"
-        )
-    try:
-        weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
-    except (OSError, ValueError) as error:
-        raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
-    everywhere = mesh_lib.replicated(mesh)
-    return {name: mesh_lib.host_to_global(value, everywhere) for name, value in weights.items()}
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -205,7 +191,7 @@ def trace_steps(run: Run) -> dict[int, Any]:
     """{size per side, in pixels or latents: the traced train step}."""
     step = step_lib.jit_step(run.config, run.spec, run.abstract)
     return {
-        size: step.trace(run.abstract, abstract_batch(run.config, size, run.mesh), run.lpips)
+        size: step.trace(run.abstract, abstract_batch(run.config, size, run.mesh), *run.frozen)
         for size in batch_sizes(run.config)
     }
 
@@ -262,6 +248,10 @@ def abstract_batch(config: Config, size: int, mesh: Mesh) -> dict[str, jax.Shape
 def initialise(run: Run) -> tuple[TrainState, Origin]:
     """(the state before step 1, the origin of its weights). Raises UserError."""
     config = run.config
+    if run.teacher:  # what fits of it, unless init_from is set; all of the encoder
+        path, parts = config.distill.teacher, (*config.init_parts, frozen.ENCODER)
+        if not config.init_from:
+            config = config_lib.replace(config, init_from=path, init_parts=parts)
     if not config.init_from:
         if config.needs_weights:
             before = "phase2" if config.loss.gan_weight else "phase1"
@@ -287,6 +277,11 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
         logging.info("init_from=%s\n%s", config.init_from, tables.initial(found))
         weights = found.weights
         origin += f" in {len(found.filled)} paths of {len(weights)}, random, seed {config.seed}"
+    if run.teacher and weights_lib.encoder_checksum(weights) != run.teacher.encoder_checksum:
+        raise UserError(
+            f"init_from={config.init_from!r} has another encoder than the weights of "
+            f"distill.teacher={config.distill.teacher!r}; leave init_from empty"
+        )
     theirs, ours = saved.model.variant, config.model.variant
     try:
         state = state_lib.init_state(config, run.mesh, run.spec, weights)
@@ -300,8 +295,8 @@ def initialise(run: Run) -> tuple[TrainState, Origin]:
     if not config.init_parts:
         _check_network(config, saved)
     # An autoencoder that takes only parts of another has latents of a different scale.
-    other = config.objective or config.init_parts
-    factor = None if other else _inherited_factor(run, saved.model)
+    other = config.objective or (config.init_parts and not run.teacher)
+    factor = None if other else _inherited_factor(config, run.spec, saved.model)
     theirs, ours = saved.model.scaling_factor, config.model.scaling_factor
     if config.objective and theirs and theirs != ours:
         raise UserError(
@@ -324,24 +319,24 @@ def _check_network(config: Config, saved: Saved) -> None:
             )
 
 
-def _inherited_factor(run: Run, source: Model) -> float | None:
+def _inherited_factor(config: Config, spec: TrainSpec, source: Model) -> float | None:
     """The scaling factor inherited with the weights of `source`; None if the run has its own.
 
     model.scaling_factor takes precedence; a published name that contradicts it is an error. If the
     encoder is trained, the factor is kept, with a warning.
     """
-    model, module = run.config.model, models.find(run.config.model)
+    model, module = config.model, models.find(config.model)
     ours = module.architecture(model).scaling_factor
     theirs = models.find(source).architecture(source).scaling_factor
     own = model.scaling_factor or not theirs or theirs == ours
     if not own and ours and model.variant not in module.VARIANTS:
         raise UserError(
             f"model.variant={model.variant!r} has the scaling factor {ours}, but the weights of "
-            f"init_from={run.config.init_from!r} have {theirs}; use the variant of the weights, or "
+            f"init_from={config.init_from!r} have {theirs}; use the variant of the weights, or "
             "set model.scaling_factor"
         )
     factor = ours if own else theirs
-    if factor and any(name.startswith(weights_lib.ENCODER) for name in run.spec.trained):
+    if factor and any(name.startswith(weights_lib.ENCODER) for name in spec.trained):
         logging.warning(
             "this run trains the encoder, which may change the rms of its latents: the scaling "
             "factor %s is kept; after training, measure the rms with configs/encode.py and set "

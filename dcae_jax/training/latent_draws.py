@@ -80,23 +80,26 @@ def repeated(
     return jnp.repeat(x, len(channels), axis=0), jnp.tile(channels, x.shape[0])
 
 
-def reconstruct(
-    model: Callable, images: Float[Array, "B H W 3"], draws: LatentDraws, scale: float | None
-) -> tuple[Float[Array, "Bn h w 3"], Float[Array, "Bn h w 3"]]:
-    """(the model's reconstructions, their targets), with what `draws` asks for between its halves.
+def latents(
+    encode: Callable[[Array], Array],
+    images: Float[Array, "B H W 3"],
+    draws: LatentDraws,
+    scale: float | None,
+) -> tuple[Float[Array, "Bn h w c"], Float[Array, "Bn H W 3"]]:
+    """(latents to decode, their targets): those of `images`, changed as `draws` asks for.
 
     scale: of the transform; None: no transform.
     """
     if draws.channels is None and scale is None:
-        return model(images), images
-    z, channels = repeated(model.encode(images), draws.channels)  # [Bn, H/f, W/f, c]
+        return encode(images), images
+    z, channels = repeated(encode(images), draws.channels)  # [Bn, H/f, W/f, c]
     targets, _ = repeated(images, draws.channels)
     if channels is not None:
         z = layers.first_channels(z, channels)
     if scale is not None:
         assert draws.turn is not None
         z, targets = (transformed(x, scale, draws.turn) for x in (z, targets))
-    return model.decode(z), targets
+    return z, targets
 
 
 def transformed(

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32
 
-from dcae_jax.config.schema import Loss
+from dcae_jax.config import Config
+from dcae_jax.config.schema import Distill, Loss
 from dcae_jax.models import lpips
 from dcae_jax.models.weights import Array, Weights
 
@@ -30,6 +31,18 @@ def reconstruction_terms(loss: Loss) -> dict[str, tuple[ReconstructionTerm, floa
             loss.lpips_weight,
         )
     return terms
+
+
+def distillation_terms(distill: Distill) -> dict[str, tuple[ReconstructionTerm, float]]:
+    """The terms of the loss between a student's images and its teacher's, as above."""
+    terms = reconstruction_terms(Loss(distill.l1_weight, distill.lpips_weight))
+    return {f"teacher_{name}": term for name, term in terms.items()}
+
+
+def uses_lpips(config: Config) -> bool:
+    """Whether training needs the weights of LPIPS."""
+    weights = config.loss.lpips_weight, config.distill.lpips_weight
+    return not config.objective and any(weights)
 
 
 def l1(x: Float[Array, "B H W 3"], y: Float[Array, "B H W 3"]) -> Float32[Array, ""]:

@@ -58,6 +58,15 @@ class DiscriminatorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """The static parts of a student's teacher: an autoencoder with the student's encoder."""
+
+    graphdef: nnx.GraphDef
+    encoder: frozenset[str]  # paths of the weights that it shares with the student
+    decoder: Weights  # shapes of its other weights, with their shardings
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSpec:
     """The static parts of a training run: graphdef, shapes, what is trained, optimizer."""
 
@@ -69,6 +78,7 @@ class TrainSpec:
     optimizer: optax.GradientTransformation
     discriminator: DiscriminatorSpec | None
     last_layer: str  # the kernel whose gradients weigh the GAN loss; '' for diffusion models
+    teacher: TeacherSpec | None = None  # if config.distill has one
 
 
 NO_DIFFUSION = Diffusion()  # for autoencoders

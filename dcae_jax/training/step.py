@@ -4,11 +4,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Float32
 
 from dcae_jax import models
 from dcae_jax.config import Config
@@ -21,11 +22,18 @@ from dcae_jax.runtime import mesh as mesh_lib
 from dcae_jax.runtime import sharding
 from dcae_jax.training import latent_draws, losses, optim
 from dcae_jax.training.latent_draws import LatentDraws
-from dcae_jax.training.state import Discriminator, TrainSpec, TrainState
+from dcae_jax.training.state import Discriminator, TeacherSpec, TrainSpec, TrainState
 
 Metrics = dict[str, Array]  # scalars
 Batch = dict[str, Array]
-TrainStep = Callable[[TrainState, Batch, Weights], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, *weights of `Frozen`)
+
+
+class Frozen(NamedTuple):
+    """Weights of networks that the loss uses and no step changes."""
+
+    lpips: Weights = {}  # of the perceptual loss, {} for a loss without it
+    teacher: Weights = {}  # of a student's teacher: its decoder; {} without one
 
 
 @jax.tree_util.register_dataclass
@@ -42,18 +50,20 @@ class Gradients:
 def make_step(config: Config, spec: TrainSpec) -> TrainStep:
     """The training step of an autoencoder, in any phase, or of a diffusion model.
 
-    An autoencoder's batch holds 'image' [B, H, W, 3] uint8; `lpips` are the weights of the
-    perceptual loss, {} for a loss without it. A diffusion model's batch holds 'latent'
-    [B, h, w, c], unscaled, and 'label' [B] int32.
+    An autoencoder's batch holds 'image' [B, H, W, 3] uint8. A diffusion model's batch holds
+    'latent' [B, h, w, c], unscaled, and 'label' [B] int32.
     Metrics are float32 scalars; 'finite' is 0 for a step that was skipped because its loss or
     gradient was not finite. Such a step changes only the counters.
     """
     learning_rate = optim.schedule(config.optimizer, config.steps)
 
-    def train_step(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, *networks: Weights
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         draws = draw_latents(config, batch, key)
-        grads = accumulated_gradients(config, spec, state, batch, key, draws, lpips)
+        frozen = Frozen(*networks)
+        grads = accumulated_gradients(config, spec, state, batch, key, draws, frozen)
         trained = {name: grad for name, grad in grads.params.items() if name in spec.trained}
         metrics = grads.metrics | draws.metrics | {"grad_norm": optax.global_norm(trained)}
 
@@ -100,9 +110,9 @@ def jit_step(config: Config, spec: TrainSpec, abstract: TrainState) -> jax.stage
     mesh = shardings.step.mesh
     step = make_step(config, spec)
 
-    def run(state: TrainState, batch: Batch, lpips: Weights) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Batch, *networks: Weights) -> tuple[TrainState, Metrics]:
         with sharding.on_mesh(mesh):
-            return step(state, batch, lpips)
+            return step(state, batch, *networks)
 
     return jax.jit(run, donate_argnums=0, out_shardings=(shardings, mesh_lib.replicated(mesh)))
 
@@ -133,7 +143,7 @@ def accumulated_gradients(
     batch: Batch,
     key: Array,
     draws: LatentDraws,
-    lpips: Weights,
+    frozen: Frozen,
 ) -> Gradients:
     """Gradients over the batch, in config.accumulate microbatches."""
 
@@ -142,7 +152,7 @@ def accumulated_gradients(
         if config.objective:
             return denoising_gradients(config, spec, now, batch, key, draws)
         if draws.scale is None:
-            return reconstruction_gradients(config, spec, now, batch, lpips, draws)
+            return reconstruction_gradients(config, spec, now, batch, frozen, draws)
         arch = models.find(config.model).architecture(config.model)
         scales = latent_draws.scales(config.loss, batch["image"].shape[1], arch.compression)
         # One branch per scale: their shapes differ, so each has a program of its own inside.
@@ -150,7 +160,7 @@ def accumulated_gradients(
             draws.scale,
             [
                 functools.partial(
-                    reconstruction_gradients, config, spec, now, batch, lpips, draws, scale
+                    reconstruction_gradients, config, spec, now, batch, frozen, draws, scale
                 )
                 for scale in (None, *scales)
             ],
@@ -215,13 +225,14 @@ def reconstruction_gradients(
     spec: TrainSpec,
     state: TrainState,
     batch: Batch,
-    lpips: Weights,
+    frozen: Frozen,
     draws: LatentDraws,
     scale: float | None = None,
 ) -> Gradients:
     """One forward and backward pass of an autoencoder, and of its discriminator, if any.
 
     scale: of the transform between encoder and decoder; None: no transform.
+    A teacher (config.distill) decodes the same latents; its images are a second target.
 
     The losses are first differentiated with respect to the model's output. The backward pass
     through the model is linear in those gradients, so the GAN loss is weighted before that pass,
@@ -229,21 +240,29 @@ def reconstruction_gradients(
     """
     images = transforms.to_float(batch["image"])  # [B, H, W, 3]
 
-    def forward(params: Weights) -> tuple[Array, tuple[Array, Weights]]:
+    def forward(params: Weights) -> tuple[Array, tuple[Array, Array, Weights]]:
         weights = {**stop_frozen_gradients(spec, params), **state.stats}
         model = sharding.all_gather_weights(weights_lib.merge(spec.graphdef, weights))
         model = layers.training_norms(model, spec.trained.__contains__)
-        output, targets = latent_draws.reconstruct(model, images, draws, scale)
-        return output, (targets, weights_lib.split(model)[2])
+        z, targets = latent_draws.latents(model.encode, images, draws, scale)
+        return model.decode(z), (z, targets, weights_lib.split(model)[2])
 
     def reconstruction_loss(output: Array) -> tuple[Array, Metrics]:
         terms = losses.reconstruction_terms(config.loss)
-        values = {name: term(output, images, lpips) for name, (term, _) in terms.items()}
+        values = {name: term(output, images, frozen.lpips) for name, (term, _) in terms.items()}
+        if taught is not None:
+            more = losses.distillation_terms(config.distill)
+            values |= {name: term(output, taught, frozen.lpips) for name, (term, _) in more.items()}
+            values["teacher_psnr"] = losses.psnr(taught, images)
+            terms |= more
         weighted = (weight * values[name] for name, (_, weight) in terms.items())
         loss = sum(weighted, jnp.zeros(()))
         return loss, values | {"psnr": losses.psnr(output, images)}
 
-    output, backward, (images, new_stats) = jax.vjp(forward, state.params, has_aux=True)
+    output, backward, (z, images, new_stats) = jax.vjp(forward, state.params, has_aux=True)
+    taught = None
+    if spec.teacher:
+        taught = teacher_images(spec.teacher, {**state.params, **state.stats}, frozen.teacher, z)
     (loss, metrics), pull = jax.value_and_grad(reconstruction_loss, has_aux=True)(output)
 
     discriminator_grads: Weights = {}
@@ -280,6 +299,18 @@ def reconstruction_gradients(
     # Frozen statistics stay the same arrays, so `train_step` sees them as unchanged.
     stats = {k: new_stats[k] if k in spec.trained else v for k, v in state.stats.items()}
     return Gradients(grads, discriminator_grads, metrics | {"loss": loss}, stats)
+
+
+def teacher_images(
+    spec: TeacherSpec, student: Weights, decoder: Weights, z: Float[Array, "B h w c"]
+) -> Float32[Array, "B H W 3"]:
+    """What the teacher makes of the student's latents z, which are its own.
+
+    decoder: the teacher's weights, without those of the encoder, which are the student's.
+    """
+    encoder = {name: student[name] for name in spec.encoder}
+    model = weights_lib.merge(spec.graphdef, {**encoder, **decoder})
+    return sharding.all_gather_weights(model).decode(z)
 
 
 def discriminator_loss(

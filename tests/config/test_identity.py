@@ -9,7 +9,8 @@ from dcae_jax import config as config_lib
 # Top-level keys that a resumed run must share: the contract of docs, not read off the code.
 IDENTITY = (
     "model trainable loss optimizer ema_decay ema_warmup accumulate data seed batch_size "
-    "resolution resolutions dtype patch_size objective label_dropout structured augment meanflow"
+    "resolution resolutions dtype patch_size objective label_dropout structured augment meanflow "
+    "distill"
 ).split()
 FREE = ("data.workers", "data.threads", "data.prefetch")  # how fast the same batches arrive
 

@@ -217,6 +217,8 @@ def test_newer_names_and_cuts_are_the_whole_architecture(name):
         ({"variant": "f31"}, "model.variant='f31'"),
         ({"widths": (8, 8)}, "2 entries"),
         ({"widths": (32, 32, 64, 40, 128)}, "40 in stage 3"),
+        ({"decoder_widths": (8, 8)}, "decoder_widths=.* has 2 entries"),
+        ({"decoder_widths": (24, 24, 40, 64, 128)}, "decoder_widths=.* average 96 .* 40"),
         ({"latent_channels": 48}, "average"),
         ({"encoder_depths": (1, 0, 1, 1, 1)}, "only the first"),
     ],

@@ -13,8 +13,8 @@ WORDS = (
     ("dcae_jax/config.py", "dcae_jax/config/schema.py"),
     # Sub-commands of the one command line.
     ("python -m dcae_jax.torch_io", "dcae-jax convert"),
-    # One variant more.
-    (" tiny, f32c32, f64c128", " tiny, tiny-1.5, small, f32c32, f64c128"),
+    # More variants.
+    (" tiny, f32c32, f64c128", " tiny, tiny-1.5, tiny-lite, small, small-lite, f32c32, f64c128"),
     (
         "dc-ae-f32c128-1.5, dc-ae-f64c128-1.5",
         "dc-ae-f32c128-1.5, dc-ae-f64c128-1.5, dc-ae-1.5-f32c128, dc-ae-1.5-f64c128, "
@@ -46,7 +46,7 @@ WORDS = (
     ("; leave 0", "; leave it at 0"),
     ("gan_layers=4 needs pictures of", "gan_layers=4 needs images of"),
     ("_weights='/none' is no file;", "_weights='/none' is not a file;"),
-    ("must be as encoder_block_out_channels", "must equal encoder_block_out_channels"),
+    ("must be as encoder_block_out_channels", "must be as long as encoder_block_out_channels"),
     ("these are the weights of no variant known here", "these weights match no known variant"),
     ("is none of whole numbers in", "must be an int in"),
     ("is no text; write ('...',)", "must be a non-empty string, as in ('...',)"),
