@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What does a lite decoder cost, and what does a teacher buy? (docs/distill.md)
 
-    python benchmarks/photos.py --out=photos
-    python benchmarks/distill.py --teacher=runs/tiny/phase3 --photos=photos --workdir=runs/distill
+    python benchmarks/distill.py --teacher=runs/tiny/phase3 --workdir=runs/distill
 
-Trains `configs/distill.py:tiny-lite` on the photographs, and once more on images alone, without the
-teacher's. Scores all three on held-out crops, counts FLOPs of their decoders as XLA does, and times
-decoding, alternately. A finished training is not repeated.
+Trains `configs/distill.py:tiny-lite` on the embedded photographs, or on those of
+`benchmarks/photos.py --out=DIR` with `--photos=DIR`, and once more without the teacher's images.
+Scores all three on held-out crops, counts FLOPs of their decoders as XLA does, and times decoding,
+alternately. A finished training is not repeated.
 """
 
 import argparse
@@ -35,8 +35,9 @@ SIZE, BATCH = 256, 4  # of the images that are decoded for FLOPs and seconds
 def students(given: argparse.Namespace) -> dict[str, Config]:
     """{name: its training}: with the teacher, and from the same start without it."""
     raw = config_lib.load_file(os.path.join(config_lib.SHIPPED, "distill.py"), given.variant)
-    raw.data.source, raw.data.path = "folder", os.path.join(given.photos, "train")
-    raw.data.held_out_path = os.path.join(given.photos, "held_out")
+    if given.photos:
+        raw.data.source, raw.data.path = "folder", os.path.join(given.photos, "train")
+        raw.data.held_out_path = os.path.join(given.photos, "held_out")
     raw.distill.teacher, raw.steps = given.teacher, given.steps or raw.steps
     taught = config_lib.validate(raw)
     raw.update_from_flattened_dict({"distill.teacher": "", "distill.l1_weight": 0.0})
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True, help="workdir or export of a `tiny`")
     parser.add_argument("--variant", default="tiny-lite")
-    parser.add_argument("--photos", default="photos")
+    parser.add_argument("--photos", default="", help="folder of train/ and held_out/")
     parser.add_argument("--workdir", default="runs/distill")
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--rounds", type=int, default=15)

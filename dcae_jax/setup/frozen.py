@@ -6,6 +6,7 @@ The teacher is an autoencoder with the run's encoder; the run, its student, trai
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 from flax import nnx
@@ -128,17 +129,17 @@ def with_teacher(spec: TrainSpec, config: Config, teacher: Model, mesh: Mesh) ->
     shapes = {**params, **stats}
     encoder = frozenset(path for path in shapes if path.startswith(weights_lib.ENCODER))
     decoder = {path: leaf for path, leaf in shapes.items() if path not in encoder}
-    places = sharding.state_shardings(decoder, config.sharding, mesh)
-    decoder = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
-        for path, leaf in decoder.items()
-    }
+    decoder = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        decoder,
+        sharding.state_shardings(decoder, config.sharding, mesh),
+    )
     return dataclasses.replace(spec, teacher=TeacherSpec(graphdef, encoder, decoder))
 
 
 def _encoder(model: Model, config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:
     """(the graphdef of the model's encoder, the shapes of what latents depend on)."""
-    module = state_lib.abstract_model(model, mesh, dtype=config.dtype)
+    module: Any = state_lib.abstract_model(model, mesh, dtype=config.dtype)
     _, params, stats = model_weights.split(module)
     shapes = {
         path: leaf.shape

@@ -309,7 +309,7 @@ def teacher_images(
     decoder: the teacher's weights, without those of the encoder, which are the student's.
     """
     encoder = {name: student[name] for name in spec.encoder}
-    model = weights_lib.merge(spec.graphdef, {**encoder, **decoder})
+    model: Any = weights_lib.merge(spec.graphdef, {**encoder, **decoder})
     return sharding.all_gather_weights(model).decode(z)
 
 

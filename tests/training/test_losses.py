@@ -41,3 +41,18 @@ def test_a_term_of_weight_zero_is_not_computed():
     assert weights == {"l1": 0.3, "lpips": 0.7}
     loss.lpips_weight = 0.0
     assert losses.reconstruction_terms(loss).keys() == {"l1"}
+
+
+def test_terms_to_the_teacher_have_weights_of_their_own():
+    """Catches the teacher's terms under the names, or with the weights, of those to the image."""
+    config = config_lib.default()
+    config.distill.teacher, config.distill.l1_weight, config.distill.lpips_weight = "t", 0.3, 0.7
+    config.loss.lpips_weight = 0.0
+    config = config_lib.validate(config)
+    terms = losses.distillation_terms(config.distill)
+    weights = {name: weight for name, (_, weight) in terms.items()}
+    assert weights == {"teacher_l1": 0.3, "teacher_lpips": 0.7}
+    assert losses.uses_lpips(config)
+    without = config_lib.replace(config, distill={"lpips_weight": 0.0})
+    assert not losses.uses_lpips(without)
+    assert losses.distillation_terms(without.distill).keys() == {"teacher_l1"}
