@@ -17,7 +17,7 @@ def get_config(variant=""):
     config.job = "encode"
     config.model.variant = variant
     config.resolution = 512
-    if variant in ("tiny", "tiny-1.5"):
+    if variant in ("tiny", "tiny-1.5", "tiny-lite"):
         config.resolution = 64
         config.encode.crops = 200
         config.encode.shard_size = 600

@@ -17,7 +17,7 @@ def get_config(variant="f32c32"):
     config.model.variant = variant
     if variant in ("f64c128", "f128c512"):
         config.remat = "blocks"  # without it, eight images per chip need 17 GB (docs/scaling.md)
-    if variant in ("tiny", "tiny-1.5"):
+    if variant in ("tiny", "tiny-1.5", "tiny-lite"):
         config.steps = 1200
         config.batch_size = 4
         config.resolution = 64
@@ -35,7 +35,7 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (64, 256)
         config.evaluate.count = 64
         config.evaluate.crops = 32
-    if variant == "small":
+    if variant in ("small", "small-lite"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"

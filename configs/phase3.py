@@ -33,7 +33,7 @@ def get_config(variant="f32c32"):
     config.optimizer.warmup_steps = 1000
     config.evaluate.resolutions = (256, 512)
     config.evaluate_first = True
-    if variant in ("tiny", "tiny-1.5"):
+    if variant in ("tiny", "tiny-1.5", "tiny-lite"):
         config.resolution = 64
         config.steps = 300
         config.batch_size = 8
@@ -54,7 +54,7 @@ def get_config(variant="f32c32"):
         config.evaluate.resolutions = (64, 256)
         config.evaluate.count = 64
         config.evaluate.crops = 32
-    if variant == "small":
+    if variant in ("small", "small-lite"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"

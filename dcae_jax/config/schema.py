@@ -247,8 +247,7 @@ class Plan:
         "config file to plan, with :VARIANT: a training job's, or configs/sample.py")
     generator: str = key("", "for configs/sample.py: file that trains its model, with :VARIANT")
     overrides: tuple[str, ...] = key((), "overrides for both files: ('batch_size=64', ...)")
-    topologies: tuple[str, ...] = key(("v5e:2x2",),
-        "v4, v5e, v5p or v6e with the chips per axis; or cpu")
+    topologies: tuple[str, ...] = key(("v5e:2x2",), "v4, v5e, v5p, v6e: chips per axis; or cpu")
     find_batch: bool = key(False, "search for the largest batch size that fits")
     effort: float = key(-1.0,
         "compiler effort: 0 as in a run; -1: 4 to 6 times faster (docs/scaling.md)")
@@ -336,13 +335,11 @@ class Training:
 class Diffusion:
     """Keys of diffusion on latents (docs/diffusion.md)."""
 
-    autoencoder: str = key("",
-        "autoencoder of the latents: as init_from; or a VARIANT, for shapes only")
+    autoencoder: str = key("", "autoencoder of the latents, as init_from; a VARIANT: for shapes")
     patch_size: int = key(1, "latent positions per side of one token", ge=1)
     objective: Literal["", "epsilon", "learned_sigma", "flow", "meanflow"] = key("",
         "'': no diffusion; epsilon, learned_sigma, flow or meanflow")
-    label_dropout: float = key(0.1,
-        "fraction of labels replaced by \"none\", for guidance", ge=0, le=1)
+    label_dropout: float = key(0.1, "fraction of labels replaced by \"none\"", ge=0, le=1)
 
 
 SHARDING = (
