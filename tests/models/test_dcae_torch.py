@@ -333,9 +333,10 @@ def test_a_cut_model_gives_the_numbers_of_diffusers_with_as_many_channels(channe
 
 @pytest.mark.torch
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["f32c32", "f32c32-sana"])
+@pytest.mark.parametrize("name", ["f32c32", "f32c32-sana", "tiny-lite"])
 def test_full_size_models_give_the_same_numbers(name):
-    """Catches an error that grows with depth and width until float32 no longer hides it."""
+    """Catches an error that grows with depth and width until float32 no longer hides it, and a
+    decoder that is narrower than its encoder in one of the two alone."""
     arch = dcae.VARIANTS[name]
     config = dcae_torch.config_of(arch, "diffusers")
     compare(torch_network(config), arch, [(128, 128), (96, 160)], quick=False)
