@@ -72,7 +72,10 @@ def load_teacher(config: Config, spec: TrainSpec, mesh: Mesh) -> tuple[TrainSpec
     """
     if not config.distill.teacher:
         return spec, None
-    weights, saved = weights_lib.load_weights(config.distill.teacher, config.weights)
+    try:
+        weights, saved = weights_lib.load_weights(config.distill.teacher, config.weights)
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error}") from error
     spec = with_teacher(spec, config, saved.model, mesh)
     assert spec.teacher is not None
     ours = {**spec.params, **spec.stats}
