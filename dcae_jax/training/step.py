@@ -309,8 +309,9 @@ def teacher_images(
     decoder: the teacher's weights, without those of the encoder, which are the student's.
     """
     encoder = {name: student[name] for name in spec.encoder}
-    model: Any = weights_lib.merge(spec.graphdef, {**encoder, **decoder})
-    return sharding.all_gather_weights(model).decode(z)
+    model = weights_lib.merge(spec.graphdef, {**encoder, **decoder})
+    teacher: Any = sharding.all_gather_weights(model)
+    return teacher.decode(z)
 
 
 def discriminator_loss(
