@@ -56,9 +56,10 @@ def identity_changes(
 ) -> dict[str, tuple[Any, Any]]:
     """{key: (before, now)} of the identity keys that differ between two `to_json` results.
 
-    `steps` is one of them under a cosine schedule, which ends there.
+    `steps` is one of them under a cosine schedule, which ends there. A key that `before` lacks has
+    its default there: an older version wrote it, which trained as the default of a new key does.
     """
-    flat_before, flat_now = flatten(before), flatten(now)
+    flat_before, flat_now = flatten(to_json(Config())) | flatten(before), flatten(now)
     cosine = "cosine" in (flat_before.get(SCHEDULE), flat_now.get(SCHEDULE))
     identity = (*IDENTITY, "steps") if cosine else IDENTITY
     changes = {}

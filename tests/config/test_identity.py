@@ -56,6 +56,16 @@ def _another(value):
     return (*value, "x") if isinstance(value, tuple) else value + type(value)(1)
 
 
+def test_a_run_of_an_older_version_goes_on():
+    """Catches an update of this package after which no run of the version before resumes."""
+    before, now = to_json(config_lib.default()), config_lib.default()
+    del before["distill"], before["model"]["decoder_widths"]
+    assert not config_lib.identity_changes(before, to_json(now))
+    now.distill.l1_weight = 0.5
+    changes = config_lib.identity_changes(before, to_json(now))
+    assert changes == {"distill.l1_weight": (0.0, 0.5)}
+
+
 def test_tuples_survive_json():
     """Catches every run refusing to resume because () became []."""
     config = config_lib.default()
