@@ -30,12 +30,14 @@ def nearest_multiples(value: int, step: int, least: int = 0) -> str:
 
 # Import name -> name on the index, of the packages that only some commands need.
 OPTIONAL = {
+    "gcsfs": "gcsfs",
     "gradio": "gradio",
     "huggingface_hub": "huggingface_hub",
     "kubernetes": "kubernetes",
     "libtpu": "'jax[tpu]'",
     "pyarrow": "pyarrow",
     "qwix": "qwix",
+    "s3fs": "s3fs",
     "torch": "torch",
 }
 

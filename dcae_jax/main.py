@@ -14,7 +14,6 @@ with nothing saved; 141 nobody reads the output any more (a pipe to head).
 """
 
 import importlib
-import os
 import signal
 import sys
 
@@ -74,7 +73,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
     flag = config_flags.DEFINE_config_file(
         "config", None, "a file of configs/, with :VARIANT", values, sys_argv=argv
     )
-    workdir = flags.DEFINE_string("workdir", None, "folder for the run's files", values)
+    workdir = flags.DEFINE_string("workdir", None, "folder or bucket for the run's files", values)
     try:
         rest = values(argv)
         config = flag.value
@@ -90,10 +89,10 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str]:
         raise UserError(f"{rest[1]!r} is not a flag; {hint}")
     if not workdir.value and not (job == "export" and config.export.out):
         raise UserError("--workdir is missing; name a folder for the run's files")
-    files.check_local(workdir.value or "", "--workdir")
+    files.check(workdir.value or "", "--workdir")
     if job not in JOBS:
         raise UserError(f"job={job!r} is not known; choose one of {', '.join(JOBS)}")
-    return config, os.path.abspath(os.path.expanduser(workdir.value or config.export.out))
+    return config, files.absolute(workdir.value or config.export.out)
 
 
 def console() -> int:

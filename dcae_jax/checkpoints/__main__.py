@@ -30,7 +30,9 @@ def copy(source: str, workdir: str) -> list[int]:
     `workdir` must be new or empty, or hold what an interrupted copy of the same run left, which is
     completed. Returns those of the requested steps that it then has. Raises UserError.
     """
-    source, workdir = (os.path.abspath(os.path.expanduser(path)) for path in (source, workdir))
+    files.check_local(source, "source")
+    files.check_local(workdir, "workdir")
+    source, workdir = (files.absolute(path) for path in (source, workdir))
     origin, step = checkpoints.split_path(source)
     steps = checkpoints.saved_steps(source) if step is None else [step]
     if not steps or not set(steps) <= set(checkpoints.saved_steps(origin)):
@@ -141,6 +143,7 @@ def _copy(source: str, workdir: str) -> list[int]:
 
 def check(workdir: str) -> bool:
     """Whether all checkpoints of a workdir are undamaged; prints a line for each."""
+    files.check(workdir, "workdir")
     workdir, worst = os.path.expanduser(workdir), ""
     steps = checkpoints.saved_steps(workdir)
     if not steps:
@@ -148,7 +151,7 @@ def check(workdir: str) -> bool:
             f"{workdir!r} has no finished checkpoint; give the workdir of a run{_phases(workdir)}"
         )
     for step in steps:
-        wrong = integrity.damage(checkpoints.step_folder(workdir, step))
+        wrong = integrity.damage(checkpoints.local_step(workdir, step))
         worst = worst or wrong
         sys.stdout.write(f"{step}: {wrong or 'ok'}\n")
     return not worst

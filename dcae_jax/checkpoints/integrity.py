@@ -28,18 +28,24 @@ def write(folder: str) -> None:
 def damage(folder: str, part: str = "") -> str:
     """What is wrong with the files of `folder`, in a few words; '' if they match the manifest.
 
-    part: a subfolder to check alone; '' checks them all.
+    part: a subfolder to check alone; '' checks them all. Of a URL, sizes are compared and nothing
+    is read but the manifest.
     """
     try:
-        with open(os.path.join(folder, FILE), encoding="utf-8") as file:
-            files = json.load(file)["files"]
+        data = files_lib.read_file(os.path.join(folder, FILE))
+        if data is None:
+            return f"{FILE} is missing"
+        files = json.loads(data)["files"]
         wanted = {name: (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"{FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{FILE} is unreadable"
+    found = files_lib.sizes(folder) if files_lib.is_url(folder) else {}
     for name, (size, checksum) in sorted(wanted.items()):
         if part and not name.startswith(f"{part}/"):
+            continue
+        if files_lib.is_url(folder):
+            if found.get(name) != size:
+                return f"{name} has {found.get(name, 0)} of {size} bytes"
             continue
         path = os.path.join(folder, *name.split("/"))
         inside = os.path.realpath(folder)
@@ -50,10 +56,10 @@ def damage(folder: str, part: str = "") -> str:
         if os.path.getsize(path) != size:
             return f"{name} has {os.path.getsize(path)} of {size} bytes"
         try:
-            found = _measure(path)["crc32"]
+            actual = _measure(path)["crc32"]
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found != checksum:
+        if actual != checksum:
             return f"{name} does not match its checksum"
     return ""
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dcae_jax import files
-from dcae_jax.checkpoints import integrity
+from dcae_jax.checkpoints import integrity, remote
 from dcae_jax.config.loading import PHASES
 from dcae_jax.errors import MachineError, UserError
 
@@ -40,16 +40,19 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
     """The manager of WORKDIR/checkpoints: asynchronous saves, keeps the newest `keep`."""
     import orbax.checkpoint as ocp
 
-    folder = os.path.join(os.path.abspath(workdir), FOLDER)
+    url = os.path.join(files.absolute(workdir), FOLDER)
+    folder = files.spool(url)
+    if url != folder and jax.process_index() == 0:
+        remote.clear(url)
     for name in files.listdir(folder):  # Orbax deletes old checkpoints
         if os.path.islink(os.path.join(folder, name)):
             raise UserError(f"{os.path.join(folder, name)} is a link; replace it with its target")
     # Called when the items of a checkpoint are complete, before its folder is renamed.
-    finish = functools.partial(_write_manifest, folder)
+    finish = functools.partial(_finish, folder, url, keep)
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=keep if url == folder else 1,
             create=True,
             # Left by a killed process; the workdir's lease keeps out any other writer.
             cleanup_tmp_directories=True,
@@ -59,11 +62,14 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
     )
 
 
-def _write_manifest(folder: str) -> None:
+def _finish(folder: str, url: str, keep: int) -> None:
     if jax.process_index() == 0:
         # The newest: an earlier process may have left an unfinished one.
         unfinished = glob.glob(os.path.join(glob.escape(folder), "*.orbax-checkpoint-tmp*"))
-        integrity.write(max(unfinished, key=os.path.getmtime))
+        newest = max(unfinished, key=os.path.getmtime)
+        integrity.write(newest)
+        if url != folder:
+            remote.publish(url, int(os.path.basename(newest).split(".")[0]), newest, keep)
 
 
 def save(
@@ -118,6 +124,15 @@ def step_folder(workdir: str, step: int) -> str:
     return os.path.join(workdir, FOLDER, str(step))
 
 
+def local_step(workdir: str, step: int, part: str = "") -> str:
+    """The folder of a checkpoint; of one in a bucket, a copy in the cache. part: of that one alone.
+
+    For readers of weights: a resuming run fetches its checkpoint by `resume_step`.
+    """
+    wanted = (f"{part}/", integrity.FILE) if part else ("",)
+    return files.local(step_folder(workdir, step), lambda name: name.startswith(wanted))
+
+
 def split_path(path: str) -> tuple[str, int | None]:
     """(WORKDIR, step) of the path of a checkpoint; (path, None) of any other."""
     match = re.fullmatch(rf"(.*)/{FOLDER}/(\d+)", path)
@@ -133,8 +148,10 @@ def phase_workdirs(path: str) -> list[str]:
 def saved_steps(workdir: str) -> list[int]:
     """Steps of the finished checkpoints of `workdir`, ascending.
 
-    Unfinished ones have non-numeric names.
+    Unfinished ones have non-numeric names, or in a bucket no manifest.
     """
+    if files.is_url(workdir):
+        return remote.steps(f"{workdir}/{FOLDER}")
     names = files.listdir(os.path.join(workdir, FOLDER))
     return sorted(int(name) for name in names if name.isdecimal())
 
@@ -144,11 +161,12 @@ def resume_step(workdir: str) -> int | None:
 
     Newer, damaged ones are logged and moved to WORKDIR/damaged, since the run will save their steps
     again. Process 0 decides for all processes. Raises MachineError if all checkpoints are damaged.
+    From a bucket, the checkpoint is fetched.
     """
     found, wrong = -1, {}
     if jax.process_index() == 0:
         for step in reversed(saved_steps(workdir)):
-            why = integrity.damage(step_folder(workdir, step))
+            why = integrity.damage(_fetched(workdir, step))
             if not why:
                 found = step
                 break
@@ -172,14 +190,25 @@ def resume_step(workdir: str) -> int | None:
             aside,
             found,
         )
+    if found >= 0:
+        _fetched(workdir, found)  # on every process
     return None if found == -1 else found
+
+
+def _fetched(workdir: str, step: int) -> str:
+    folder = step_folder(workdir, step)
+    return remote.fetch(folder) if files.is_url(folder) else folder
 
 
 def _move_aside(workdir: str, step: int) -> str:
     folder = os.path.join(workdir, DAMAGED)
-    os.makedirs(folder, exist_ok=True)
-    aside, number = os.path.join(folder, str(step)), 1
-    while os.path.lexists(aside):
-        aside, number = os.path.join(folder, f"{step}-{number}"), number + 1
-    os.rename(step_folder(workdir, step), aside)
+    names, name, number = files.listdir(folder), str(step), 1
+    while name in names:
+        name, number = f"{step}-{number}", number + 1
+    aside = os.path.join(folder, name)
+    if files.is_url(workdir):
+        remote.move_aside(step_folder(workdir, step), aside)
+    else:
+        os.makedirs(folder, exist_ok=True)
+        os.rename(step_folder(workdir, step), aside)
     return aside

@@ -55,10 +55,10 @@ def load_weights(
     float32, parameters and statistics together.
     Raises UserError if there is nothing to load or the weights are not of the variant.
     """
-    files.check_local(path, "path")
-    full = os.path.abspath(os.path.expanduser(path))
+    files.check(path, "path")
+    full = files.absolute(path)
     if files.exists(os.path.join(full, EXPORT)):
-        weights, saved = _load_export(full, kind)
+        weights, saved = _load_export(files.local(full), kind)
         if saved.quantize and not quantized:
             raise UserError(
                 f"init_from={path!r} is {saved.quantize}, which only encodes and decodes; give the "
@@ -88,7 +88,7 @@ def kind_of(path: str) -> str:
 
     For an export, the kind that it states, whatever that is. Raises UserError.
     """
-    full = os.path.abspath(os.path.expanduser(path))
+    full = files.absolute(path)
     export = files.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))
@@ -99,12 +99,12 @@ def kind_of(path: str) -> str:
 
 def _of_others(path: str) -> str:
     """The file, folder or hub name of published weights. Raises UserError for a chain's workdir."""
-    full = os.path.abspath(os.path.expanduser(path))
+    full = files.absolute(path)
     if phases := checkpoints.phase_workdirs(full):
         raise UserError(
             f"init_from={path!r} is the workdir of several phases; choose one: {', '.join(phases)}"
         )
-    return full if os.path.exists(full) else path
+    return files.local(full) if files.exists(full) else path
 
 
 def _run_at(path: str) -> Saved | None:
@@ -145,9 +145,10 @@ def _load_run(path: str, which: str, kind: str, saved: Saved) -> Arrays:
         step = _whole_step(workdir, steps)
     elif step not in steps:
         raise UserError(f"init_from={path!r} is not a finished checkpoint; the workdir has {steps}")
-    elif wrong := _damage(path, "weights"):
+    elif wrong := _damage(checkpoints.local_step(workdir, step, "weights"), "weights"):
         raise UserError(f"init_from={path!r} is damaged: {wrong}; use another checkpoint")
-    weights = _read_numpy(os.path.join(checkpoints.step_folder(workdir, step), "weights"), which)
+    folder = checkpoints.local_step(workdir, step, "weights")
+    weights = _read_numpy(os.path.join(folder, "weights"), which)
     logging.info("read %s weights of step %d from %s", which, step, workdir)
     return weights
 
@@ -156,7 +157,7 @@ def _whole_step(workdir: str, steps: list[int]) -> int:
     """The newest of `steps` whose weights are undamaged. Raises UserError if none is."""
     wrong = {}
     for step in reversed(steps):
-        wrong[step] = _damage(checkpoints.step_folder(workdir, step), "weights")
+        wrong[step] = _damage(checkpoints.local_step(workdir, step, "weights"), "weights")
         if not wrong[step]:
             return step
         logging.warning("checkpoint %d of %s is damaged: %s", step, workdir, wrong[step])

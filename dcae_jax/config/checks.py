@@ -12,11 +12,19 @@ def check(config: Config) -> None:
         ("init_from", config.init_from),
         ("autoencoder", config.autoencoder),
         ("distill.teacher", config.distill.teacher),
-        ("data.path", config.data.path),
-        ("data.held_out_path", config.data.held_out_path),
         ("evaluate.samples", config.evaluate.samples),
         ("evaluate.reference", config.evaluate.reference),
+        ("evaluate.lpips_weights", config.evaluate.lpips_weights),
+        ("evaluate.inception_weights", config.evaluate.inception_weights),
+        ("loss.lpips_weights", config.loss.lpips_weights),
         ("export.out", config.export.out),
+    ):
+        files.check(path, key)
+    files.check(config.data.path, "data.path")
+    if config.data.source != "latents":
+        files.check_local(config.data.path, "data.path")
+    for key, path in (
+        ("data.held_out_path", config.data.held_out_path),
         ("export.calibrate", config.export.calibrate),
         *((f"data.parts, {kind}", str(path)) for _, kind, path in config.data.parts),
     ):

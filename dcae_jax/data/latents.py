@@ -283,10 +283,10 @@ def latents(path: str) -> Latents:
             f"data.path={path!r} has latents of format {manifest['format']}, but this version "
             f"reads {FORMAT}; encode again"
         )
-    shards = []
+    shards, sizes = [], files.sizes(path)
     for shard in manifest["shards"]:
         file = os.path.join(path, shard["file"])
-        size = files.size(file)
+        size = sizes.get(shard["file"])
         if size is None:
             raise UserError(f"data.path={path!r} lacks the shard {shard['file']}; {again}")
         if size != shard["bytes"]:
@@ -295,8 +295,10 @@ def latents(path: str) -> Latents:
                 f"{shard['bytes']:,}; {again}"
             )
         if shard["records"]:
-            # With the range in the name, Grain does not open the file to count its records.
-            shards.append(f"{file}[0:{shard['records']}]")
+            shards.append((file, shard["records"]))
+    copies = files.local_files([file for file, _ in shards])
+    # With the range in the name, Grain does not open the file to count its records.
+    shards = [f"{copy}[0:{count}]" for copy, (_, count) in zip(copies, shards, strict=True)]
     records = cast(Sequence[bytes], grain.sources.ArrayRecordDataSource(shards))
     if len(records) != manifest["count"]:
         raise UserError(

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dcae_jax import files
 from dcae_jax.config.schema import Data, Evaluate
 from dcae_jax.data import pipeline, transforms
 from dcae_jax.data.sources import Source
@@ -71,11 +72,12 @@ def load_networks(settings: Evaluate, mesh: Mesh) -> MetricNetworks:
         file = FILES[name]
         if not path:
             continue
-        if not os.path.isfile(path):
+        there = files.local(path)
+        if not os.path.isfile(there):
             raise UserError(f"evaluate.{file.key}={path!r} is not a file; {file.conversion}")
         try:
             weights = (
-                lpips_torch.load(path, "alex") if name == "lpips" else inception_torch.load(path)
+                lpips_torch.load(there, "alex") if name == "lpips" else inception_torch.load(there)
             )
         except ValueError as error:
             message = " ".join(str(error).split())

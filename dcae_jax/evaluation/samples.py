@@ -182,7 +182,7 @@ def reference_statistics(
         found = bool(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found:
         logging.info("reference statistics read from %s", cached)
-        stats = _read_statistics(cached) if jax.process_index() == 0 else None
+        stats = _read_statistics(files.local(cached)) if jax.process_index() == 0 else None
     else:
         every = dataclasses.replace(settings, count=0)
         stats = statistics(every, data, mesh, metric_networks, source, size, REFERENCE_ROWS)
@@ -286,7 +286,7 @@ def _fingerprint(path: str, source: Source, size: int, weights: str) -> str:
         "rows": REFERENCE_ROWS,
     }
     digest = hashlib.sha256(json.dumps(parts).encode())
-    with open(weights, "rb") as file:
+    with open(files.local(weights), "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 

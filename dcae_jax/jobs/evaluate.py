@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job `evaluate`: scores reconstructions of a data set or one image, or samples."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -43,8 +44,8 @@ def run(config: Config, workdir: str) -> int:
 
 def _check_workdir(init_from: str, workdir: str) -> None:
     """Raises UserError for the workdir of a run other than init_from's: its rows would be mixed."""
-    own, _ = checkpoints.split_path(os.path.abspath(os.path.expanduser(init_from)))
-    other = not init_from or os.path.realpath(own) != os.path.realpath(workdir)
+    own, _ = checkpoints.split_path(files.absolute(init_from))
+    other = not init_from or files.real(own) != files.real(workdir)
     if other and files.exists(os.path.join(workdir, checkpoints.CONFIG)):
         raise UserError(
             f"{workdir} holds a run, but not that of init_from={init_from!r}: its {files.METRICS} "
@@ -156,6 +157,11 @@ def resolve(config: Config) -> Config:
 def _evaluate_samples(config: Config, workdir: str) -> None:
     """Scores samples, against a reference if one is given."""
     settings, data = config.evaluate, config.data
+    settings = dataclasses.replace(
+        settings,
+        samples=files.local(settings.samples),
+        reference=files.local(settings.reference),
+    )
     if not settings.inception_weights:
         file = networks.FILES["inception"]
         raise UserError(
@@ -217,7 +223,7 @@ def _warn_of_count(protocol: str, count: int, what: str) -> None:
 
 def step_of(path: str) -> int:
     """The step of the checkpoint in `path` (init_from); 0 if there is none."""
-    path = os.path.abspath(os.path.expanduser(path))
+    path = files.absolute(path)
     match = re.search(rf"/{checkpoints.FOLDER}/(\d+)$", path)
     return int(match[1]) if match else max(checkpoints.saved_steps(path), default=0)
 

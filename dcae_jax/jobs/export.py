@@ -37,10 +37,10 @@ def run(config: Config, workdir: str) -> int:
     """Runs the job. Raises UserError for a model that the format cannot express."""
     if not config.init_from:
         raise UserError("init_from is empty; set --config.init_from to the weights to export")
-    out = os.path.abspath(os.path.expanduser(config.export.out or os.path.join(workdir, "export")))
+    out = files.absolute(config.export.out or os.path.join(workdir, "export"))
     if os.path.islink(out):
         raise UserError(f"export.out={out!r} is a link; name a folder that is new or empty")
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    if files.exists(out) and (not files.isdir(out) or files.listdir(out)):
         raise UserError(f"export.out={out!r} exists and is not empty; name another folder")
     files.check_folder(out)
     if checkpoint_weights.kind_of(config.init_from) == "generator":

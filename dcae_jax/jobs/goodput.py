@@ -26,11 +26,9 @@ Line = dict[str, Any]
 
 def read(workdir: str) -> list[Line]:
     """The lines of the processes that trained in `workdir`; [] if there are none."""
-    path = os.path.join(workdir, FILE)
-    if not files.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file, contextlib.suppress(ValueError):
-        return [json.loads(line) for line in file]
+    data = files.read_file(os.path.join(workdir, FILE)) or b""
+    with contextlib.suppress(ValueError):
+        return [json.loads(line) for line in data.splitlines()]
     return []  # damaged
 
 

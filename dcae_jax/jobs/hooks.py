@@ -213,9 +213,11 @@ def changes(pairs: dict[str, tuple[float, float]]) -> str:
 def profile(steps: tuple[int, ...], workdir: str) -> Iterator[Callable[[int], None]]:
     """A function to call before each step: traces the steps (first, last) to WORKDIR/profile."""
 
+    folder = os.path.join(workdir, "profile")
+
     def before(step: int) -> None:
         if steps and step == steps[0]:
-            jax.profiler.start_trace(os.path.join(workdir, "profile"))
+            jax.profiler.start_trace(files.spool(folder))
         elif steps and step == steps[1] + 1:
             jax.profiler.stop_trace()
 
@@ -225,6 +227,7 @@ def profile(steps: tuple[int, ...], workdir: str) -> Iterator[Callable[[int], No
         if steps:  # even if the run ends before the last step of the window
             with contextlib.suppress(RuntimeError):  # no trace is running
                 jax.profiler.stop_trace()
+            files.publish(folder)
 
 
 def progress_bar(total: int, start: int) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metric rows of a training run: means on the devices, written one step late to every tracker."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from dcae_jax.jobs.trackers import Tracker
 
 Means = dict[str, clu_metrics.Metric]
 
+PUBLISH_S = 60.0  # between two uploads of the TensorBoard file to a bucket
 # Not averaged between rows: a row holds the last value.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
 
@@ -70,19 +72,21 @@ class MetricWriter:
         self._accumulate = jax.jit(add_metrics, donate_argnums=0)
         self._pending: tuple[int, Means, dict[str, float]] | None = None
         self._scores: dict[str, float] = {}
-        self._events = None
+        self._events, self._published = None, time.monotonic()
 
     def __enter__(self) -> "MetricWriter":
         if jax.process_index() == 0:
             # clu's writers would import TensorFlow.
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(self.workdir, purge_step=self._start + 1)
+            folder = files.spool(self.workdir)
+            self._events = SummaryWriter(folder, purge_step=self._start + 1)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._events:
             self._events.close()
+            files.publish(self.workdir)
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
         """Adds a step's metrics to the running means, on the devices."""
@@ -115,6 +119,10 @@ class MetricWriter:
         shown = values | self._times.gauges()
         for name, value in shown.items():
             self._events.add_scalar(name, value, step)
+        if time.monotonic() - self._published > PUBLISH_S:
+            self._events.flush()
+            files.publish(self.workdir)
+            self._published = time.monotonic()
         for track in self._trackers:
             track(step, shown)
 

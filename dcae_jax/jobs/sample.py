@@ -184,7 +184,7 @@ def _finish(settings: Sample, labels: np.ndarray, workdir: str) -> None:
         files_lib.write_json(path, {f"{i:06d}.png": int(label) for i, label in enumerate(labels)})
         return
     parts = [
-        np.load(_files(settings, workdir, numbers)[0], mmap_mode="r")
+        np.load(files_lib.local(_files(settings, workdir, numbers)[0]), mmap_mode="r")
         for numbers in _batches(settings)
     ]
     if settings.format == "grid":
@@ -196,10 +196,10 @@ def _finish(settings: Sample, labels: np.ndarray, workdir: str) -> None:
 
 def _remove_parts(folder: str) -> None:
     """Removes only the batch files, including those of an earlier batch size."""
-    for name in os.listdir(folder):
+    for name in files_lib.listdir(folder):
         if PART.fullmatch(name):
-            os.remove(os.path.join(folder, name))
-    if not os.listdir(folder):
+            files_lib.remove(os.path.join(folder, name))
+    if os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)
 
 

@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("workdir", help="workdir of a job, or a folder of several")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw a training run's curves")
     given = parser.parse_args(arguments)
-    workdir = os.path.normpath(os.path.expanduser(given.workdir))
+    workdir = given.workdir.rstrip("/")
+    if not files.is_url(workdir):
+        workdir = os.path.normpath(os.path.expanduser(given.workdir))
     sys.stdout.write(report(workdir))
     if given.plot:
         plot(workdir, given.plot)
@@ -53,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(workdir: str) -> str:
     """Blocks of lines, one per run in `workdir`. Raises UserError if there is none."""
-    files.check_local(workdir, "workdir")
-    if not os.path.isdir(workdir):
+    files.check(workdir, "workdir")
+    if not files.isdir(workdir):
         raise UserError(f"{workdir!r} is not a folder; name the --workdir of a job")
     if found := describe(workdir):
         return _block(workdir, found)
@@ -202,7 +204,7 @@ def _checkpoints(workdir: str, steps: list[int]) -> tuple[str, int]:
         wrong = integrity.damage(folder)
         if not wrong:
             return "; ".join([*said, f"step {step}, intact"]), step
-        if os.path.isdir(folder):  # else its run has just removed it
+        if files.isdir(folder):  # else its run has just removed it
             said.append(f"step {step}, damaged ({wrong})")
     return "; ".join(said) or "none", -1
 
@@ -218,7 +220,7 @@ def _encoding(workdir: str) -> tuple[Lines, bool] | None:
         ("job", f"encode: {identity['model.variant']} at {identity['resolution']} pixels"),
         ("shards", f"{len(shards)} {of_all}"),
     ]
-    return lines, os.path.exists(os.path.join(workdir, latents.MANIFEST))
+    return lines, files.exists(os.path.join(workdir, latents.MANIFEST))
 
 
 def _sampling(workdir: str) -> tuple[Lines, bool] | None:
@@ -227,7 +229,7 @@ def _sampling(workdir: str) -> tuple[Lines, bool] | None:
         return None
     count, form = record["sample"]["count"], record["sample"]["format"]
     result = os.path.join(workdir, sample.RESULTS[form])
-    if os.path.exists(result):
+    if files.exists(result):
         drawn = f"{count} of {count}, {result}"
     else:
         parts = files.listdir(os.path.join(workdir, sample.PARTS))
@@ -235,10 +237,10 @@ def _sampling(workdir: str) -> tuple[Lines, bool] | None:
         images = files.listdir(os.path.join(workdir, sample.IMAGES))
         done = sum(int(end) - int(first) for first, end in ranges)
         drawn = f"{done + sum(name.endswith('.png') for name in images)} of {count}"
-    return [("job", f"sample: from {record['source']}"), ("images", drawn)], os.path.exists(result)
+    return [("job", f"sample: from {record['source']}"), ("images", drawn)], files.exists(result)
 
 
 def _finished(workdir: str) -> tuple[Lines, bool] | None:
     paths = {job: os.path.join(workdir, file) for job, file in RESULTS.items()}
-    lines = [("job", f"{job}: {path}") for job, path in paths.items() if os.path.exists(path)]
+    lines = [("job", f"{job}: {path}") for job, path in paths.items() if files.exists(path)]
     return (lines, True) if lines else None

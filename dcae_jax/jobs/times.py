@@ -27,6 +27,7 @@ from dcae_jax.planner import cost
 from dcae_jax.runtime import process
 
 LEAST, MOST = 0.25, 60.0  # seconds between two writes
+LEAST_PUT = 5.0  # the same in a bucket, which allows about one put per second of an object
 MARKS = 1000  # checkpoints whose time is remembered
 
 
@@ -174,8 +175,8 @@ class Times:
         """Takes this process out of the file: it was refused before it did anything."""
         if self._before:
             _write(self._path, self._before)
-        elif files.exists(self._path):
-            os.remove(self._path)
+        else:
+            files.remove(self._path)
 
     def watch(self) -> None:
         """Notes when the devices have finished each step, until None is queued."""
@@ -189,13 +190,13 @@ class Times:
 
     def keep_writing(self, ended: threading.Event) -> None:
         """Writes the line whenever it has grown by 0.5 %."""
-        wait = LEAST
+        wait = least = LEAST_PUT if files.is_url(self._path) else LEAST
         while not ended.wait(wait):
             try:
                 self.write()
             except OSError as error:  # the job reports a disk that stays full
                 logging.debug("%s: %s", self._path, error)
-            wait = min(max(LEAST, (time.perf_counter() - self._began) / 200), MOST)
+            wait = min(max(least, (time.perf_counter() - self._began) / 200), MOST)
 
     def stop_watching(self) -> None:
         self._finished.put(None)

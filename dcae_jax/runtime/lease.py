@@ -2,8 +2,8 @@
 """Workdir lease: one job per workdir; a second one is refused, with the owner's host and pid.
 
 On a local folder the lease is a kernel lock (flock, through `filelock`) on WORKDIR/.lock. It ends
-with its process, even a killed one; a `.lock` that a crash leaves behind means nothing. A lease for
-buckets would replace `_file_lock`.
+with its process, even a killed one; a `.lock` that a crash leaves behind means nothing. For a
+bucket see bucket_lease.py.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ from collections.abc import Iterator
 
 import filelock
 
+from dcae_jax import files
 from dcae_jax.errors import UserError
+from dcae_jax.runtime import bucket_lease
 
 FILE = ".lock"
 # Subfolders of a workdir where jobs write temporary files before renaming them.
@@ -39,6 +41,10 @@ def hold(workdir: str, process_index: int = 0) -> Iterator[None]:
     """
     if process_index:
         yield
+        return
+    if files.is_url(workdir):
+        with bucket_lease.hold(workdir):
+            yield
         return
     made = not os.path.isdir(workdir)
     os.makedirs(workdir, exist_ok=True)
@@ -123,6 +129,8 @@ def holder(workdir: str) -> str:
     """Who holds the lease of `workdir`, for a message; '' if nobody does or it is unknown."""
     import fcntl  # POSIX only
 
+    if files.is_url(workdir):
+        return bucket_lease.holder(workdir)
     path = os.path.join(workdir, FILE)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

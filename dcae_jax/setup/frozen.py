@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dcae_jax import models
+from dcae_jax import files, models
 from dcae_jax.checkpoints import weights as weights_lib
 from dcae_jax.config import Config
 from dcae_jax.config.schema import Model
@@ -46,7 +46,7 @@ def lpips_weights(config: Config, mesh: Mesh) -> Weights:
             f"{section}.lpips_weight=0"
         )
     try:
-        weights = lpips_torch.load(config.loss.lpips_weights, "vgg")
+        weights = lpips_torch.load(files.local(config.loss.lpips_weights), "vgg")
     except (OSError, ValueError) as error:
         raise UserError(f"loss.lpips_weights={config.loss.lpips_weights!r}: {error}") from error
     everywhere = mesh_lib.replicated(mesh)

@@ -36,7 +36,7 @@ def digests(config: Config, source: ImageSource | Latents, teacher: str = "") ->
             found["data.held_out_content"] = (
                 f"{len(held_out):,} images, index {_short(contents.index(held_out))}"
             )
-    path = config.loss.lpips_weights
+    path = files.local(config.loss.lpips_weights)
     if losses.uses_lpips(config) and os.path.isfile(path):
         found["loss.lpips_content"] = f"sha256 {_short(files.sha256(path))}"
     if teacher:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage: atomic writes, JSON, metrics.jsonl, PNG files, text tables.
+"""Storage: atomic writes, JSON, metrics.jsonl, PNG files, text tables; on disks and in buckets.
 
-A file is written whole or not at all. Paths are strings, never `pathlib`: they may become URLs.
+A file is written whole or not at all. Paths are strings, never `pathlib`: a path may be a URL of an
+object store (buckets.py). What a library can only read or write on a disk goes through `local` and
+`spool`.
 """
 
 import contextlib
@@ -10,7 +12,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,15 @@ import numpy as np
 from PIL import Image
 
 from dcae_jax.errors import UserError
+from dcae_jax.files import buckets, copies
+from dcae_jax.files.buckets import is_url
+from dcae_jax.files.copies import cache_folder, local, local_files, spool
+
+__all__ = ["cache_folder", "is_url", "local", "local_files", "spool"]  # and all that is below
 
 METRICS = "metrics.jsonl"
 MAX_JSON = 10_000_000  # bytes
+INCOMPLETE = ".incomplete"  # in a bucket, an object of a folder that is being written
 
 
 @contextlib.contextmanager
@@ -31,8 +38,14 @@ def atomic(path: str, flush: bool = True) -> Iterator[str]:
 
     A reader sees the old file or the new one, whole and flushed to disk (without `flush`, a crash
     of the machine may lose both). If the block raises, nothing is left. The folder of `path` is
-    created.
+    created. An object is put from a file in the cache.
     """
+    if is_url(path):
+        with copies.scratch() as folder:
+            beside = os.path.join(folder, os.path.basename(path))
+            yield beside
+            buckets.put_file(path, beside)
+        return
     with _temporary(path) as beside:
         yield beside
         if flush:
@@ -45,8 +58,17 @@ def atomic(path: str, flush: bool = True) -> Iterator[str]:
 def atomic_folder(path: str) -> Iterator[str]:
     """A new folder beside `path`, which becomes `path` at the end of the block.
 
-    `path` must not exist, or be an empty folder. If the block raises, nothing is left.
+    `path` must not exist, or be an empty folder. If the block raises, nothing is left. In a bucket,
+    INCOMPLETE is there while objects are put, those of JSON last: readers look for these first.
     """
+    if is_url(path):
+        with copies.scratch() as folder:
+            yield folder
+            names = sorted(walk(folder), key=lambda name: (name.endswith(".json"), name))
+            buckets.put(f"{path}/{INCOMPLETE}", b"")
+            buckets.put_folder(path, folder, names[:-1], last=names[-1])
+            buckets.remove(f"{path}/{INCOMPLETE}")
+        return
     with _temporary(path) as beside:
         os.mkdir(beside)
         yield beside
@@ -73,12 +95,18 @@ def _remove(path: str) -> None:
         os.remove(path)
 
 
+def check(path: str, key: str) -> None:
+    """Raises UserError for a URL that cannot be read."""
+    if is_url(path):
+        buckets.check(path, key)
+
+
 def check_local(path: str, key: str) -> None:
-    """Raises UserError for a URL, as of a bucket: os.path would make a local folder of it."""
-    if re.match(r"\w[\w+.-]*:/", path):
+    """Raises UserError for a URL, where only files are read and written."""
+    if is_url(path):
         raise UserError(
-            f"{key}={path!r} is a URL, but files are read and written in folders only; mount the "
-            "bucket (gcsfuse, or mountpoint-s3 for reading) and name the mounted folder"
+            f"{key}={path!r} is a URL, but this reads and writes folders only; copy it to a folder,"
+            " or mount the bucket and name the mounted folder"
         )
 
 
@@ -86,8 +114,10 @@ def check_folder(path: str) -> None:
     """Raises unless files can be written in the folder `path`, which need not exist yet.
 
     UserError where a file is in the way; OSError, with the folder's name, where the system refuses.
-    Nothing is left behind.
+    Nothing is left behind. For a URL, raises unless objects can be put and removed there.
     """
+    if is_url(path):
+        return buckets.probe(path)
     there = path
     while not os.path.lexists(there):
         there = os.path.dirname(there) or os.curdir
@@ -100,28 +130,71 @@ def check_folder(path: str) -> None:
         raise OSError(error.errno, error.strerror, there) from error
 
 
+def absolute(path: str) -> str:
+    """The absolute path, ~ replaced; a URL as it is, without a slash at its end."""
+    return path.rstrip("/") if is_url(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def real(path: str) -> str:
+    """The absolute path without links, to compare it with another; a URL as it is."""
+    return path if is_url(path) else os.path.realpath(path)
+
+
 def whole_path(path: str) -> str:
     """A path that exists, absolute, for readers in other folders; a hub name as it is."""
+    if is_url(path):
+        return absolute(path)
     there = os.path.exists(os.path.expanduser(path))
     return os.path.abspath(os.path.expanduser(path)) if there else path
 
 
 def exists(path: str) -> bool:
     """Whether there is such a file or folder."""
-    return os.path.exists(path)
+    return buckets.info(path) is not None if is_url(path) else os.path.exists(path)
+
+
+def isdir(path: str) -> bool:
+    """Whether there is such a folder."""
+    return bool(buckets.names(path)) if is_url(path) else os.path.isdir(path)
 
 
 def listdir(folder: str) -> list[str]:
     """What is in `folder`, sorted; [] if there is no such folder."""
+    if is_url(folder):
+        return buckets.names(folder)
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def size(path: str) -> int | None:
     """Bytes of the file `path`, None if there is no such file."""
+    if is_url(path):
+        found = buckets.info(path)
+        return None if found is None or found["type"] == "directory" else int(found["size"])
     try:
         return os.path.getsize(path)
     except (OSError, ValueError):
         return None
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """{path relative to `folder`: bytes} of all files below it."""
+    if is_url(folder):
+        return {path: int(found["size"]) for path, found in buckets.tree(folder).items()}
+    return {path: size(os.path.join(folder, path)) or 0 for path in walk(folder)}
+
+
+def publish(path: str) -> None:
+    """Puts the files of `spool(path)` to the bucket; nothing for a folder."""
+    if is_url(path):
+        buckets.put_folder(path, spool(path), list(walk(spool(path))))
+
+
+def remove(path: str) -> None:
+    """Removes a file, if there is one."""
+    if is_url(path):
+        return buckets.remove(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def modified(path: str) -> int | None:
@@ -130,12 +203,6 @@ def modified(path: str) -> int | None:
         return os.stat(path).st_mtime_ns
     except (OSError, ValueError):
         return None
-
-
-def cache_folder(name: str) -> str:
-    """The folder `name` in this user's cache, which need not exist."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(root, "dcae_jax", name)
 
 
 def sha256(path: str) -> str:
@@ -171,8 +238,20 @@ def walk_folders(root: str) -> Iterator[tuple[str, int | None, list[str]]]:
 
 def write_file(path: str, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all."""
+    if is_url(path):
+        return buckets.put(path, data)
     with atomic(path) as beside, open(beside, "wb") as file:
         file.write(data)
+
+
+def read_file(path: str) -> bytes | None:
+    """The content of the file `path`, None if there is no such file."""
+    if is_url(path):
+        return buckets.read(path)
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def write_json(path: str, value: object) -> None:
@@ -181,10 +260,8 @@ def write_json(path: str, value: object) -> None:
 
 def read_json(path: str) -> Any:
     """The value in the JSON file `path`, None if there is no such file."""
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    data = read_file(path)
+    return None if data is None else json.loads(data)
 
 
 def inside(folder: str, name: str) -> str:
@@ -192,6 +269,8 @@ def inside(folder: str, name: str) -> str:
 
     The hub's cache keeps files once, with links from each revision to MODEL/blobs.
     """
+    if is_url(folder):
+        return f"{folder}/{name}"
     path, root = os.path.join(folder, name), os.path.realpath(folder)
     for parent in (root, os.path.dirname(root)):
         if os.path.basename(os.path.dirname(parent)) == "snapshots":
@@ -207,9 +286,10 @@ def inside(folder: str, name: str) -> str:
 
 def read_object(path: str) -> dict[str, Any] | None:
     """The JSON object in the file `path`, None if there is no such file. Raises UserError."""
-    if not os.path.exists(path):
+    if not exists(path):
         return None
-    if not os.path.isfile(path) or os.path.getsize(path) > MAX_JSON:
+    found = size(path)
+    if found is None or found > MAX_JSON or os.path.isdir(path):
         raise UserError(f"{path} is not a JSON file of at most {MAX_JSON} bytes; fetch it again")
     try:
         value = read_json(path)
@@ -224,6 +304,9 @@ def append_row(workdir: str, step: int, values: dict[str, float]) -> None:
     """Adds the row of `step` to metrics.jsonl. A value that is not finite becomes null."""
     row = {"step": step}
     row |= {k: v if math.isfinite(v) else None for k, v in sorted(values.items())}
+    if is_url(workdir):
+        path, line = f"{workdir}/{METRICS}", json.dumps(row) + "\n"
+        return buckets.put(path, (buckets.read(path) or b"") + line.encode())
     os.makedirs(workdir, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     descriptor = os.open(os.path.join(workdir, METRICS), flags, 0o666)
@@ -244,18 +327,15 @@ def merge_row(workdir: str, step: int, values: dict[str, float]) -> None:
 
 def read_rows(workdir: str) -> list[dict[str, Any]]:
     """All whole rows of metrics.jsonl; a last line cut by a crash is left out."""
-    path = os.path.join(workdir, METRICS)
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    lines = (read_file(os.path.join(workdir, METRICS)) or b"").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def drop_rows_after(workdir: str, step: int) -> None:
     """Removes the rows later than `step`, which a resumed run is going to write again."""
     rows = [row for row in read_rows(workdir) if row["step"] <= step]
     path = os.path.join(workdir, METRICS)
-    if os.path.exists(path):
+    if exists(path):
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Object stores, by URL: gs:// through gcsfs, s3:// through s3fs, both fsspec file systems.
+
+An object is put whole or not at all, so a single put is a commit. There is no rename and no lock;
+`create` is a conditional put, which one of several writers wins. A request that fails for a reason
+that may pass is repeated for PATIENCE_S seconds; one that is refused fails at once, in one line.
+"""
+
+import functools
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from dcae_jax.errors import MachineError, UserError, require
+
+T = TypeVar("T")
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
+LOGIN = {
+    "gs": "run `gcloud auth application-default login`, or use a service account that may write it",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role that may write it",
+}
+PATIENCE_S = 900.0  # that a request is repeated
+FIRST_S = 20.0  # the same for the first request of a job, in case the name is wrong
+MOST_WAIT_S = 30.0  # between two tries
+AT_ONCE = 8  # files of a folder
+REFUSALS = (401, 403, "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+
+class StoreError(MachineError, OSError):
+    """A store refused a request, or did not answer: one line, with the remedy."""
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is a URL, as of a bucket: os.path would make a local folder of it."""
+    return bool(re.match(r"\w[\w+.-]*:/", path))
+
+
+def check(path: str, key: str) -> None:
+    """Raises UserError for a URL that cannot be read, or whose package is not installed."""
+    match = re.fullmatch(r"(\w[\w+.-]*)://([^/]+)(/.*)?", path)
+    if not match or match[1] not in STORES:
+        raise UserError(
+            f"{key}={path!r} is a URL of no known kind; give gs://BUCKET/FOLDER, "
+            "s3://BUCKET/FOLDER or a folder"
+        )
+    require(f"{key}={path!r} needs {STORES[match[1]]}", STORES[match[1]])
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _system(scheme: str, _process: int) -> Any:
+    """The file system; none is shared with a forked process, nor does one remember listings."""
+    import fsspec
+
+    # fsspec's connections, and botocore, log each failure that is repeated here.
+    for name in ("gcsfs", "s3fs", "aiobotocore", "botocore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _request(url: str, do: Callable[[Any], T], patience: float | None = None) -> T:
+    """`do(file system)`, repeated with back-off. Raises StoreError, and what `open` would."""
+    ends = time.monotonic() + (PATIENCE_S if patience is None else patience)
+    wait, scheme = 0.25, url.partition(":")[0]
+    while True:
+        try:
+            return do(_system(scheme, os.getpid()))
+        except (FileNotFoundError, FileExistsError, IsADirectoryError):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if _is_refusal(error):
+                raise StoreError(f"{url}: no permission ({reason}); {LOGIN.get(scheme)}") from error
+            if isinstance(error, TypeError | AttributeError | NotImplementedError | NameError):
+                raise  # a bug
+            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+                raise StoreError(f"{url}: {reason}; check the name of the bucket") from error
+            if time.monotonic() + wait > ends:
+                raise StoreError(
+                    f"{url}: the store does not answer ({reason}); check the name of the bucket "
+                    "and the network, then rerun the command"
+                ) from error
+            logging.debug("%s: %s; again in %.1f s", url, reason, wait)
+        time.sleep(wait * random.uniform(0.5, 1.0))
+        wait = min(2 * wait, MOST_WAIT_S)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store answered that this user may not do that, or there is no user at all."""
+    codes = [getattr(error, "code", None), getattr(error, "status", None)]
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        codes.append(response.get("Error", {}).get("Code"))
+    missing = type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
+    forbidden = str(error).startswith("Forbidden")  # gcsfs has an OSError without number for it
+    refused = isinstance(error, PermissionError) or any(code in REFUSALS for code in codes)
+    return missing or forbidden or refused
+
+
+def probe(url: str) -> None:
+    """Raises UserError or StoreError unless objects can be put and removed below `url`."""
+    name = f"{url.rstrip('/')}/.probe-{os.getpid()}-{random.getrandbits(32):08x}"
+    try:
+        put(name, b"", patience=FIRST_S)
+    except FileNotFoundError as error:
+        bucket = url.split("/")[2]
+        raise UserError(f"{url!r}: there is no bucket {bucket!r}; check its name") from error
+    remove(name)
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+before_put: list[Callable[[str], None]] = []  # called with the URL of each object that is put
+
+
+def put(url: str, data: bytes, patience: float | None = None, guarded: bool = True) -> None:
+    """Replaces the object. guarded: calls `before_put`."""
+    for ask in before_put if guarded else ():
+        ask(url)
+    _request(url, lambda system: system.pipe_file(url, data), patience)
+
+
+def put_file(url: str, path: str) -> None:
+    """Replaces the object by the content of a local file."""
+    for ask in before_put:
+        ask(url)
+    _request(url, lambda system: system.put_file(path, url))
+
+
+def create(url: str, data: bytes) -> bool:
+    """Puts the object if there is none; whether it did. Of several writers, one does."""
+    try:
+        _request(url, lambda system: system.pipe_file(url, data, mode="create"))
+    except FileExistsError:
+        return read(url) == data  # an answer that was lost, to a try that succeeded
+    return True
+
+
+def read(url: str) -> bytes | None:
+    """The content of an object; None if there is none."""
+    try:
+        return _request(url, lambda system: system.cat_file(url))
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def info(url: str) -> dict[str, Any] | None:
+    """fsspec's description of an object or folder; None if there is none."""
+    try:
+        return _request(url, lambda system: system.info(url))
+    except FileNotFoundError:
+        return None
+
+
+def names(url: str) -> list[str]:
+    """What is directly in a folder, sorted."""
+    try:
+        found = _request(url, lambda system: system.ls(url, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    own = url.partition("://")[2].strip("/")
+    inside = (path.strip("/") for path in found)
+    return sorted(path.rpartition("/")[2] for path in inside if path != own)
+
+
+def tree(url: str) -> dict[str, dict[str, Any]]:
+    """{path relative to the folder `url`: fsspec's description} of all objects below it."""
+    found = _request(url, lambda system: system.find(url, detail=True))
+    start = len(url.partition("://")[2].strip("/")) + 1
+    paths = {path.strip("/")[start:]: value for path, value in found.items()}
+    return {path: paths[path] for path in sorted(paths) if path}
+
+
+def remove(url: str) -> None:
+    """Removes an object, if there is one."""
+    try:
+        _request(url, lambda system: system.rm_file(url))
+    except FileNotFoundError:
+        pass
+
+
+def copy(source: str, target: str) -> None:
+    """Copies an object within its store."""
+    _request(target, lambda system: system.cp_file(source, target))
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def _all(do: Callable[[str], object], paths: Iterable[str]) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in pool.map(do, paths):
+            pass
+
+
+def put_folder(url: str, folder: str, paths: Sequence[str], last: str = "") -> None:
+    """Puts the files `paths` of a local folder, several at once, and the file `last` at the end.
+
+    A folder that counts only with `last` is committed by its put.
+    """
+    _all(lambda path: put_file(f"{url}/{path}", os.path.join(folder, path)), paths)
+    if last:
+        put_file(f"{url}/{last}", os.path.join(folder, last))
+
+
+def remove_folder(url: str, first: str = "") -> None:
+    """Removes all objects below `url`; `first` before the others, so that it counts no more."""
+    if first:
+        remove(f"{url}/{first}")
+    _all(lambda path: remove(f"{url}/{path}"), tree(url))
+
+
+def move_folder(source: str, target: str, first: str) -> None:
+    """Copies all objects, then removes the old ones, `first` before the others."""
+    _all(lambda path: copy(f"{source}/{path}", f"{target}/{path}"), tree(source))
+    remove_folder(source, first)
+
+
+def get(url: str, path: str) -> None:
+    """Writes an object to the local file `path`, whose folder exists. Raises FileNotFoundError."""
+    _request(url, lambda system: system.get_file(url, path))
+
+
+def get_folder(url: str, folder: str, paths: Iterable[str]) -> None:
+    """Writes the objects `paths` of `url` below a local folder."""
+
+    def fetch(path: str) -> None:
+        there = os.path.join(folder, *path.split("/"))
+        os.makedirs(os.path.dirname(there), exist_ok=True)
+        get(f"{url}/{path}", there)
+
+    _all(fetch, paths)
+
+
+def version(description: Any) -> str:
+    """What changes with the content: of an object's description, or of several."""
+    return json.dumps(description, sort_keys=True, default=str)
