@@ -59,7 +59,7 @@ def run(config: Config, workdir: str) -> int:
         writer = functools.partial(write, config_lib.replace(config, model=saved.model), weights)
     with files.atomic_folder(out) as beside:
         worst = writer(beside)
-    size = sum(files.size(os.path.join(out, name)) or 0 for name in files.walk(out))
+    size = sum(files.sizes(out).values())
     logging.info(
         "wrote %s: %s, %.1f MB; largest difference after reading it back: %.3g",
         out,
