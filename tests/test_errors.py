@@ -11,7 +11,7 @@ import tomllib
 import pytest
 from support import ROOT
 
-from dcae_jax import errors
+from dcae_jax import errors, files
 from dcae_jax.data import huggingface
 from dcae_jax.errors import UserError
 from dcae_jax.models import quantized
@@ -24,10 +24,12 @@ PROJECT = tomllib.loads(pathlib.Path(ROOT, "pyproject.toml").read_text())["proje
 NAMES = {"absl": "absl-py", "orbax": "orbax-checkpoint", "PIL": "pillow"}
 NAMES |= {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 # Asked for by packages that are requirements themselves.
-BEHIND = {"absl-py", "ml-dtypes", "etils"}
+BEHIND = {"absl-py", "ml-dtypes", "etils", "fsspec"}
 
 USES = {
     "gradio": lambda path: app.main(["runs/phase3"]),
+    "gcsfs": lambda path: files.check("gs://bucket/run", "--workdir"),
+    "s3fs": lambda path: files.check("s3://bucket/run", "--workdir"),
     "huggingface_hub": lambda path: hub.fetch("someone/model"),
     "pyarrow": lambda path: huggingface.huggingface(_touch(path / "a.parquet"), "train"),
     "qwix": lambda path: quantized.form("int8"),

@@ -20,9 +20,8 @@ def check(config: Config) -> None:
         ("export.out", config.export.out),
     ):
         files.check(path, key)
-    files.check(config.data.path, "data.path")
-    if config.data.source != "latents":
-        files.check_local(config.data.path, "data.path")
+    check_data = files.check if config.data.source == "latents" else files.check_local
+    check_data(config.data.path, "data.path")
     for key, path in (
         ("data.held_out_path", config.data.held_out_path),
         ("export.calibrate", config.export.calibrate),

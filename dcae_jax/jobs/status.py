@@ -199,11 +199,12 @@ def _model(config: dict[str, Any]) -> str:
 def _checkpoints(workdir: str, steps: list[int]) -> tuple[str, int]:
     """(newest checkpoints, down to the first intact one; its step, or -1 if there is none)."""
     said = []
+    good = "complete" if files.is_url(workdir) else "intact"  # by its sizes; by its checksums
     for step in reversed(steps):
         folder = checkpoints.step_folder(workdir, step)
         wrong = integrity.damage(folder)
         if not wrong:
-            return "; ".join([*said, f"step {step}, intact"]), step
+            return "; ".join([*said, f"step {step}, {good}"]), step
         if files.isdir(folder):  # else its run has just removed it
             said.append(f"step {step}, damaged ({wrong})")
     return "; ".join(said) or "none", -1

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in a bucket, of a store that fails every tenth request, ends with the bits of a folder's."""
+"""A run in a bucket ends with the bits of one on a disk, though every tenth request fails."""
 
 import importlib.util
 import os
-import pathlib
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from support import killing, stores
+from support import ROOT, killing, stores
 
 from dcae_jax.files import buckets
 from dcae_jax.runtime import process
 
-UPLOADS = [("dcae_jax.files.buckets", "put_file", "upload"), ("dcae_jax.files", "write_json", "json")]
+UPLOADS = [
+    ("dcae_jax.files.buckets", "put_file", "upload"),
+    ("dcae_jax.files", "write_json", "json"),
+]
 
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
@@ -82,17 +86,16 @@ def test_the_second_of_two_jobs_is_refused_and_changes_nothing(bucket, run, data
     """Catches two runs that write each other's checkpoints, as no lock of a disk keeps them."""
     url, _ = bucket
     argv = killing.arguments(f"{url}/two", data, steps=10_000, evaluate_first=False)
-    first = tmp_path / "first.log"
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(first, os.O_WRONLY | os.O_CREAT), 2)
-        os.execvpe(killing.sys.executable, [killing.sys.executable, "-m", "dcae_jax.main", *argv], {
-            **os.environ, "PYTHONPATH": killing.ROOT})
-    try:
-        while "step 3" not in pathlib.Path(first).read_text():
-            time.sleep(1)
-        status, _, said = run(argv, stderr=tmp_path / "second.log")
-        assert status == process.MISTAKE and f"is in use by process {pid} on " in said, said
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    log = tmp_path / "first.log"
+    command, environment = ["-m", "dcae_jax.main", *argv], {**os.environ, "PYTHONPATH": ROOT}
+    with open(log, "w") as said, open(log) as seen:
+        first = subprocess.Popen([sys.executable, *command], stderr=said, env=environment)
+        try:
+            while "step 3" not in (line := seen.readline()):
+                assert first.poll() is None, log.read_text()
+                time.sleep(0 if line else 1)
+            status, _, said = run(argv, stderr=tmp_path / "second.log")
+            assert status == process.MISTAKE and f"in use by process {first.pid} on " in said, said
+        finally:
+            first.kill()
+            first.wait()
