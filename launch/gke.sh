@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs a job on a TPU slice of a GKE cluster with JobSet installed; the template is jobset.yaml.
-#   NAME=run1 IMAGE=REGISTRY/dcae-jax CLAIM=runs launch/gke.sh [--dry-run] \
-#       --config=configs/phase1.py --workdir=/runs/run1
-# CLAIM, a persistent volume claim that all pods can write, is mounted as /runs. --dry-run prints
-# the manifest. Logs: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
+#   NAME=run1 IMAGE=REGISTRY/dcae-jax ACCOUNT=trainer launch/gke.sh [--dry-run] \
+#       --config=configs/phase1.py --workdir=gs://BUCKET/run1
+# ACCOUNT, a Kubernetes service account, must be allowed to write BUCKET (Workload Identity).
+# --dry-run prints the manifest. Logs: kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
 set -euo pipefail
 
 NAME=${NAME:?name of the job}
 IMAGE=${IMAGE:?image built from launch/Dockerfile}
-CLAIM=${CLAIM:?persistent volume claim for workdirs}
+ACCOUNT=${ACCOUNT:-default}                       # service account of the pods
 ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}  # or tpu-v5p-slice, tpu-v6e-slice
 TOPOLOGY=${TOPOLOGY:-4x4}                         # of the node pool
 CHIPS=${CHIPS:-4}                                 # per host
@@ -29,7 +29,7 @@ done
 ARGUMENTS=$(IFS=, && echo "[${quoted[*]}]")
 
 manifest=$(< "$(dirname "$0")/jobset.yaml")
-for key in NAME IMAGE CLAIM ACCELERATOR TOPOLOGY CHIPS HOSTS RESTARTS ARGUMENTS; do
+for key in NAME IMAGE ACCOUNT ACCELERATOR TOPOLOGY CHIPS HOSTS RESTARTS ARGUMENTS; do
   manifest=${manifest//"\${$key}"/"${!key}"}
 done
 if [[ $DRY ]]; then

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs a job on every worker of a Cloud TPU slice, requested as a queued resource, and reruns it
 # after a preemption. Copies the clone's committed files to the workers. From the clone's root:
-#   NAME=run1 ZONE=us-east5-b BUCKET=my-bucket TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
-#       --config=configs/phase1.py --workdir=bucket/run1
-# BUCKET is mounted as ~/bucket on every worker. The slice outlives the job; to delete it:
+#   NAME=run1 ZONE=us-east5-b TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
+#       --config=configs/phase1.py --workdir=gs://BUCKET/run1
+# The workers' service account must be allowed to write BUCKET. The slice outlives the job; to delete
+# it:
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
 NAME=${NAME:?name of the slice}
 ZONE=${ZONE:?zone with such TPUs}
-BUCKET=${BUCKET:?Cloud Storage bucket for workdirs}
 TYPE=${TYPE:-v5litepod-16}               # accelerator type
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # runtime version for the type
 SPOT=${SPOT:-yes}                        # cheaper, but preemptible
@@ -49,9 +49,8 @@ for ((run = 0; run <= RESTARTS; run++)); do
   ready
   status=0
   { tpu tpu-vm scp "$archive" "$NAME:" --worker=all && worker "set -e
-    mkdir -p ~/dcae_jax ~/bucket && tar -xf dcae_jax.tar -C ~/dcae_jax && cd ~/dcae_jax
-    mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET ~/bucket
-    ln -sfn ~/bucket bucket && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'" &&
+    mkdir -p ~/dcae_jax && tar -xf dcae_jax.tar -C ~/dcae_jax && cd ~/dcae_jax
+    python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'" &&
     worker "$job"; } || status=$?
   case $status in 0 | 1 | 2) exit "$status" ;; esac  # 1 and 2 would happen again
   echo "status $status: rerunning" >&2

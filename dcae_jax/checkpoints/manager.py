@@ -47,23 +47,48 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
     for name in files.listdir(folder):  # Orbax deletes old checkpoints
         if os.path.islink(os.path.join(folder, name)):
             raise UserError(f"{os.path.join(folder, name)} is a link; replace it with its target")
+    several = url != folder and jax.process_count() > 1
     # Called when the items of a checkpoint are complete, before its folder is renamed.
     finish = functools.partial(_finish, folder, url, keep)
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(
             max_to_keep=keep if url == folder else 1,
-            create=True,
+            create=not several,  # it is there
             # Left by a killed process; the workdir's lease keeps out any other writer.
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=finish),
+            multiprocessing_options=_multiprocessing(several),
         ),
         item_names=("weights", "optimizer", "data"),
+        item_handlers=_own_disk_handlers() if several else None,
     )
 
 
+def _multiprocessing(several: bool) -> "ocp.options.MultiprocessingOptions":
+    import orbax.checkpoint as ocp
+
+    return ocp.options.MultiprocessingOptions(primary_host=None if several else 0)
+
+
+def _own_disk_handlers() -> dict[str, Any]:
+    """Handlers for processes that each write on a disk of their own.
+
+    Without OCDBT, which has a database per process and merges them on one disk, an array's shards
+    are files, so that the files of all processes together are the checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    options = _multiprocessing(several=True)
+    arrays = {
+        name: ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=False)
+        for name in ("weights", "optimizer")
+    }
+    return {**arrays, "data": ocp.JsonCheckpointHandler(multiprocessing_options=options)}
+
+
 def _finish(folder: str, url: str, keep: int) -> None:
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or url != folder:
         # The newest: an earlier process may have left an unfinished one.
         unfinished = glob.glob(os.path.join(glob.escape(folder), "*.orbax-checkpoint-tmp*"))
         newest = max(unfinished, key=os.path.getmtime)

@@ -29,7 +29,7 @@ LOGIN = {
 PATIENCE_S = 900.0  # that a request is repeated
 FIRST_S = 20.0  # the same for the first request of a job, in case the name is wrong
 MOST_WAIT_S = 30.0  # between two tries
-AT_ONCE = 8  # files of a folder
+AT_ONCE = 16  # files of a folder
 REFUSALS = (401, 403, "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -114,6 +114,8 @@ def probe(url: str) -> None:
     except FileNotFoundError as error:
         bucket = url.split("/")[2]
         raise UserError(f"{url!r}: there is no bucket {bucket!r}; check its name") from error
+    except StoreError as error:
+        raise StoreError(str(error).replace(name, url)) from error
     remove(name)
 
 
