@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-gpu test-slow test-torch lint soak mutate bench bench-gpu wheel docs lock \
+.PHONY: demo test test-gpu test-slow test-torch test-buckets lint soak mutate bench bench-gpu wheel docs lock \
         oldest newest licenses clean
 
 # Versions from requirements.lock, which has those of all platforms with their checksums.
@@ -39,6 +39,10 @@ lint: $(VENV)/installed  ## style, formatting, who imports whom, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/pyright --pythonpath $(PY)
+
+test-buckets: $(VENV)/installed  ## jobs in emulated GCS and S3, whose requests fail
+	$(PY) -m pip install -q --disable-pip-version-check gcsfs s3fs gcp-storage-emulator 'moto[server]'
+	$(PY) -m pytest -s tests/reliability/test_killed_buckets.py
 
 soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
 	$(PY) tests/reliability/soak.py --kills=200
