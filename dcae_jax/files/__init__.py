@@ -24,8 +24,10 @@ from dcae_jax.errors import UserError
 from dcae_jax.files import buckets, copies
 from dcae_jax.files.buckets import is_url
 from dcae_jax.files.copies import cache_folder, local, local_files, spool
+from dcae_jax.files.grids import difference, image_grid
 
-__all__ = ["cache_folder", "is_url", "local", "local_files", "spool"]  # and all that is below
+# From other files of this room, and all that is below.
+__all__ = ["cache_folder", "difference", "image_grid", "is_url", "local", "local_files", "spool"]
 
 METRICS = "metrics.jsonl"
 MAX_JSON = 10_000_000  # bytes
@@ -65,6 +67,8 @@ def atomic_folder(path: str) -> Iterator[str]:
         with copies.scratch() as folder:
             yield folder
             names = sorted(walk(folder), key=lambda name: (name.endswith(".json"), name))
+            if INCOMPLETE in listdir(path):
+                buckets.remove_folder(path)
             buckets.put(f"{path}/{INCOMPLETE}", b"")
             buckets.put_folder(path, folder, names[:-1], last=names[-1])
             buckets.remove(f"{path}/{INCOMPLETE}")
@@ -183,10 +187,21 @@ def sizes(folder: str) -> dict[str, int]:
     return {path: size(os.path.join(folder, path)) or 0 for path in walk(folder)}
 
 
-def publish(path: str) -> None:
-    """Puts the files of `spool(path)` to the bucket; nothing for a folder."""
-    if is_url(path):
-        buckets.put_folder(path, spool(path), list(walk(spool(path))))
+def is_free(folder: str) -> bool:
+    """Whether `atomic_folder` can write `folder`: there is none, or it is empty or incomplete."""
+    names = listdir(folder)
+    if is_url(folder):
+        return not names or INCOMPLETE in names
+    return not names and (os.path.isdir(folder) or not os.path.exists(folder))
+
+
+def publish(path: str) -> int:
+    """Puts the files of `spool(path)` to the bucket -> their bytes. Of a folder: nothing, 0."""
+    if not is_url(path):
+        return 0
+    found = sizes(spool(path))
+    buckets.put_folder(path, spool(path), list(found))
+    return sum(found.values())
 
 
 def remove(path: str) -> None:
@@ -337,29 +352,6 @@ def drop_rows_after(workdir: str, step: int) -> None:
     path = os.path.join(workdir, METRICS)
     if exists(path):
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def image_grid(columns: Sequence[np.ndarray], *, tile: int = 128, gap: int = 2) -> np.ndarray:
-    """Columns of equally many images [N, H, W, 3] uint8 -> one image [*, *, 3] uint8.
-
-    Small images are enlarged, by repeating pixels, to at least `tile` pixels per side.
-    """
-    factor = max(1, math.ceil(tile / columns[0].shape[1]))
-    columns = [np.repeat(np.repeat(c, factor, axis=1), factor, axis=2) for c in columns]
-    n, h, w, _ = columns[0].shape
-    shape = (n * (h + gap) - gap, len(columns) * (w + gap) - gap, 3)
-    out = np.full(shape, 255, np.uint8)
-    for j, column in enumerate(columns):
-        for i, image in enumerate(column):
-            top, left = i * (h + gap), j * (w + gap)
-            out[top : top + h, left : left + w] = image
-    return out
-
-
-def difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Error map of a reconstruction, uint8: mid-grey plus four times the difference."""
-    delta = y.astype(np.int32) - x.astype(np.int32)
-    return np.clip(128 + 4 * delta, 0, 255).astype(np.uint8)
 
 
 def write_png(path: str, pixels: np.ndarray) -> None:

@@ -67,13 +67,20 @@ def _system(scheme: str, _process: int) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
+_away: set[str] = set()  # stores whose last request was given up
+
+
 def _request(url: str, do: Callable[[Any], T], patience: float | None = None) -> T:
     """`do(file system)`, repeated with back-off. Raises StoreError, and what `open` would."""
-    ends = time.monotonic() + (PATIENCE_S if patience is None else patience)
-    wait, scheme = 0.25, url.partition(":")[0]
+    scheme = url.partition(":")[0]
+    if patience is None:  # a job that ends since its store is away puts several more objects
+        patience = FIRST_S if scheme in _away else PATIENCE_S
+    wait, ends = 0.25, time.monotonic() + patience
     while True:
         try:
-            return do(_system(scheme, os.getpid()))
+            answer = do(_system(scheme, os.getpid()))
+            _away.discard(scheme)
+            return answer
         except (FileNotFoundError, FileExistsError, IsADirectoryError):
             raise
         except Exception as error:
@@ -85,6 +92,7 @@ def _request(url: str, do: Callable[[Any], T], patience: float | None = None) ->
             if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
                 raise StoreError(f"{url}: {reason}; check the name of the bucket") from error
             if time.monotonic() + wait > ends:
+                _away.add(scheme)
                 raise StoreError(
                     f"{url}: the store does not answer ({reason}); check the name of the bucket "
                     "and the network, then rerun the command"
@@ -125,7 +133,7 @@ before_put: list[Callable[[str], None]] = []  # called with the URL of each obje
 
 
 def put(url: str, data: bytes, patience: float | None = None, guarded: bool = True) -> None:
-    """Replaces the object. guarded: calls `before_put`."""
+    """Replaces the object. patience: in seconds. guarded: calls `before_put`."""
     for ask in before_put if guarded else ():
         ask(url)
     _request(url, lambda system: system.pipe_file(url, data), patience)

@@ -40,7 +40,7 @@ def run(config: Config, workdir: str) -> int:
     out = files.absolute(config.export.out or os.path.join(workdir, "export"))
     if os.path.islink(out):
         raise UserError(f"export.out={out!r} is a link; name a folder that is new or empty")
-    if files.exists(out) and (not files.isdir(out) or files.listdir(out)):
+    if not files.is_free(out):
         raise UserError(f"export.out={out!r} exists and is not empty; name another folder")
     files.check_folder(out)
     if checkpoint_weights.kind_of(config.init_from) == "generator":

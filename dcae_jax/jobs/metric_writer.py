@@ -15,7 +15,8 @@ from dcae_jax.jobs.trackers import Tracker
 
 Means = dict[str, clu_metrics.Metric]
 
-PUBLISH_S = 60.0  # between two uploads of the TensorBoard file to a bucket
+PUBLISH_S = 60.0  # between two uploads of the TensorBoard file to a bucket, if it is small
+PUBLISH_RATE = 1e6  # bytes per second, on average, of a large one
 # Not averaged between rows: a row holds the last value.
 LAST_VALUES = ("learning_rate", "skipped", "skipped_in_row")
 
@@ -72,7 +73,7 @@ class MetricWriter:
         self._accumulate = jax.jit(add_metrics, donate_argnums=0)
         self._pending: tuple[int, Means, dict[str, float]] | None = None
         self._scores: dict[str, float] = {}
-        self._events, self._published = None, time.monotonic()
+        self._events, self._publish_at = None, time.monotonic() + PUBLISH_S
 
     def __enter__(self) -> "MetricWriter":
         if jax.process_index() == 0:
@@ -119,10 +120,10 @@ class MetricWriter:
         shown = values | self._times.gauges()
         for name, value in shown.items():
             self._events.add_scalar(name, value, step)
-        if time.monotonic() - self._published > PUBLISH_S:
+        if time.monotonic() > self._publish_at:
             self._events.flush()
-            files.publish(self.workdir)
-            self._published = time.monotonic()
+            size = files.publish(self.workdir)
+            self._publish_at = time.monotonic() + max(PUBLISH_S, size / PUBLISH_RATE)
         for track in self._trackers:
             track(step, shown)
 

@@ -47,8 +47,9 @@ def hold(workdir: str) -> Iterator[None]:
     finally:
         buckets.before_put.remove(lease.confirm)
         lease.ended.set()
-        thread.join()
-        lease.put(released=True)
+        thread.join(RENEW_S)
+        with contextlib.suppress(buckets.StoreError):  # then it expires
+            lease.put(released=True)
 
 
 class _Lease:
@@ -68,7 +69,8 @@ class _Lease:
         return json.dumps(self._owner | more).encode()
 
     def put(self, **more: Any) -> None:
-        buckets.put(_url(self._workdir, self._number), self._content(**more), guarded=False)
+        url = _url(self._workdir, self._number)
+        buckets.put(url, self._content(**more), patience=RENEW_S, guarded=False)
 
     def keep(self) -> None:
         """Renews the lease until the job has ended."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in a bucket: a put of the manifest commits one, and damage is found as on a disk."""
 
+import functools
 import os
 
 import pytest
@@ -53,14 +54,15 @@ def test_the_newest_are_kept_and_come_back_whole(local):
 def test_an_upload_cut_short_does_not_count_and_is_removed(local, monkeypatch, files_put):
     """Catches a checkpoint that counts before its last file, and rubbish that nobody removes."""
     remote.publish(FOLDER, 2, local(2), keep=3)
-    put, count = buckets.put_file, iter(range(100))
+    count = iter(range(100))
 
-    def killed(url, path):
+    def killed(put, *given):
         if next(count) == files_put:
             raise KeyboardInterrupt
-        put(url, path)
+        put(*given)
 
-    monkeypatch.setattr(buckets, "put_file", killed)
+    for name in ("put_file", "put"):  # a file, the manifest
+        monkeypatch.setattr(buckets, name, functools.partial(killed, getattr(buckets, name)))
     monkeypatch.setattr(buckets, "AT_ONCE", 1)
     with pytest.raises(KeyboardInterrupt):
         remote.publish(FOLDER, 4, local(4), keep=3)

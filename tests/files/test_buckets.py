@@ -65,7 +65,18 @@ def test_an_upload_cut_short_is_marked_and_its_json_comes_last(store, monkeypatc
         files.write_json(os.path.join(beside, "model.json"), {})
         files.write_file(os.path.join(beside, "params", "x"), b"")
     assert seen == [[files.INCOMPLETE], [files.INCOMPLETE, "params"]]
-    assert files.listdir(URL) == ["model.json", "params"]
+    assert files.listdir(URL) == ["model.json", "params"] and not files.is_free(URL)
+
+
+def test_what_was_left_incomplete_is_replaced(store, monkeypatch):
+    """Catches a killed export that stands in the way of its own repetition, or mixes with it."""
+    assert files.is_free(URL)
+    files.write_file(f"{URL}/{files.INCOMPLETE}", b"")
+    files.write_file(f"{URL}/old.safetensors", b"")
+    assert files.is_free(URL)
+    with files.atomic_folder(URL) as beside:
+        files.write_json(os.path.join(beside, "model.json"), {})
+    assert files.listdir(URL) == ["model.json"]
 
 
 def test_a_store_that_stays_away_is_one_line(store, monkeypatch):
