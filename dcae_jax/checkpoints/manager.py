@@ -216,8 +216,10 @@ def resume_step(workdir: str) -> int | None:
             aside,
             found,
         )
-    if found >= 0:
+    if found >= 0 and files.is_url(workdir):
         _fetched(workdir, found)  # on every process
+        if jax.process_count() > 1:  # no other wait has a minute's limit then
+            multihost_utils.sync_global_devices("checkpoint fetched")
     return None if found == -1 else found
 
 

@@ -110,7 +110,7 @@ def test_the_second_of_two_jobs_is_refused_and_changes_nothing(bucket, run, data
 FEW = {"batch_size": 4, "steps": 4, "save_every": 2, "log_every": 1, "evaluate_every": 0}
 FEW |= {"evaluate_first": False, "evaluate.count": 4, "evaluate.batch_size": 4}
 FEW |= {"model.widths": (8, 8, 16, 32, 32), "evaluate.resolutions": (64,)}
-DRAWN = {"sample.count": 6, "sample.batch_size": 4, "sample.steps": 3, "sample.sampler": "heun"}
+DRAWN = {"sample.count": 6, "sample.batch_size": 4, "sample.steps": 4, "sample.sampler": "heun"}
 
 
 def _chain(root):
