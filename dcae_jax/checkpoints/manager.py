@@ -33,7 +33,7 @@ Totals = TypeVar("Totals")  # a pytree
 CONFIG = "config.json"
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where a resuming run moves damaged checkpoints
-SAVE_S = 7200  # after which an unfinished save is an error
+SAVE_S, SAVE_AND_COPY_S = 600, 7200  # after which an unfinished save is an error
 WEIGHTS = ("params", "stats", "ema")  # the fields of the state in the item `weights`
 
 
@@ -58,7 +58,10 @@ def open_manager(workdir: str, keep: int) -> "ocp.CheckpointManager":
             create=not several,  # it is there
             # Left by a killed process; the workdir's lease keeps out any other writer.
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(timeout_secs=SAVE_S, post_finalization_callback=finish),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_S if url == folder else SAVE_AND_COPY_S,
+                post_finalization_callback=finish,
+            ),
             multiprocessing_options=_multiprocessing(several),
         ),
         item_names=("weights", "optimizer", "data"),
