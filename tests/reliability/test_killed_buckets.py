@@ -188,3 +188,40 @@ def test_a_chain_of_all_jobs_in_a_failing_store_has_the_results_of_a_disk(
             assert left.keys() == right.keys()
             for key, value in left.items():
                 np.testing.assert_array_equal(value, right[key], err_msg=f"{name} {step} {key}")
+
+
+def _two_processes(argv, log):
+    """Runs a command line in two processes of one device, each with a disk of its own."""
+    address = f"--coordinator=127.0.0.1:{stores.free_port()}"
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+    command = [sys.executable, "-m", "dcae_jax.main", *argv, address, "--num_processes=2"]
+    with open(log, "a") as said:
+        processes = [
+            subprocess.Popen([*command, f"--process_id={i}"], stderr=said, env=environment)
+            for i in range(2)
+        ]
+        try:
+            assert [process.wait(900) for process in processes] == [0, 0], log.read_text()[-3000:]
+        finally:
+            for process in processes:
+                process.kill()
+
+
+@pytest.mark.xdist_group("buckets")
+@pytest.mark.slow
+def test_two_processes_share_a_bucket_as_they_share_a_disk(bucket, data, tmp_path):
+    """Catches a checkpoint that has the shards of one process alone, and one that only as many
+    processes as wrote it can resume."""
+    url = f"{bucket[0]}/shared"
+    few = {"log_every": 1, "save_every": 2, "evaluate_every": 0, "evaluate_first": False}
+    few |= {"mesh__data": 1, "mesh__fsdp": 2, "evaluate__batch_size": 2}
+    for workdir in (url, tmp_path / "disk"):
+        for steps in (2, 4):
+            argv = killing.arguments(workdir, data, steps=steps, **few)
+            _two_processes(argv, tmp_path / "two.log")
+    there = tmp_path / "bucket"
+    buckets.get_folder(url, str(there), buckets.tree(url))
+    killing.assert_same(tmp_path / "disk", there)
+    named = [name for name in files.sizes(f"{url}/checkpoints/4") if "process_" in name]
+    assert any(name.endswith("process_1") for name in named), named
