@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=inputs.positive, default=8, help="of equal sizes")
     given = parser.parse_args(arguments)
     found = inputs.find(given.latents, latent_files.EXTENSIONS)
+    files.check(given.out, "--out")
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     encoder = ae.encoder_checksum

@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     reconstruct.add_sizes(parser)
     given = parser.parse_args(arguments)
     found = inputs.find(given.images, transforms.EXTENSIONS)
+    files.check(given.out, "--out")
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = reconstruct.checked_multiple(given.multiple, ae.compression)

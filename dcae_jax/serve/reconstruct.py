@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_sizes(parser)
     given = parser.parse_args(arguments)
     found = inputs.find(given.images, transforms.EXTENSIONS)
+    files.check(given.out, "--out")
     files.check_folder(given.out)
     ae = inputs.load_autoencoder(given)
     multiple = checked_multiple(given.multiple, ae.compression)

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = SampleSettings(given.guidance, given.steps, given.seed, given.sampler)
     if given.count > MOST_COUNT:
         raise UserError(f"--count={given.count} is more than {MOST_COUNT}; use configs/sample.py")
+    files.check(given.out, "--out")
     files.check_folder(given.out)
     process.choose_platform()
     process.use_compile_cache()

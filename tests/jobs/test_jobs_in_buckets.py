@@ -9,8 +9,8 @@ from PIL import Image
 from support import CONFIGS, killing, run_job, small_models
 from support.memory_store import memory_store
 
+from dcae_jax import commands, files
 from dcae_jax import config as config_lib
-from dcae_jax import files
 from dcae_jax.checkpoints import weights
 from dcae_jax.files import buckets
 from dcae_jax.jobs import evaluate, export, sample, status, train
@@ -77,11 +77,15 @@ def test_all_other_jobs_give_the_same_from_a_bucket(store, autoencoder_export, t
         scoring = _job("evaluate", init_from=autoencoder, evaluate__count=4, resolution=32)
         scoring.evaluate.batch_size = 4
         assert run_job(evaluate, scoring, f"{root}/scores") == 0
+        images = str(tmp_path / "images")
+        out = [f"--model={autoencoder}", f"--out={root}/pngs"]
+        assert commands.run("reconstruct", [images, *out]) == 0
         for name in ("latents", "uvit", "samples", "scores"):
             assert "done" in status.report(f"{root}/{name}"), name
     there = _get(ROOT, tmp_path / "bucket")
     for name in ("latents/latents-00000-of-00001.array_record", "samples/samples.npz"):
         assert (there / name).read_bytes() == (disk / name).read_bytes(), name
+    assert len(os.listdir(there / "pngs")) == len(os.listdir(disk / "pngs")) > 0
     for name in ("uvit", "scores"):
         assert killing.rows(there / name) == killing.rows(disk / name)
     grids = (folder / "again" / "samples.png" for folder in (there, disk))
