@@ -62,6 +62,11 @@ def publish(parent: str, step: int, folder: str, keep: int) -> None:
     own = files.read_json(manifest)
     for other in others:
         own["files"] = other["files"] | own["files"]
+    found = files.sizes(url)
+    for name, entry in own["files"].items():
+        if found.get(name) != entry["bytes"]:
+            what = f"{found.get(name, 0)} of {entry['bytes']} bytes after its upload"
+            raise buckets.StoreError(f"{url}/{name} has {what}; rerun the command")
     files.write_json(f"{url}/{integrity.FILE}", own)
     for part in parts:
         buckets.remove(part)

@@ -50,6 +50,19 @@ def test_the_newest_are_kept_and_come_back_whole(local):
     assert not integrity.damage(part, "weights")
 
 
+def test_a_file_that_a_store_cut_is_not_committed(local, monkeypatch):
+    """Catches a checkpoint that counts, and is found damaged when it is needed."""
+    put = buckets.put_file
+
+    def cut(url, path):
+        buckets.put(url, b"4") if url.endswith("b") else put(url, path)
+
+    monkeypatch.setattr(buckets, "put_file", cut)
+    with pytest.raises(buckets.StoreError, match="4/optimizer/b has 1 of 13 bytes after its"):
+        remote.publish(FOLDER, 4, local(4), keep=3)
+    assert checkpoints.saved_steps(URL) == []
+
+
 @pytest.mark.parametrize("files_put", range(5))
 def test_an_upload_cut_short_does_not_count_and_is_removed(local, monkeypatch, files_put):
     """Catches a checkpoint that counts before its last file, and rubbish that nobody removes."""

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -64,7 +63,8 @@ def emulator(scheme, log):
 
 class Proxy(http.server.ThreadingHTTPServer):
     """Passes requests to a store, and fails every `every`-th one (0: none), in turn by each of
-    FAULTS. It adds the condition ifGenerationMatch=0, which the emulator of GCS ignores."""
+    FAULTS. The emulator of GCS ignores the condition ifGenerationMatch=0, which is added here, and
+    takes the last byte of an upload in parts if it is 13, which is passed on as one part."""
 
     daemon_threads = True
     FAULTS = ("503 at once", "done, but the answer is lost", "2 s late")
@@ -110,15 +110,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self):
         body = self._body()
-        if "ifGenerationMatch=0" not in self.path:
+        if "uploadType=multipart" not in self.path:
             return self._forward(self.command, self.path, body, self.headers)
-        name = re.search(rb'"name": *("[^"]+")', body)
+        _, facts, data = body.split(b"\n\n", 2)
+        name = json.loads(facts[: facts.rindex(b"\n--")])["name"]
+        key = urllib.parse.quote(name, safe="")
+        path = self.path.partition("?")[0] + f"?uploadType=media&name={key}"
         with self.server.condition:
-            key = urllib.parse.quote(json.loads(name[1]), safe="")
-            there, _, _ = self._forward("GET", f"/storage/v1/b/{BUCKET}/o/{key}", b"", {})
-            if there == 200:
-                return 412, [], b"{}"
-            return self._forward(self.command, self.path, body, self.headers)
+            if "ifGenerationMatch=0" in self.path:
+                there, _, _ = self._forward("GET", f"/storage/v1/b/{BUCKET}/o/{key}", b"", {})
+                if there == 200:
+                    return 412, [], b"{}"
+            return self._forward("POST", path, data[: data.rindex(b"\n--")], {})
 
     def _handle(self):
         fault = ""
