@@ -121,7 +121,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 there, _, _ = self._forward("GET", f"/storage/v1/b/{BUCKET}/o/{key}", b"", {})
                 if there == 200:
                     return 412, [], b"{}"
-            return self._forward("POST", path, data[: data.rindex(b"\n--")], {})
+            data = data[: data.rindex(b"\n--")]
+            if not data:
+                return self._forward(self.command, self.path, body, self.headers)
+            return self._forward("POST", path, data, {})
 
     def _handle(self):
         fault = ""
