@@ -107,6 +107,31 @@ def test_the_second_of_two_jobs_is_refused_and_changes_nothing(bucket, run, data
             first.wait()
 
 
+@pytest.mark.xdist_group("buckets")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, answer, status, words",
+    [
+        ("buckett", 0, process.MISTAKE, "there is no bucket 'buckett'; check its name"),
+        (stores.BUCKET, 403, process.FAILED, ": no permission ("),
+        (stores.BUCKET, 503, process.FAILED, ": the store does not answer ("),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line(
+    bucket, run, data, tmp_path, name, answer, status, words
+):
+    """Catches a page of a library's frames, and a cause that is found out after minutes."""
+    url, proxy = bucket
+    scheme = url.partition(":")[0]
+    argv = killing.arguments(f"{scheme}://{name}/run", data)
+    proxy.answer = answer
+    try:
+        found, _, said = run(argv, stderr=tmp_path / "log")
+    finally:
+        proxy.answer = 0
+    assert found == status and words in said and said.count("\n") == 1, said
+
+
 FEW = {"batch_size": 4, "steps": 4, "save_every": 2, "log_every": 1, "evaluate_every": 0}
 FEW |= {"evaluate_first": False, "evaluate.count": 4, "evaluate.batch_size": 4}
 FEW |= {"model.widths": (8, 8, 16, 32, 32), "evaluate.resolutions": (64,)}

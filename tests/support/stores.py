@@ -71,7 +71,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     def __init__(self, store):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.store, self.every = store, 0
+        self.store, self.every, self.answer = store, 0, 0  # answer: the status of all requests
         self.requests, self.faults = itertools.count(1), itertools.cycle(self.FAULTS)
         self.condition, self.failed = threading.Lock(), 0
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -132,9 +132,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             fault, self.server.failed = next(self.server.faults), self.server.failed + 1
         if fault.startswith("2 s"):
             time.sleep(2)
-        if fault.startswith("503"):
+        if fault.startswith("503") or self.server.answer:
             self._body()
-            status, headers, data = 503, [], b"{}"
+            status, headers, data = self.server.answer or 503, [], b"{}"
         else:
             status, headers, data = self._answer()
         if fault.startswith("done"):
