@@ -4,8 +4,8 @@
 # after a preemption. Copies the clone's committed files to the workers. From the clone's root:
 #   NAME=run1 ZONE=us-east5-b TYPE=v6e-16 launch/tpu_vm.sh [--dry-run] \
 #       --config=configs/phase1.py --workdir=gs://BUCKET/run1
-# The workers' service account must be allowed to write BUCKET. The slice outlives the job; to delete
-# it:
+# The workers' service account must be allowed to write BUCKET. The slice outlives the job; delete
+# it with:
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
