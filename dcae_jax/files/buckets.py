@@ -67,7 +67,7 @@ def _system(scheme: str, _process: int) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-_away: set[str] = set()  # stores whose last request was given up
+_away: set[str] = set()  # stores that did not answer the last request
 
 
 def _request(url: str, do: Callable[[Any], T], patience: float | None = None) -> T:
