@@ -304,7 +304,8 @@ def read_object(path: str) -> dict[str, Any] | None:
     if not exists(path):
         return None
     found = size(path)
-    if found is None or found > MAX_JSON or os.path.isdir(path):
+    regular = is_url(path) or os.path.isfile(path)  # to read a pipe would be to wait for it
+    if not regular or found is None or found > MAX_JSON:
         raise UserError(f"{path} is not a JSON file of at most {MAX_JSON} bytes; fetch it again")
     try:
         value = read_json(path)
