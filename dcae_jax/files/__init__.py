@@ -276,7 +276,7 @@ def write_json(path: str, value: object) -> None:
 def read_json(path: str) -> Any:
     """The value in the JSON file `path`, None if there is no such file."""
     data = read_file(path)
-    return None if data is None else json.loads(data)
+    return None if data is None else json.loads(data.decode())  # bytes may be taken for UTF-16
 
 
 def inside(folder: str, name: str) -> str:

@@ -200,12 +200,20 @@ NUMBERS: dict[str, dict[tuple[str | int, ...], Any]] = {
 }
 
 
+# A scalar, as in PyTorch and in published files; exports had [1].
+COUNTER = ".num_batches_tracked"
+
+
 def today(name: str, recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded case `name` in the words and numbers of today."""
     now = copy.deepcopy(recorded)
     for path, value in NUMBERS.get(name, {}).items():
         entry, key = _at(now, path)
         entry[key] = value
+    for tensors in now.get("tensors", {}).values():
+        for tensor, found in tensors.items():
+            if tensor.endswith(COUNTER):
+                found["shape"] = []
     return {**now, "exact": _words(now["exact"])} if "exact" in now else now
 
 
