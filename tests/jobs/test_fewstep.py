@@ -144,10 +144,10 @@ def test_two_processes_train_as_one(config, flow_run, latents_folder, alone, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("derivative", ["jvp", "difference"])
-def test_bfloat16_trains_for_two_thousand_steps(derivative, config, alone, tmp_path):
+@pytest.mark.parametrize("derivative, steps", [("jvp", 2000), ("difference", 500)])
+def test_bfloat16_trains_for_thousands_of_steps(derivative, steps, config, alone, tmp_path):
     """Catches a derivative that half precision blows up: no step is skipped, the loss falls."""
-    config.dtype, config.steps, config.save_every, config.log_every = "bfloat16", 2000, 2000, 100
+    config.dtype, config.steps, config.save_every, config.log_every = "bfloat16", steps, steps, 100
     config.meanflow.derivative = derivative
     workdir = str(tmp_path / "run")
     assert run_job(train, config, workdir) == train.DONE
