@@ -93,6 +93,7 @@ def test_ours_to_the_authors_names_to_ours_is_bit_identical(
     assert after.autoencoder.architecture == before.autoencoder.architecture
 
 
+@pytest.mark.slow
 def test_an_export_samples_the_images_of_its_workdir(
     run_export,
     unnamed,

@@ -131,6 +131,7 @@ def test_a_missing_compiler_is_found_before_the_job_starts(tmp_path, capsys, mon
     assert "pip install 'jax[tpu]'" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_sample_job_is_of_the_program_that_samples(tmp_path, monkeypatch):
     """Catches a planner of another sampler: without the decoder, or another batch or layout."""
     arguments = planning.arguments(

@@ -162,7 +162,8 @@ def _collectives(text, kind):
     ]
 
 
-@pytest.mark.parametrize("kind", ["uvit", *(pytest.param(f"phase{n}", marks=slow) for n in (1, 3))])
+@pytest.mark.parametrize("kind", ["uvit", "phase1", "phase3"])
+@pytest.mark.slow
 def test_fsdp_puts_one_layer_together_at_a_time(kind):
     """Catches a stack of layers, or the batch's activations, gathered on every device: both are
     what XLA does without constraints on how weights are used."""

@@ -192,6 +192,7 @@ def test_a_run_of_phase_3_resumes_bit_equal(small, alone, one_device, tmp_path):
             np.testing.assert_array_equal(now[name], source[name])
 
 
+@pytest.mark.slow
 def test_weights_of_another_variant_are_refused_by_name(small, alone, tmp_path):
     """Catches a phase that starts from half-fitting weights, or fails without saying why."""
     first = str(tmp_path / "phase1")

@@ -156,6 +156,7 @@ def test_the_abstract_state_is_the_real_one(small, one_device):
     jax.tree.map(same, abstract, out)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_computed_again_give_the_same_step(small, one_device):
     """Catches `remat` that nobody reads, and BatchNorm's statistics lost inside it."""
     batch = _batch(small)
