@@ -75,7 +75,7 @@ def load_teacher(config: Config, spec: TrainSpec, mesh: Mesh) -> tuple[TrainSpec
     try:
         weights, saved = weights_lib.load_weights(config.distill.teacher, config.weights)
     except UserError as error:
-        raise UserError(f"distill.teacher: {error}") from error
+        raise UserError(str(error).replace("init_from", "distill.teacher", 1)) from error
     spec = with_teacher(spec, config, saved.model, mesh)
     assert spec.teacher is not None
     ours = {**spec.params, **spec.stats}

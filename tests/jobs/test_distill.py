@@ -155,7 +155,7 @@ def test_a_student_starts_from_what_fits(autoencoder_export, one_device, caplog,
     for changes, words in (
         ({"init_from": other, "init_parts": ("encoder.*",)}, "has another encoder than the weigh"),
         ({"init_parts": (r"decoder\.stages\.2\..*",)}, "misshapen.*fewer parts in init_parts"),
-        ({"distill.teacher": "teacher/none"}, "distill.teacher: .*teacher/none"),
+        ({"distill.teacher": "teacher/none"}, "^distill.teacher='teacher/none' is not a local"),
     ):
         with pytest.raises(UserError, match=words):
             _start(_student(autoencoder_export, **changes), one_device)
