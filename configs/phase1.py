@@ -5,8 +5,8 @@
         --config.data.source=folder --config.data.path=/data/imagenet/train \
         --config.loss.lpips_weights=lpips-vgg.safetensors
 
-`:tiny` runs on two CPU cores on the embedded photographs, with no file to download. `:small` is for
-one GPU, on the photographs that benchmarks/photos.py gathers.
+`:tiny` runs on two CPU cores on the embedded photographs, with no file to download. `:small` takes
+hours there, on the photographs that benchmarks/photos.py gathers.
 """
 
 from dcae_jax import config as config_lib
@@ -40,21 +40,23 @@ def get_config(variant="f32c32"):
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
         config.steps = 8000
-        config.batch_size = 32
+        config.batch_size = 8
+        config.resolution = 128
         config.loss.lpips_weight = 0.0
-        config.optimizer.learning_rate = 4e-4
+        config.optimizer.muon = (".*kernel",)
+        config.optimizer.learning_rate = 1e-3
         config.optimizer.b2 = 0.99
         config.optimizer.schedule = "cosine"
-        config.optimizer.warmup_steps = 300
+        config.optimizer.warmup_steps = 100
         config.optimizer.weight_decay = 0.01
         config.ema_decay = 0.999
         config.ema_warmup = 200
         config.log_every = 50
-        config.save_every = 2000
+        config.save_every = 500
         config.evaluate_every = 1000
-        config.evaluate.resolutions = (256, 512)
+        config.evaluate.resolutions = (256,)
         config.evaluate.count = 0
-        config.evaluate.crops = 8
+        config.evaluate.crops = 2
     if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
         full = 32 if variant == "tiny-1.5" else 128
         config.structured.channels = tuple(range(full // 8, full + 1, 4))

@@ -58,20 +58,23 @@ def get_config(variant="f32c32"):
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
         config.resolutions = (256, 512, 512)
-        config.batch_size = 32
-        config.steps = 1000
+        config.batch_size = 2
+        config.steps = 600
         config.loss.lpips_weight = 0.0
-        config.optimizer.learning_rate = 2e-4
+        config.optimizer.muon = (".*kernel",)
+        config.optimizer.learning_rate = 3e-4
         config.optimizer.b2 = 0.99
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.999
-        config.ema_warmup = 100
-        config.log_every = 50
-        config.save_every = 1000
-        config.evaluate_every = 250
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = 20
+        config.optimizer.weight_decay = 0.01
+        config.ema_decay = 0.99
+        config.ema_warmup = 20
+        config.log_every = 20
+        config.save_every = 100
+        config.evaluate_every = 200
         config.evaluate.resolutions = (256, 512)
         config.evaluate.count = 0
-        config.evaluate.crops = 8
+        config.evaluate.crops = 2
     if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
         full = 32 if variant == "tiny-1.5" else 128
         config.structured.channels = tuple(range(full // 8, full + 1, 4))

@@ -58,20 +58,21 @@ def get_config(variant="f32c32"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
-        config.steps = 1500
-        config.batch_size = 32
+        config.steps = 800
+        config.batch_size = 4
         config.loss.lpips_weight = 0.0
+        config.loss.gan_channels = 32
         config.loss.gan_warmup_steps = 200
-        config.loss.gan_learning_rate = 1e-4
-        config.optimizer.learning_rate = 1e-4
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.999
-        config.ema_warmup = 100
-        config.log_every = 50
-        config.save_every = 1500
-        config.evaluate_every = 500
+        config.loss.gan_learning_rate = 3e-4
+        config.optimizer.learning_rate = 2e-4
+        config.optimizer.warmup_steps = 20
+        config.ema_decay = 0.99
+        config.ema_warmup = 20
+        config.log_every = 20
+        config.save_every = 100
+        config.evaluate_every = 400
         config.evaluate.count = 0
-        config.evaluate.crops = 8
+        config.evaluate.crops = 2
     if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
         full = 32 if variant == "tiny-1.5" else 128
         config.structured.channels = tuple(range(full // 8, full + 1, 4))

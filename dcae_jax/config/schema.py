@@ -125,8 +125,7 @@ class MeanFlow:
         "u: MeanFlow's; v: iMF's, whose path follows the model's own velocity")
     equal: float = key(0.75, "fraction of a batch with r = t: flow matching", ge=0, le=1)
     to_data: float = key(0.0, "fraction of a batch with r = 0: jumps to data", ge=0, le=1)
-    times: Literal["logit_normal", "uniform"] = key("logit_normal",
-        "distribution of t and r; 1 is noise")
+    times: Literal["logit_normal", "uniform"] = key("logit_normal", "of t and r; 1 is noise")
     time_mean: float = key(-0.4, "logit_normal: mean of log(t / (1 - t))", ge=-5, le=5)
     time_std: float = key(1.0, "logit_normal: standard deviation", gt=0, le=5)
     shift: float = key(1.0, "moves times towards noise: s t / (1 + (s - 1) t)", ge=1, le=100)
@@ -143,7 +142,7 @@ class MeanFlow:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """config.optimizer: AdamW, its schedule, decay and clipping."""
+    """config.optimizer: AdamW, its schedule, decay and clipping; Muon for chosen kernels."""
 
     learning_rate: float = key(6.4e-5, "learning rate after the warm-up", gt=0)
     schedule: Literal["constant", "cosine"] = key("constant",
@@ -155,6 +154,7 @@ class Optimizer:
     eps: float = key(1e-8, "added to the square root of the second moment", gt=0, lt=1)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0)
     decay: tuple[str, ...] = key((r".*kernel",), "path patterns that decay; not biases or norms")
+    muon: tuple[str, ...] = key((), "path patterns of kernels that Muon trains, not AdamW")
     clip_norm: float = key(1.0, "maximum global norm of trained gradients; 0: no clipping", ge=0)
 
 

@@ -6,9 +6,12 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import optax
+import optax.contrib
 
 from dcae_jax.config.schema import Optimizer
 from dcae_jax.errors import UserError
+
+RMS = 0.2  # of Muon's updates before the learning rate, about AdamW's (arXiv:2502.16982)
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -54,15 +57,17 @@ def match(patterns: Iterable[str], names: Iterable[str], key: str) -> frozenset[
 
 
 def optimizer(
-    settings: Optimizer, steps: int, names: Iterable[str], trained: frozenset[str]
+    settings: Optimizer, steps: int, params: Mapping[str, Any], trained: frozenset[str]
 ) -> optax.GradientTransformation:
-    """AdamW on the parameters in `trained`; the others get zero updates and have no moments.
+    """AdamW on the parameters in `trained`, or Muon on those of them that optimizer.muon matches.
+
+    params: arrays or their shapes, by path. The others get zero updates and have no moments.
 
     Clipping and weight decay are inside the trained branch: outside it, they would need the
     gradients of frozen parameters, and XLA would compute the backward pass that freezing saves.
     """
-    names = tuple(names)
-    decayed = match(settings.decay, names, "optimizer.decay") if settings.decay else frozenset()
+    decayed = match(settings.decay, params, "optimizer.decay") if settings.decay else frozenset()
+    rate = schedule(settings, steps)
 
     def decays(params: Mapping[str, Any]) -> dict[str, bool]:
         return {name: name in decayed for name in params}
@@ -70,22 +75,54 @@ def optimizer(
     parts = []
     if settings.clip_norm:
         parts.append(optax.clip_by_global_norm(settings.clip_norm))
-    parts.append(
-        optax.adamw(
-            schedule(settings, steps),
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            mask=decays,
-        )
+    adamw = optax.adamw(
+        rate,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=decays,
     )
-    labels = {name: "train" if name in trained else "freeze" for name in names}
+    if settings.muon:
+        axes = _matrices(settings.muon, params)
+        muon = optax.contrib.muon(
+            rate,
+            weight_decay=settings.weight_decay,
+            weight_decay_mask=decays,
+            muon_weight_dimension_numbers=lambda params: {name: axes.get(name) for name in params},
+            consistent_rms=RMS,
+        )
+        kinds = {name: "muon" if name in axes else "adamw" for name in params}
+        parts.append(optax.partition({"adamw": adamw, "muon": muon}, kinds))
+    else:
+        parts.append(adamw)
+    labels = {name: "train" if name in trained else "freeze" for name in params}
     transforms: dict[Hashable, optax.GradientTransformation] = {
         "train": optax.chain(*parts),
         "freeze": optax.set_to_zero(),
     }
     return optax.partition(transforms, labels)
+
+
+def _matrices(
+    patterns: Iterable[str], params: Mapping[str, Any]
+) -> dict[str, optax.contrib.MuonDimensionNumbers]:
+    """{path: its axes as a matrix} of the kernels that Muon can train. Raises UserError.
+
+    A kernel's last axis is its output, the others are its inputs; those of stacked blocks are one
+    matrix each. The kernel of a depthwise convolution is not a matrix, and stays with AdamW.
+    """
+    axes = {}
+    for name in match(patterns, params, "optimizer.muon"):
+        shape, first = params[name].shape, int("*" in name)
+        if len(shape) - first < 2:
+            raise UserError(
+                f"optimizer.muon matches {name!r}, a vector; match kernels, as '.*kernel' does"
+            )
+        if shape[-2] > 1:
+            inputs = tuple(range(first, len(shape) - 1))
+            axes[name] = optax.contrib.MuonDimensionNumbers(inputs, len(shape) - 1)
+    return axes
 
 
 def discriminator_optimizer(

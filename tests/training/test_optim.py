@@ -43,6 +43,43 @@ def test_frozen_parameters_get_zero_updates_and_no_moments():
     assert np.all(updates["a.kernel"])
 
 
+def test_muon_updates_are_orthogonal_matrices_of_adamws_size():
+    """Catches a kernel flattened along the wrong axes, stacked blocks taken as one matrix, a scale
+    that depends on the shape, decay by another rate, and Muon on depthwise kernels, on biases or on
+    frozen weights. Beside numpy's SVD: Muon keeps the singular vectors, and all values are near 1.
+    """
+    config = _config(muon=(".*kernel",), weight_decay=0.5, clip_norm=1.0)
+    shapes = {"conv.kernel": (3, 3, 8, 16), "stack.*.kernel": (2, 24, 8), "frozen.kernel": (4, 4)}
+    shapes |= {"depthwise.kernel": (3, 3, 1, 8), "conv.bias": (16,)}
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    grads = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    tx = optim.optimizer(config.optimizer, 100, params, frozenset(params) - {"frozen.kernel"})
+    updates, state = tx.update(grads, tx.init(params), params)
+    for name, matrices in {"conv.kernel": 1, "stack.*.kernel": 2}.items():
+        step = np.asarray(updates[name] / -0.1 - 0.5 * params[name], np.float64)
+        step = step.reshape(matrices, -1, shapes[name][-1])
+        gradients = np.asarray(grads[name], np.float64).reshape(step.shape)
+        for moved, gradient in zip(step, gradients, strict=True):
+            u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+            values = u.T @ moved @ vt.T / (0.2 * np.sqrt(max(moved.shape)))
+            assert np.all((np.diag(values) > 0.6) & (np.diag(values) < 1.3))
+            np.testing.assert_allclose(values, np.diag(np.diag(values)), atol=1e-4)
+    np.testing.assert_allclose(np.abs(updates["conv.bias"]), 0.1, rtol=1e-4)
+    depthwise = updates["depthwise.kernel"] + 0.05 * params["depthwise.kernel"]
+    np.testing.assert_allclose(np.abs(depthwise), 0.1, rtol=1e-4)
+    assert not np.any(updates["frozen.kernel"])
+    moments = {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim > 1}
+    assert moments == {shapes[n] for n in ("conv.kernel", "stack.*.kernel", "depthwise.kernel")}
+
+
+@pytest.mark.parametrize("pattern", [".*bias", "c.*"])
+def test_muon_on_vectors_or_on_nothing_is_an_error(pattern):
+    """Catches a renamed layer that silently goes back to AdamW, and a traceback from optax."""
+    with pytest.raises(UserError, match=r"optimizer\.muon"):
+        optim.optimizer(_config(muon=(pattern,)).optimizer, 100, PARAMS, frozenset(PARAMS))
+
+
 def test_clipping_counts_trained_gradients_only():
     """Catches a global norm that frozen gradients inflate."""
     config = _config(clip_norm=1.0, weight_decay=0.0, eps=1.0)
