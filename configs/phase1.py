@@ -39,7 +39,7 @@ def get_config(variant="f32c32"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
-        config.steps = 8000
+        config.steps = 6000
         config.batch_size = 8
         config.resolution = 128
         config.loss.lpips_weight = 0.0
