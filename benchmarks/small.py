@@ -37,6 +37,12 @@ def high_power(images: np.ndarray) -> float:
     return float(power[:, (frequency > 0.25) & (frequency <= 0.5)].mean())
 
 
+def reconstruction(model: str):
+    """uint8 images -> the same from the autoencoder at `model`, in float32."""
+    ae = dcae_jax.load_autoencoder(model, dtype="float32")
+    return lambda x: transforms.to_uint8(np.asarray(ae.decode(ae.encode(transforms.to_float(x)))))
+
+
 def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, float]:
     """PSNR, SSIM and the spectrum's ratio at each size; reconstruct: uint8 images -> uint8."""
     result = {}
@@ -82,13 +88,7 @@ def main() -> None:
         linear = pca.fit(train, 32, 32, patches)
         add(f"PCA, {patches} patches", linear.reconstruct)
     for model in given.models:
-        ae = dcae_jax.load_autoencoder(model, dtype="float32")
-        add(
-            model,
-            lambda x, ae=ae: transforms.to_uint8(
-                np.asarray(ae.decode(ae.encode(transforms.to_float(x))))
-            ),
-        )
+        add(model, reconstruction(model))
     print(files.table([["model", *rows[0][1]], *([name, *r.values()] for name, r in rows)]))
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 EXPORT = "model.json"  # of an export
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "shipped")  # with this package
 # Bytes of arrays decoded in one request. Orbax reads a whole request at once, and holds the stored
 # bytes of each array beside the decoded ones.
 READ_AT_ONCE = 2**25
@@ -49,13 +50,14 @@ def load_weights(
     """(weights by path, their model) of a workdir or checkpoint, an export, or published weights.
 
     path: a workdir or one of its checkpoints/<step>, an export of ours, a folder or file of
-    PyTorch weights, or their name on the hub. which: 'ema', the EMA of what a run trained, or
-    'raw'. variant: for published weights that do not state it. kind: 'autoencoder' or 'generator',
-    a diffusion model. quantized: an export may also hold quantised weights. Arrays are NumPy,
-    float32, parameters and statistics together.
+    PyTorch weights, their name on the hub, or that of a shipped model. which: 'ema', the EMA of
+    what a run trained, or 'raw'. variant: for published weights that do not state it. kind:
+    'autoencoder' or 'generator', a diffusion model. quantized: an export may also hold quantised
+    weights. Arrays are NumPy, float32, parameters and statistics together.
     Raises UserError if there is nothing to load or the weights are not of the variant.
     """
     files.check(path, "path")
+    path = located(path)
     full = files.absolute(path)
     if files.exists(os.path.join(full, EXPORT)):
         weights, saved = _load_export(files.local(full), kind)
@@ -83,12 +85,25 @@ def _named(path: str, saved: Saved, variant: str) -> Saved:
         raise UserError(f"init_from={path!r}: {error}") from error
 
 
+def shipped() -> tuple[str, ...]:
+    """The names of the models that this package ships."""
+    return tuple(name for name in files.listdir(SHIPPED) if os.path.isdir(f"{SHIPPED}/{name}"))
+
+
+def located(path: str) -> str:
+    """The folder of the shipped model `path`; files and folders of that name come first."""
+    if path not in shipped() or files.exists(files.absolute(path)):
+        return path
+    logging.info("%s: the model of this package", path)
+    return os.path.join(SHIPPED, path)
+
+
 def kind_of(path: str) -> str:
     """'autoencoder' or 'generator': what `load_weights` would find at `path`.
 
     For an export, the kind that it states, whatever that is. Raises UserError.
     """
-    full = files.absolute(path)
+    full = files.absolute(located(path))
     export = files.read_object(os.path.join(full, EXPORT))
     if export is not None:
         return str(export.get("kind"))

@@ -85,11 +85,15 @@ def optimizer(
     )
     if settings.muon:
         axes = _matrices(settings.muon, params)
+
+        def matrices(params: Any) -> Any:  # optax types arrays only
+            return {name: axes.get(name) for name in params}
+
         muon = optax.contrib.muon(
             rate,
             weight_decay=settings.weight_decay,
             weight_decay_mask=decays,
-            muon_weight_dimension_numbers=lambda params: {name: axes.get(name) for name in params},
+            muon_weight_dimension_numbers=matrices,
             consistent_rms=RMS,
         )
         kinds = {name: "muon" if name in axes else "adamw" for name in params}

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's three claims about training, each with both arms, on `small` (docs/results.md).
+
+    python benchmarks/contrasts.py --photos=photos residual
+    python benchmarks/contrasts.py --photos=photos --run=runs/small adaptation
+    python benchmarks/contrasts.py --photos=photos --run=runs/small gan
+
+`residual` trains phase 1 with and without the shortcuts at f32 and f64, with Muon, as in
+configs/phase1.py, and with AdamW. `adaptation` compares phase 2 of the chain in --run with no phase
+2 and with training everything in it; `gan`, phase 3 of that chain with the GAN on the whole
+decoder. Arms of a contrast have the same steps, data and seed. Writes WORKDIR/PART.json and .svg,
+and goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import common
+import small
+from matplotlib.figure import Figure
+
+import dcae_jax
+from dcae_jax import config as config_lib
+from dcae_jax import files
+from dcae_jax.checkpoints import weights as checkpoint_weights
+from dcae_jax.config.schema import Evaluate
+from dcae_jax.data import sources
+from dcae_jax.jobs import train
+from dcae_jax.models import dcae
+from dcae_jax.runtime import mesh as mesh_lib
+from dcae_jax.runtime import process
+from dcae_jax.setup import run as setup
+
+# f64: one more stage, and the paper's latent of four times the channels.
+SMALL = dcae.VARIANTS["small"]
+F64 = dataclasses.replace(
+    SMALL,
+    latent_channels=128,
+    **{
+        field: getattr(SMALL, field) + getattr(SMALL, field)[-1:]
+        for field in ("widths", "encoder_depths", "decoder_depths")
+        + ("encoder_blocks", "decoder_blocks", "decoder_norms")
+    },
+)
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "Muon": {},
+    "AdamW": {"muon": (), "learning_rate": 4e-4},
+}
+WIDE = (256, 512, 1024)  # pixels
+
+
+def config(file: str, photos: str, **changes: Any) -> config_lib.Config:
+    path = os.path.join(config_lib.SHIPPED, file)
+    data = {
+        "path": os.path.join(photos, "train"),
+        "held_out_path": os.path.join(photos, "held_out"),
+    }
+    given = config_lib.validate(config_lib.load_file(path, "small"))
+    return config_lib.replace(given, data=data, **changes)
+
+
+def arm(run: config_lib.Config, folder: str) -> list[dict[str, Any]]:
+    """The rows of a training run, resumed or made."""
+    assert train.run(run, folder) == train.DONE
+    return files.read_rows(folder)
+
+
+def cost(run: config_lib.Config, folder: str) -> dict[str, float]:
+    """Mean seconds per step, without the first row's, and GB that the largest step's program needs
+    beside its weights, as XLA states it."""
+    steps = [row["step_s"] for row in files.read_rows(folder) if "step_s" in row][1:]
+    built = setup.build(run, folder, mesh_lib.make_mesh(run.mesh), None)
+    traced = setup.trace_steps(built)
+    memory = traced[max(traced)].lower().compile().memory_analysis()
+    return {
+        "step_s": sum(steps) / max(len(steps), 1),
+        "activations_gb": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def scores(model: str, photos: str, sizes: tuple[int, ...], crops: int) -> dict[str, float]:
+    """PSNR, SSIM and spectrum of a model on crops of the held-out photographs."""
+    held_out = sources.folder(os.path.join(photos, "held_out"))
+    settings = Evaluate(resolutions=sizes, crops=crops, count=0, batch_size=8)
+    return small.score(small.reconstruction(model), settings, held_out)
+
+
+def residual(photos: str, workdir: str, steps: int) -> dict[str, Any]:
+    """{'f32, Muon, shortcuts': rows of PSNR and SSIM, ...}."""
+    dcae.VARIANTS["small-f64"] = F64
+    found = {}
+    for f, variant in ((64, "small-f64"), (32, "small")):
+        for optimizer, settings in OPTIMIZERS.items():
+            for shortcuts in (True, False):
+                name = f"f{f}, {optimizer}, {'shortcuts' if shortcuts else 'without'}"
+                run = config(
+                    "phase1.py",
+                    photos,
+                    model={"variant": variant, "residual": shortcuts},
+                    steps=steps,
+                    evaluate_every=max(steps // 6, 1),
+                    save_every=max(steps // 3, 1),
+                    ema_decay=0.98,
+                    optimizer={**settings, "warmup_steps": 25},
+                )
+                rows = arm(run, os.path.join(workdir, name.replace(", ", "-")))
+                kept = ("step", "psnr_256", "ssim_256")
+                found[name] = [{k: r[k] for k in kept} for r in rows if "psnr_256" in r]
+                print(name, found[name][-1], flush=True)
+    return found
+
+
+def adaptation(photos: str, workdir: str, chain: str) -> dict[str, Any]:
+    """{arm: scores at WIDE pixels, cost, rows}."""
+    first, second = (os.path.join(chain, phase) for phase in ("phase1", "phase2"))
+    whole = os.path.join(workdir, "everything")
+    steps = files.read_rows(second)[-1]["step"]
+    run = config("phase2.py", photos, init_from=first, steps=steps)
+    middle, run = run.trainable, dataclasses.replace(run, trainable=(".*",))
+    arm(run, whole)
+    found = {}
+    for name, folder in (("no phase 2", first), ("phase 2", second), ("everything", whole)):
+        rows = files.read_rows(folder)
+        found[name] = {"scores": scores(folder, photos, WIDE, 4)}
+        if folder != first:
+            of = run if folder == whole else dataclasses.replace(run, trainable=middle)
+            found[name] |= {"rows": _evaluated(rows), **cost(of, folder)}
+        print(name, found[name], flush=True)
+    return found
+
+
+def gan(photos: str, workdir: str, chain: str) -> dict[str, Any]:
+    """{arm: scores, whether the latents are unchanged, cost, rows}."""
+    second, third = (os.path.join(chain, phase) for phase in ("phase2", "phase3"))
+    whole = os.path.join(workdir, "decoder")
+    steps = files.read_rows(third)[-1]["step"]
+    run = config("phase3.py", photos, init_from=second, steps=steps)
+    head, run = run.trainable, dataclasses.replace(run, trainable=(r"decoder\..*",))
+    arm(run, whole)
+    found = {}
+    before = _encoder(second)
+    for name, folder in (("before phase 3", second), ("head", third), ("whole decoder", whole)):
+        rows = files.read_rows(folder)
+        found[name] = {"scores": scores(folder, photos, small.SIZES, small.CROPS)}
+        found[name]["latents unchanged"] = _encoder(folder) == before
+        if folder != second:
+            of = run if folder == whole else dataclasses.replace(run, trainable=head)
+            found[name] |= {"rows": _evaluated(rows), **cost(of, folder)}
+        print(name, found[name], flush=True)
+    return found
+
+
+def _encoder(folder: str) -> str:
+    return checkpoint_weights.encoder_checksum(checkpoint_weights.load_weights(folder)[0])
+
+
+def _evaluated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = ("step", "psnr_256", "psnr_512", "ssim_256", "ssim_512")
+    return [{k: row[k] for k in kept if k in row} for row in rows if "psnr_256" in row]
+
+
+def plot(part: str, found: Mapping[str, Any], path: str) -> None:
+    """PSNR against steps, a line per arm."""
+    panels = {"residual": ("f32", "f64")}.get(part, ("psnr_256", "psnr_512"))
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.set(xlabel="step", ylabel="PSNR (dB), held-out crops", title=panel)
+        for name, value in found.items():
+            rows = value if part == "residual" else value.get("rows", [])
+            if part == "residual" and not name.startswith(panel):
+                continue
+            key = "psnr_256" if part == "residual" else panel
+            style = ("C0" if "Muon" in name else "C1") + ("-" if "shortcuts" in name else "--")
+            line = [(row["step"], row[key]) for row in rows if key in row]
+            if line:
+                axes.plot(
+                    *zip(*line, strict=True),
+                    *([style] if part == "residual" else []),
+                    label=name.removeprefix(f"{panel}, "),
+                )
+        axes.legend(frameon=False)
+    common.save_svg(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("residual", "adaptation", "gan"))
+    parser.add_argument("--photos", default="photos")
+    parser.add_argument("--run", default="runs/small", help="workdir of phases.py:small")
+    parser.add_argument("--workdir", default="runs/contrasts")
+    parser.add_argument("--steps", type=int, default=300, help="of an arm of `residual`")
+    given = parser.parse_args()
+    process.set_up_logging()
+    process.use_compile_cache()
+    workdir = os.path.join(given.workdir, given.part)
+    if given.part == "residual":
+        found = residual(given.photos, workdir, given.steps)
+    else:
+        part = {"adaptation": adaptation, "gan": gan}[given.part]
+        found = part(given.photos, workdir, given.run)
+    plot(given.part, found, os.path.join(given.workdir, f"{given.part}.svg"))
+    with open(os.path.join(given.workdir, f"{given.part}.json"), "w") as file:
+        json.dump({"version": dcae_jax.__version__, "results": found}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
