@@ -87,7 +87,7 @@ def _named(path: str, saved: Saved, variant: str) -> Saved:
 
 def shipped() -> tuple[str, ...]:
     """The names of the models that this package ships."""
-    return tuple(name for name in files.listdir(SHIPPED) if os.path.isdir(f"{SHIPPED}/{name}"))
+    return tuple(n for n in files.listdir(SHIPPED) if files.exists(f"{SHIPPED}/{n}/{EXPORT}"))
 
 
 def located(path: str) -> str:

@@ -175,3 +175,22 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
         if peak <= 1.3 * size:
             return
     pytest.fail(f"peak {peak / size:.2f} times")
+
+
+def test_a_shipped_model_loads_by_its_name_unless_a_folder_has_it(
+    autoencoder_export, tmp_path, monkeypatch
+):
+    """Catches a name that is asked for on the hub, and a folder of the user's that is ignored."""
+    there = tmp_path / "shipped"
+    there.mkdir()
+    os.symlink(autoencoder_export, there / "small")
+    (there / "__pycache__").mkdir()
+    monkeypatch.setattr(checkpoint_weights, "SHIPPED", str(there))
+    monkeypatch.chdir(tmp_path)
+    expected, _ = checkpoint_weights.load_weights(autoencoder_export)
+    found, saved = checkpoint_weights.load_weights("small")
+    assert saved.kind == checkpoint_weights.kind_of("small") == "autoencoder"
+    assert checkpoint_weights.checksum(found) == checkpoint_weights.checksum(expected)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(UserError, match="small"):
+        checkpoint_weights.load_weights("small")
