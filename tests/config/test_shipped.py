@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of configs/: each makes a state for every variant."""
 
+import collections
 import glob
 import os
 import re
@@ -11,6 +12,7 @@ from support import CONFIGS, ROOT
 
 from dcae_jax import config as config_lib
 from dcae_jax.models import dcae, dit, sdvae, uvit
+from dcae_jax.training import optim
 from dcae_jax.training import state as state_lib
 
 
@@ -42,9 +44,17 @@ def test_every_training_config_builds_its_abstract_state(config, one_device):
     abstract = state_lib.abstract_state(config.sharding, one_device, spec)
     assert abstract.params.keys() == spec.params.keys()
     assert abstract.ema.keys() == spec.trained
-    moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
-    trained = [name for name in spec.params if name in spec.trained]
-    assert len(moments) == 2 * len(trained)
+    moments = collections.Counter(
+        path[-1].key
+        for path, leaf in jax.tree.leaves_with_path(abstract.opt_state)
+        if leaf.ndim and isinstance(path[-1], jax.tree_util.DictKey)
+    )
+    matrices = optim.match(config.optimizer.muon, spec.params, "") if config.optimizer.muon else ()
+    assert moments == {
+        name: 1 if name in matrices and spec.params[name].shape[-2] > 1 else 2
+        for name in spec.params
+        if name in spec.trained
+    }
 
 
 def test_the_scales_of_guidance_are_the_published_ones():
