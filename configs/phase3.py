@@ -58,11 +58,11 @@ def get_config(variant="f32c32"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
-        config.steps = 800
+        config.steps = 400
         config.batch_size = 4
         config.loss.lpips_weight = 0.0
         config.loss.gan_channels = 32
-        config.loss.gan_warmup_steps = 200
+        config.loss.gan_warmup_steps = 100
         config.loss.gan_learning_rate = 3e-4
         config.optimizer.learning_rate = 2e-4
         config.optimizer.warmup_steps = 20
@@ -70,7 +70,7 @@ def get_config(variant="f32c32"):
         config.ema_warmup = 20
         config.log_every = 20
         config.save_every = 100
-        config.evaluate_every = 400
+        config.evaluate_every = 100
         config.evaluate.count = 0
         config.evaluate.crops = 2
     if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
