@@ -18,16 +18,12 @@ def check(config: Config) -> None:
         ("evaluate.inception_weights", config.evaluate.inception_weights),
         ("loss.lpips_weights", config.loss.lpips_weights),
         ("export.out", config.export.out),
-    ):
-        files.check(path, key)
-    check_data = files.check if config.data.source == "latents" else files.check_local
-    check_data(config.data.path, "data.path")
-    for key, path in (
+        ("data.path", config.data.path),
         ("data.held_out_path", config.data.held_out_path),
-        ("export.calibrate", config.export.calibrate),
         *((f"data.parts, {kind}", str(path)) for _, kind, path in config.data.parts),
     ):
-        files.check_local(path, key)
+        files.check(path, key)
+    files.check_local(config.export.calibrate, "export.calibrate")
     low, high = config.sample.guidance_interval
     if not low <= high:
         interval = config.sample.guidance_interval

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dcae_jax import files as files_lib
 from dcae_jax.data import indexes
 from dcae_jax.data.transforms import EXTENSIONS, decode
 from dcae_jax.errors import UserError
+from dcae_jax.files import buckets
 
 NO_LABEL = -1  # an error in the job `encode`; autoencoders need no labels
 INDEXED = 20_000  # files from which on a folder's list is cached; fewer are listed in a second
@@ -30,7 +32,7 @@ class Folder:
     root: str
     files: tuple[str, ...]  # relative to root
     class_names: tuple[str, ...]
-    # [N] bytes, -1 for a dangling link, as a cached index has them; None: read them.
+    # [N] bytes, -1 for a dangling link, as a cached index or a bucket has them; None: read them.
     sizes: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -40,7 +42,11 @@ class Folder:
         return self.read(i, 0)
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
-        return decode(self.name(i), least), self._label(self.files[i])
+        path = self.name(i)
+        if self.sizes is None or not files_lib.is_url(path):
+            return decode(path, least), self._label(self.files[i])
+        encoded = files_lib.read_part(path, 0, int(self.sizes[i]))
+        return decode(io.BytesIO(encoded), least), self._label(self.files[i])
 
     @functools.cached_property
     def _label(self) -> "Label":
@@ -86,6 +92,8 @@ def classes(files: Sequence[str]) -> tuple[str, ...]:
 
 def folder(path: str) -> Folder:
     """All images below `path`, or one image file, in sorted order. Raises UserError."""
+    if files_lib.is_url(path):
+        return _in_bucket(path.rstrip("/"))
     if os.path.isfile(path):
         return Folder(os.path.dirname(path) or ".", (os.path.basename(path),), ())
     if not os.path.isdir(path):
@@ -94,6 +102,17 @@ def folder(path: str) -> Folder:
     if not files:
         raise UserError(f"data.path={path!r} holds no images ({' '.join(EXTENSIONS)})")
     return Folder(path, files, classes(files), sizes)
+
+
+def _in_bucket(url: str) -> Folder:
+    """`folder` of a URL: what a bucket lists, 1000 objects or more per request."""
+    found = buckets.found(url, "data.path", lambda name: name.lower().endswith(EXTENSIONS))
+    root = url.rpartition("/")[0] if url in found else url
+    files = tuple(name[len(root) + 1 :] for name in found if name.startswith(f"{root}/"))
+    if not files:
+        raise UserError(f"data.path={url!r} holds no images ({' '.join(EXTENSIONS)})")
+    sizes = np.array([int(value["size"]) for value in found.values()], np.int64)
+    return Folder(root, files, classes(files), sizes)
 
 
 def _listed(root: str) -> tuple[tuple[str, ...], np.ndarray | None]:

@@ -2,9 +2,11 @@
 """`data.source='huggingface'`: Arrow files of datasets.save_to_disk, or parquet files.
 
 Both are read with pyarrow, by row; nothing is loaded into memory or fetched. Arrow files are
-memory-mapped. In parquet files a row's whole row group is read.
+memory-mapped; those in a bucket are copied to the user's cache first. In parquet files a row's
+whole row group is read.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import glob
@@ -24,6 +26,7 @@ from dcae_jax import errors
 from dcae_jax import files as files_lib
 from dcae_jax.data.transforms import decode
 from dcae_jax.errors import UserError
+from dcae_jax.files import buckets, parts
 
 SPLITS = ("train", "validation", "test")  # in names of parquet files, besides those asked for
 LARGE = 2**28  # bytes of a parquet row group, all of which is read for one image
@@ -75,20 +78,16 @@ class HuggingFace:
 def huggingface(path: str, split: str) -> HuggingFace:
     """The split `split` of the data set `path`; see `files_of`. Raises UserError."""
     files = files_of(path, split)
-    blocks, labels, columns = [], [], None
-    for file in files:
-        schema, counts = _shape(file)
-        found = _columns(schema, file)
-        if columns is not None and found != columns:
+    with concurrent.futures.ThreadPoolExecutor(buckets.AT_ONCE) as pool:
+        opened = list(pool.map(_contents, files))
+        fingerprint = _fingerprint(files, list(pool.map(_end, files)))
+    columns = opened[0][0]
+    for file, (found, _, _) in zip(files, opened, strict=True):
+        if found != columns:
             raise UserError(f"{file} has other columns or classes than {files[0]}; move one away")
-        columns = found
-        arrow = file.endswith(".arrow")
-        for group, rows in enumerate(counts):
-            blocks.append((file, -1 if arrow else group, rows))
-            labels.append(_labels(file, -1 if arrow else group, columns[1], rows))
-    assert columns is not None
     image, _, names = columns
-    numbers = np.concatenate(labels)
+    blocks = [block for _, found, _ in opened for block in found]
+    numbers = np.concatenate([labels for _, _, found in opened for labels in found])
     if not len(numbers):
         raise UserError(f"data.path={path!r}, split {split!r}, has no rows")
     names = names or (tuple(map(str, range(numbers.max() + 1))) if columns[1] else ())
@@ -98,7 +97,7 @@ def huggingface(path: str, split: str) -> HuggingFace:
         image,
         numbers,
         names,
-        _fingerprint(files),
+        fingerprint,
     )
 
 
@@ -107,7 +106,7 @@ def splits_of(path: str) -> tuple[str, ...]:
     saved = files_lib.read_object(os.path.join(path, "dataset_dict.json"))
     if saved is not None:
         return tuple(saved["splits"])
-    if os.path.exists(os.path.join(path, "state.json")):
+    if files_lib.exists(os.path.join(path, "state.json")):
         return ()
     names = [os.path.relpath(file, path) for file in _parquet(path)]
     return tuple(split for split in SPLITS if any(_is_of(name, split) for name in names))
@@ -126,7 +125,7 @@ def files_of(path: str, split: str) -> list[str]:
             f"data.path={path!r} has no split {split!r}; set data.split and data.held_out_split "
             f"to {' or '.join(splits)}"
         )
-    if os.path.exists(os.path.join(path, "dataset_dict.json")):
+    if files_lib.exists(os.path.join(path, "dataset_dict.json")):
         path = os.path.join(path, split)
     state = files_lib.read_object(os.path.join(path, "state.json"))
     if state is not None:
@@ -142,6 +141,8 @@ def files_of(path: str, split: str) -> list[str]:
 
 def _parquet(path: str) -> list[str]:
     """The parquet files of a path: one file, those below a folder, or those of a pattern."""
+    if files_lib.is_url(path):
+        return list(buckets.found(path, "data.path", lambda name: name.endswith(".parquet")))
     if os.path.isdir(path):
         found = (os.path.join(path, file) for file in files_lib.walk(path))
         return sorted(file for file in found if file.endswith(".parquet"))
@@ -153,18 +154,34 @@ def _is_of(name: str, split: str) -> bool:
     return re.search(rf"(^|[-._ /]){re.escape(split)}([-._ /]|$)", name) is not None
 
 
-def _fingerprint(files: Sequence[str]) -> str:
+def _end(file: str) -> tuple[int, bytes]:
+    """(bytes, the last TAIL of them) of a file. Raises FileNotFoundError."""
+    size = files_lib.size(file)
+    if size is None:
+        raise FileNotFoundError(file)
+    return size, files_lib.read_part(file, max(0, size - TAIL), min(TAIL, size))
+
+
+def _fingerprint(files: Sequence[str], ends: Sequence[tuple[int, bytes]]) -> str:
     """A digest of the files' names, sizes and ends, where parquet keeps its statistics."""
     digest = hashlib.sha256()
-    for file in files:
-        size = os.path.getsize(file)
-        with open(file, "rb") as opened:
-            opened.seek(max(0, size - TAIL))
-            digest.update(f"{os.path.basename(file)!r} {size}\n".encode() + opened.read())
+    for file, (size, end) in zip(files, ends, strict=True):
+        digest.update(f"{os.path.basename(file)!r} {size}\n".encode() + end)
     return digest.hexdigest()
 
 
 # --- with pyarrow; opened once per process --------------------------------------------------------
+
+Columns = tuple[str, str, tuple[str, ...]]  # of the images, of the labels or '', class names or ()
+
+
+def _contents(file: str) -> tuple[Columns, list[tuple[str, int, int]], list[np.ndarray]]:
+    """(columns; (file, row group or -1, rows) and the labels [rows] of each block) of a file."""
+    schema, counts = _shape(file)
+    columns = _columns(schema, file)
+    groups = [-1] if file.endswith(".arrow") else range(len(counts))
+    blocks = [(file, group, rows) for group, rows in zip(groups, counts, strict=True)]
+    return columns, blocks, [_labels(*block[:2], columns[1], block[2]) for block in blocks]
 
 
 def _shape(file: str) -> tuple[Any, list[int]]:
@@ -172,13 +189,18 @@ def _shape(file: str) -> tuple[Any, list[int]]:
     errors.require("data.source='huggingface' needs pyarrow", "pyarrow")
     import pyarrow as pa
 
+    arrow = file.endswith(".arrow")
+    if arrow:
+        files_lib.local(file)
     try:
-        if file.endswith(".arrow"):
+        if arrow:
             table = _arrow(file)
             return table.schema, [table.num_rows]
         opened = _parquet_file(file)
         meta = opened.metadata
         groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
+    except buckets.StoreError:
+        raise
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read ({reason}); fetch it again") from error
@@ -197,7 +219,7 @@ def _arrow(file: str) -> Any:
     """The table of an Arrow file, memory-mapped."""
     import pyarrow as pa
 
-    with pa.ipc.open_stream(pa.memory_map(file)) as reader:
+    with pa.ipc.open_stream(pa.memory_map(files_lib.local(file))) as reader:
         return reader.read_all()
 
 
@@ -205,27 +227,45 @@ def _arrow(file: str) -> Any:
 def _metadata(file: str) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(file)
+    return pq.read_metadata(_readable(file))
+
+
+def _readable(file: str) -> Any:
+    """What pyarrow opens: the path, or a reader of the object's parts."""
+    return parts.Reader(file, _size(file)) if files_lib.is_url(file) else file
+
+
+@functools.cache
+def _size(url: str) -> int:
+    size = files_lib.size(url)
+    if size is None:
+        raise FileNotFoundError(url)
+    return size
 
 
 def _parquet_file(file: str) -> Any:
     """A new reader, since one serves one thread; the metadata is kept."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(file, metadata=_metadata(file))
+    return pq.ParquetFile(_readable(file), metadata=_metadata(file))
 
 
 @functools.lru_cache(maxsize=4)  # `encode` and evaluations read rows in order
 def _row_group(file: str, group: int, column: str) -> Any:
-    return _parquet_file(file).read_row_group(group, [column], use_threads=False)
+    import pyarrow as pa
+
+    opened = _parquet_file(file)
+    if pa.types.is_struct(opened.schema_arrow.field(column).type):
+        column = f"{column}.bytes"
+    return opened.read_row_group(group, [column], use_threads=False)
 
 
 def _table(file: str, group: int, column: str) -> Any:
-    """A column of a block."""
+    """A column of a block; of images in a row group, their bytes alone."""
     return (_arrow(file) if group < 0 else _row_group(file, group, column))[column]
 
 
-def _columns(schema: Any, file: str) -> tuple[str, str, tuple[str, ...]]:
+def _columns(schema: Any, file: str) -> Columns:
     """(image column, label column or '', class names or ()) of a file. Raises UserError."""
     import pyarrow as pa
 

@@ -25,14 +25,17 @@ Arrays = dict[str, np.ndarray]
 
 def cached(path: str) -> str:
     """Where the index of `path` is in this user's cache."""
-    name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:32]
+    name = hashlib.sha256(files_lib.real(path).encode(errors="surrogateescape")).hexdigest()[:32]
     return os.path.join(files_lib.cache_folder("indexes"), f"{name}.npz")
 
 
 def read(path: str, *names: str) -> Arrays | None:
     """The arrays `names` of the index `path`; None if there is none, or it is damaged."""
     try:
-        with np.load(path) as stored:
+        data = files_lib.read_file(path)
+        if data is None:
+            return None
+        with np.load(io.BytesIO(data)) as stored:
             known = stored["format"] == FORMAT
             return {name: stored[name] for name in names} if known else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
@@ -41,7 +44,7 @@ def read(path: str, *names: str) -> Arrays | None:
 
 def write(path: str, arrays: Mapping[str, np.ndarray]) -> bool:
     """Writes an index, whole or not at all; False where that is impossible, as in a read-only
-    folder, or when another host is writing the same one."""
+    folder or bucket, or when another host is writing the same one."""
     buffer = io.BytesIO()
     np.savez(buffer, format=np.int64(FORMAT), **arrays)  # pyright: ignore[reportArgumentType]
     try:

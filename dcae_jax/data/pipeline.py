@@ -7,6 +7,7 @@ hosts, workers and threads.
 """
 
 import dataclasses
+import errno
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from dcae_jax.config.schema import Data
 from dcae_jax.data.latents import Latents
 from dcae_jax.data.sources import ImageSource, Mixture, Source
 from dcae_jax.data.transforms import augment, center_crop, least_side, random_crop
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
 
 Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]  # Examples, stacked
@@ -28,6 +29,26 @@ TRIES = 8  # records tried per example
 ENDLESS = 2**62  # examples; Grain divides lengths as floats, which round the longest up
 GOLDEN = (5**0.5 - 1) / 2
 BAD_FRACTION, BAD_AFTER = 0.01, 200  # an error above this fraction, after this many records
+# Errors of a disk, its network or this process, not of one file.
+OUTAGES = {
+    getattr(errno, name, 0)
+    for name in "EIO ESTALE ENOTCONN ETIMEDOUT ECONNRESET ECONNREFUSED ECONNABORTED EHOSTDOWN "
+    "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ENODEV ENXIO EMFILE ENFILE ENOMEM".split()
+}
+
+
+def _raise_outage(error: Exception, name: str) -> None:
+    """Raises MachineError unless `error` says that the record `name` itself is unusable.
+
+    Another record in its place would be another example than a rerun has.
+    """
+    if isinstance(error, MachineError):  # of a store, after it was retried
+        raise error
+    if isinstance(error, OSError) and error.errno in OUTAGES:
+        raise MachineError(
+            f"{name} cannot be read ({error.strerror}); check the disk or the network that it is "
+            "on, then rerun the command"
+        ) from error
 
 
 # --- training: an endless stream of batches -------------------------------------------------------
@@ -58,7 +79,8 @@ class _Load:
         for attempt in range(TRIES):
             try:
                 return {**self._read(index, record), "unreadable": unreadable}
-            except Exception:  # whatever a decoder raises, the record is unusable
+            except Exception as error:  # whatever a decoder raises, the record is unusable
+                _raise_outage(error, self.source.name(record))
                 unreadable[attempt] = record
                 # The index keeps counting across epochs, so each epoch draws another record.
                 rng = np.random.default_rng((self.seed, 3, index, attempt))
@@ -208,7 +230,8 @@ class _Crops:
                     rng = np.random.default_rng((4, number))
                     pixels = np.asarray(random_crop(image, self.size, rng))
                 mask = 1.0
-            except Exception:  # as in training; the image is left out and logged
+            except Exception as error:  # as in training; the image is left out and logged
+                _raise_outage(error, self.source.name(record))
                 unreadable = record
         return {
             "image": pixels,

@@ -24,6 +24,7 @@ from dcae_jax.data.huggingface import HuggingFace, huggingface
 from dcae_jax.data.transforms import decode, to_rgb
 from dcae_jax.data.webdataset import WebDataset, webdataset
 from dcae_jax.errors import UserError
+from dcae_jax.files import buckets
 
 # Photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOS = (
@@ -266,7 +267,8 @@ def _images(data: Data, use: Use) -> ImageSource:
         )
     has_split = False  # a split of its own for evaluation
     if data.source == "huggingface" and data.held_out_split and not data.held_out_path:
-        has_split = bool(huggingface_lib.splits_of(data.path))
+        with buckets.named("data.path", data.path):
+            has_split = bool(huggingface_lib.splits_of(data.path))
     if use == "held out" and (data.held_out_path or has_split):
         return _files(data, data.held_out_path or data.path, data.held_out_split or data.split)
     source = _files(data, data.path, data.split)
@@ -283,9 +285,10 @@ Files = Folder | HuggingFace | WebDataset
 
 def _files(data: Data, path: str, split: str) -> Files:
     """The images in the files of `path`. split: of a huggingface set. Raises UserError."""
-    if data.source == "huggingface":
-        return huggingface(path, split)
-    return webdataset(path) if data.source == "webdataset" else folder(path)
+    with buckets.named("data.path" if path == data.path else "data.held_out_path", path):
+        if data.source == "huggingface":
+            return huggingface(path, split)
+        return webdataset(path) if data.source == "webdataset" else folder(path)
 
 
 def _check_labels(source: Files, path: str) -> None:

@@ -3,7 +3,7 @@
 
 The first start reads the headers of each tar and writes TAR.index.npz beside it (or, where that
 folder is read-only, to this user's cache). The index counts while the tar has the same size and
-time of modification.
+time of modification; in a bucket, the same size and generation or ETag.
 """
 
 import concurrent.futures
@@ -14,14 +14,17 @@ import logging
 import os
 import random
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dcae_jax import files as files_lib
 from dcae_jax.data import folders, indexes
 from dcae_jax.data.transforms import EXTENSIONS, decode
 from dcae_jax.errors import UserError
+from dcae_jax.files import buckets
 
 LABEL = ".cls"  # extension of a sample's class, an integer as text
 INDEX = ".index.npz"
@@ -50,9 +53,8 @@ class WebDataset:
 
     def read(self, i: int, least: int) -> tuple[Image.Image, int]:
         tar, first, size = self.places[i].tolist()
-        with open(self.tars[tar], "rb") as file:
-            file.seek(first)
-            return decode(io.BytesIO(file.read(size)), least), int(self.labels[i])
+        encoded = files_lib.read_part(self.tars[tar], first, size)
+        return decode(io.BytesIO(encoded), least), int(self.labels[i])
 
     def name(self, i: int) -> str:
         return f"{self.tars[self.places[i, 0]]}, {self.files[i]}"
@@ -71,11 +73,10 @@ class WebDataset:
 def webdataset(path: str) -> WebDataset:
     """The images in the tars of a folder, in one tar, or in those of a pattern such as
     '/data/train-*.tar'. Raises UserError."""
-    pattern = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
-    tars = tuple(sorted([path] if os.path.isfile(path) else glob.glob(pattern)))
-    if not tars:
+    found = _tars(path)
+    if not found:
         raise UserError(f"data.path={path!r} holds no *.tar; name a folder, a tar or a pattern")
-    parts = _indexes(tars)
+    tars, parts = tuple(found), _indexes(found)
     files = tuple(name for part in parts for name in indexes.unpack(part["files"]))
     if not files:
         raise UserError(f"data.path={path!r} holds no images ({' '.join(EXTENSIONS)}) in its tars")
@@ -92,36 +93,54 @@ def webdataset(path: str) -> WebDataset:
     return WebDataset(tars, files, places, labels, names)
 
 
-def _indexes(tars: Sequence[str]) -> list[indexes.Arrays]:
+Tars = Mapping[str, dict[str, Any] | None]  # {path: the description of an object in a bucket}
+
+
+def _tars(path: str) -> Tars:
+    """The tars that `path` names, sorted by name. Raises UserError."""
+    if files_lib.is_url(path):
+        return buckets.found(
+            path, "data.path", lambda name: "/" not in name and name.endswith(".tar")
+        )
+    pattern = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
+    return dict.fromkeys(sorted([path] if os.path.isfile(path) else glob.glob(pattern)))
+
+
+def _indexes(tars: Tars) -> list[indexes.Arrays]:
     """The index of each tar. Hosts and threads that start together begin at different tars, so
     that each finds most of the indexes written."""
-    order = random.sample(tars, len(tars))
+    order = random.sample(list(tars), len(tars))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = dict(zip(order, pool.map(_index, order), strict=True))
-    return [found[tar] for tar in tars]
+        found = pool.map(_index, order, (tars[tar] for tar in order))
+        by_tar = dict(zip(order, found, strict=True))
+    return [by_tar[tar] for tar in tars]
 
 
-def _index(tar: str) -> indexes.Arrays:
+def _index(tar: str, described: dict[str, Any] | None) -> indexes.Arrays:
     """The index of one tar, written if there is none of its size and time. Raises UserError."""
-    status = os.stat(tar)
-    stamp = np.array([status.st_size, status.st_mtime_ns])
+    if described is None:
+        status = os.stat(tar)
+        size, changed = status.st_size, status.st_mtime_ns
+    else:
+        size, changed = int(described["size"]), buckets.stamp(described)
+    stamp = np.array([size, changed])
     places = (f"{tar}{INDEX}", indexes.cached(tar))
     for place in places:
         stored = indexes.read(place, "files", "places", "labels", "stamp")
         if stored is not None and np.array_equal(stored["stamp"], stamp):
             return stored
     logging.info("indexing %s", tar)
-    arrays = _scan(tar)
-    if indexes.settled([status.st_mtime_ns]):
+    arrays = _scan(tar, size)
+    if described is not None or indexes.settled([changed]):
         any(indexes.write(place, {**arrays, "stamp": stamp}) for place in places)
     return arrays
 
 
-def _scan(tar: str) -> indexes.Arrays:
+def _scan(tar: str, size: int) -> indexes.Arrays:
     """The images of a tar, from its headers: names, places (first byte, bytes) and labels."""
     files, places, keys, labels = [], [], [], {}
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with files_lib.opened(tar, size) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 parent, base = os.path.split(os.path.normpath(member.name))
                 stem, dot, extension = base.partition(".")
@@ -141,7 +160,9 @@ def _scan(tar: str) -> indexes.Arrays:
             f"{tar} is not a whole, uncompressed tar ({error}); unpack it with gunzip, or fetch it "
             "again"
         ) from error
-    _check_end(tar, end)
+    # tarfile stops at a damaged header as at the end.
+    if files_lib.read_part(tar, end, min(tarfile.BLOCKSIZE, size - end)).strip(b"\0"):
+        raise UserError(f"{tar} is damaged at byte {end}; fetch it again")
     return {
         "files": indexes.pack(files),
         "places": np.array(places, np.int64).reshape(-1, 2),
@@ -154,11 +175,3 @@ def _label(content: bytes, name: str) -> int:
         return int(content)
     except ValueError as error:
         raise UserError(f"{name} holds {content!r}, not a class number; repair it") from error
-
-
-def _check_end(tar: str, end: int) -> None:
-    """Raises UserError if the tar goes on after its last readable header: tarfile stops there."""
-    with open(tar, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise UserError(f"{tar} is damaged at byte {end}; fetch it again")

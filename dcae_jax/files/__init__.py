@@ -25,9 +25,11 @@ from dcae_jax.files import buckets, copies
 from dcae_jax.files.buckets import is_url
 from dcae_jax.files.copies import cache_folder, local, local_files, spool
 from dcae_jax.files.grids import difference, image_grid
+from dcae_jax.files.parts import opened, read_part
 
 # From other files of this room, and all that is below.
-__all__ = ["cache_folder", "difference", "image_grid", "is_url", "local", "local_files", "spool"]
+__all__ = ["cache_folder", "difference", "image_grid", "is_url", "local", "local_files"]
+__all__ += ["opened", "read_part", "spool"]
 
 METRICS = "metrics.jsonl"
 MAX_JSON = 10_000_000  # bytes
@@ -160,6 +162,11 @@ def exists(path: str) -> bool:
 def isdir(path: str) -> bool:
     """Whether there is such a folder."""
     return bool(buckets.names(path)) if is_url(path) else os.path.isdir(path)
+
+
+def isfile(path: str) -> bool:
+    """Whether there is such a file."""
+    return size(path) is not None if is_url(path) else os.path.isfile(path)
 
 
 def listdir(folder: str) -> list[str]:

@@ -6,14 +6,17 @@ An object is put whole or not at all, so a single put is a commit. There is no r
 that may pass is repeated for PATIENCE_S seconds; one that is refused fails at once, in one line.
 """
 
+import contextlib
+import fnmatch
 import functools
+import hashlib
 import json
 import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,14 +26,15 @@ T = TypeVar("T")
 
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that reads it
 LOGIN = {
-    "gs": "run `gcloud auth application-default login`, or use a service account that may write it",
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role that may write it",
+    "gs": "run `gcloud auth application-default login`, or use a service account that may use it",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role that may use it",
 }
 PATIENCE_S = 900.0  # that a request is repeated
-FIRST_S = 20.0  # the same for the first request of a job, in case the name is wrong
+FIRST_S = 20.0  # the same of a store that has not answered yet, in case the name is wrong
 MOST_WAIT_S = 30.0  # between two tries
 AT_ONCE = 16  # files of a folder
 REFUSALS = (401, 403, "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+PAST_END = (416, "416", "InvalidRange")
 
 
 class StoreError(MachineError, OSError):
@@ -67,24 +71,27 @@ def _system(scheme: str, _process: int) -> Any:
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
-_away: set[str] = set()  # stores that did not answer the last request
+_answered: set[str] = set()  # stores that have answered, and have not been away for PATIENCE_S
 
 
 def _request(url: str, do: Callable[[Any], T], patience: float | None = None) -> T:
     """`do(file system)`, repeated with back-off. Raises StoreError, and what `open` would."""
     scheme = url.partition(":")[0]
-    if patience is None:  # a job that ends since its store is away puts several more objects
-        patience = FIRST_S if scheme in _away else PATIENCE_S
-    wait, ends = 0.25, time.monotonic() + patience
+    # A job that ends since its store is away puts several more objects.
+    usual = PATIENCE_S if scheme in _answered else min(FIRST_S, PATIENCE_S)
+    wait, ends = 0.25, time.monotonic() + (usual if patience is None else patience)
     while True:
         try:
             answer = do(_system(scheme, os.getpid()))
-            _away.discard(scheme)
+            _answered.add(scheme)
             return answer
         except (FileNotFoundError, FileExistsError, IsADirectoryError):
+            _answered.add(scheme)
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if any(code in PAST_END for code in _codes(error)):
+                raise EOFError(f"{url} has become shorter") from error
             if _is_refusal(error):
                 raise StoreError(f"{url}: no permission ({reason}); {LOGIN.get(scheme)}") from error
             if isinstance(error, TypeError | AttributeError | NotImplementedError | NameError):
@@ -92,7 +99,8 @@ def _request(url: str, do: Callable[[Any], T], patience: float | None = None) ->
             if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
                 raise StoreError(f"{url}: {reason}; check the name of the bucket") from error
             if time.monotonic() + wait > ends:
-                _away.add(scheme)
+                if patience is None:
+                    _answered.discard(scheme)
                 raise StoreError(
                     f"{url}: the store does not answer ({reason}); check the name of the bucket "
                     "and the network, then rerun the command"
@@ -104,14 +112,19 @@ def _request(url: str, do: Callable[[Any], T], patience: float | None = None) ->
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the store answered that this user may not do that, or there is no user at all."""
+    missing = type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
+    forbidden = str(error).startswith("Forbidden")  # gcsfs has an OSError without number for it
+    refused = any(code in REFUSALS for code in _codes(error))
+    return missing or forbidden or refused or isinstance(error, PermissionError)
+
+
+def _codes(error: BaseException) -> list[Any]:
+    """The codes of a store's answer: s3fs translates botocore's error, which is the cause."""
     codes = [getattr(error, "code", None), getattr(error, "status", None)]
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         codes.append(response.get("Error", {}).get("Code"))
-    missing = type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
-    forbidden = str(error).startswith("Forbidden")  # gcsfs has an OSError without number for it
-    refused = isinstance(error, PermissionError) or any(code in REFUSALS for code in codes)
-    return missing or forbidden or refused
+    return codes + (_codes(error.__cause__) if error.__cause__ else [])
 
 
 def probe(url: str) -> None:
@@ -163,6 +176,16 @@ def read(url: str) -> bytes | None:
         return None
 
 
+def read_range(url: str, first: int, size: int) -> bytes:
+    """`size` bytes from byte `first` on, fewer at the end of the object, by one request.
+
+    Raises FileNotFoundError; EOFError if the object ends before `first`.
+    """
+    if size <= 0:
+        return b""  # a range of HTTP has a byte at least
+    return _request(url, lambda system: system.cat_file(url, start=first, end=first + size))
+
+
 def info(url: str) -> dict[str, Any] | None:
     """fsspec's description of an object or folder; None if there is none."""
     try:
@@ -182,12 +205,60 @@ def names(url: str) -> list[str]:
     return sorted(path.rpartition("/")[2] for path in inside if path != own)
 
 
-def tree(url: str) -> dict[str, dict[str, Any]]:
-    """{path relative to the folder `url`: fsspec's description} of all objects below it."""
-    found = _request(url, lambda system: system.find(url, detail=True))
+def tree(url: str, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """{path relative to the folder `url`: fsspec's description} of all objects below it.
+
+    prefix: saves the listing of paths that do not begin so, where the store can. Raises
+    FileNotFoundError if there is no such bucket.
+    """
+    found = _request(url, lambda system: system.find(url, detail=True, prefix=prefix))
     start = len(url.partition("://")[2].strip("/")) + 1
     paths = {path.strip("/")[start:]: value for path, value in found.items()}
     return {path: paths[path] for path in sorted(paths) if path}
+
+
+def found(url: str, key: str, keep: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """{URL: fsspec's description} of what `url` names, sorted: one object, those below a folder, or
+    those of a pattern as of glob.glob, such as gs://BUCKET/train-*.tar.
+
+    keep: of a folder, takes only the objects whose relative path it accepts. Raises UserError, with
+    `key`, if there is no such bucket; StoreError.
+    """
+    url, bucket = url.rstrip("/"), url.split("/")[2]
+    try:
+        description = info(url)
+        if description is not None and description["type"] != "directory":
+            return {url: description}
+        parts = re.split(r"[*?[]", url) if description is None else [url]
+        if len(parts) == 1:
+            return {f"{url}/{path}": value for path, value in tree(url).items() if keep(path)}
+        root, _, prefix = parts[0].rpartition("/")
+        below = {f"{root}/{path}": value for path, value in tree(root, prefix).items()}
+        return {path: value for path, value in below.items() if _matches(path, url)}
+    except FileNotFoundError as error:
+        raise UserError(f"{key}={url!r}: there is no bucket {bucket!r}; check its name") from error
+
+
+@contextlib.contextmanager
+def named(key: str, url: str) -> Iterator[None]:
+    """Puts the key of the configuration that names `url` before the line of a StoreError."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{key}={url!r}: {str(error).removeprefix(f'{url}: ')}") from error
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether each name in `path` matches its own in `pattern`."""
+    names, patterns = path.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+
+
+def stamp(description: dict[str, Any]) -> int:
+    """A number of 60 bits that changes when the described object is put again."""
+    changing = ("generation", "ETag", "created")  # of GCS; of S3; of fsspec's store in memory
+    text = version({key: description.get(key) for key in ("size", *changing)})
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
 def remove(url: str) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local copies of objects, for libraries that read and write files only.
 
-`local` fetches objects into the user's cache, once per version. `spool` is a folder for a run's
-files on their way to a bucket; it belongs to this process and ends with it.
+`local` fetches objects into the user's cache, once per version; what was not used for KEPT_S goes
+when something new is fetched. `spool` is a folder for a run's files on their way to a bucket; it
+belongs to this process and ends with it.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,6 +86,10 @@ def scratch() -> Iterator[str]:
 
 # --- from a bucket --------------------------------------------------------------------------------
 
+KEPT_S = 30 * 24 * 3600.0  # that a copy outlives its last use
+
+_own_copies: set[str] = set()  # folders in the cache that this process has asked for
+
 
 def local_files(paths: Sequence[str]) -> list[str]:
     """`local` of each of several files, some at the same time."""
@@ -107,9 +113,14 @@ def local(path: str, keep: Callable[[str], bool] = lambda name: True) -> str:
     if is_folder:
         objects = {name: value for name, value in buckets.tree(path).items() if keep(name)}
     key = _digest(path + buckets.version(objects or found))
-    copy = os.path.join(cache_folder("objects"), key, os.path.basename(path))
+    entry = os.path.join(cache_folder("objects"), key)
+    copy = os.path.join(entry, os.path.basename(path))
+    _own_copies.add(entry)
+    if os.path.exists(entry):
+        os.utime(entry)
     if os.path.exists(copy):
         return copy
+    _remove_unused()
     size = sum(int(value["size"]) for value in (objects.values() if is_folder else [found]))
     logging.info("fetching %s, %.1f MB, to %s", path, size / 1e6, copy)
     with scratch() as folder:
@@ -119,10 +130,31 @@ def local(path: str, keep: Callable[[str], bool] = lambda name: True) -> str:
             buckets.get_folder(path, beside, objects)
         else:
             buckets.get(path, beside)
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        os.makedirs(entry, exist_ok=True)
         try:
             os.replace(beside, copy)
         except OSError:
             if not os.path.exists(copy):  # else another process was faster
                 raise
     return copy
+
+
+def _remove_unused() -> None:
+    """Removes copies that no process used for KEPT_S: neither asked for, nor read in a long run."""
+    root = cache_folder("objects")
+    for entry in (os.path.join(root, name) for name in _listed(root)):
+        if entry not in _own_copies and time.time() - _last_used(entry) > KEPT_S:
+            logging.info("removing %s, not used for long", entry)
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _listed(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _last_used(entry: str) -> float:
+    """When a copy was last asked for, or a file of it read; of folders, this walk is the reader."""
+    used = [os.stat(entry).st_mtime]
+    for parent, _, names in os.walk(entry):
+        used += [os.stat(os.path.join(parent, name)).st_atime for name in names]
+    return max(used)

@@ -16,7 +16,7 @@ from dcae_jax.api import autoencoder
 from dcae_jax.checkpoints import manager as checkpoints
 from dcae_jax.config import Config
 from dcae_jax.data import huggingface, sources, transforms
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
 from dcae_jax.evaluation import metrics, networks, reconstruction
 from dcae_jax.evaluation import samples as samples_lib
 from dcae_jax.evaluation.networks import MetricNetworks
@@ -67,7 +67,7 @@ def _evaluate_model(config: Config, workdir: str) -> None:
     if jax.process_index() == 0 and missing:
         logging.info("%s", missing)
     models.check_channels(model.architecture, settings.channels, "evaluate.channels")
-    if data.source == "folder" and os.path.isfile(data.path):
+    if data.source == "folder" and files.isfile(data.path):
         if settings.channels:
             raise UserError(
                 f"evaluate.channels={settings.channels} is for a data set, and data.path="
@@ -267,7 +267,7 @@ def read_image(path: str) -> np.ndarray:
     """The image file `path` as [H, W, 3] uint8. Raises UserError."""
     try:
         return np.asarray(sources.folder(path)[0][0])
-    except UserError:
+    except (UserError, MachineError):
         raise
     except Exception as error:  # whatever a decoder raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,13 +2,14 @@
 """A URL in place of a folder: the same files, whole or not at all, whatever requests fail."""
 
 import os
+import time
 
 import pytest
 from support.memory_store import URL
 
 from dcae_jax import errors, files
 from dcae_jax.errors import UserError
-from dcae_jax.files import buckets, copies
+from dcae_jax.files import buckets, copies, parts
 
 
 def _use(root):
@@ -160,3 +161,53 @@ def test_a_url_of_another_kind_is_one_line(url):
     """Catches a local folder called 'gs:'."""
     with pytest.raises(UserError, match="is a URL of no known kind; give gs://BUCKET/FOLDER"):
         files.check(url, "--workdir")
+
+
+def test_parts_of_an_object_are_read_as_of_a_file(store, tmp_path):
+    """Catches a byte too many or too few, a read that stops short of what was asked, and a reader
+    that asks for every 8 KB."""
+    content = bytes(range(256)) * 400
+    path = str(tmp_path / "x")
+    for place in (path, f"{URL}/x"):
+        files.write_file(place, content)
+        for first, size in ((0, 3), (100, 100_000), (102_399, 10), (102_400, 10), (5, 0)):
+            assert files.read_part(place, first, size) == content[first : first + size]
+        with files.opened(place, len(content)) as file:
+            seen = [file.read(1000), file.seek(50_000), file.read(10), file.tell(), file.seek(0)]
+            assert seen == [content[:1000], 50_000, content[50_000:50_010], 50_010, 0]
+            assert file.seek(-3, os.SEEK_END) == 102_397 and file.read() == content[-3:]
+    reader, before = parts.Reader(f"{URL}/x", len(content)), store.requests
+    assert reader.read(70_000) == content[:70_000] and reader.read() == content[70_000:]
+    assert reader.read(5) == b"" and store.requests - before == 2
+
+
+def test_copies_that_nobody_used_for_a_month_go_when_another_comes(store):
+    """Catches a cache that grows for ever, and one that removes what a process reads."""
+    for name in "abcdef":
+        files.write_file(f"{URL}/{name}", name.encode())
+    a, b, c, d = (files.local(f"{URL}/{name}") for name in "abcd")
+    copies._own_copies.clear()  # as another process's
+    for path in (a, b, c, d):
+        for place in (path, os.path.dirname(path)):
+            os.utime(place, (1e9, 1e9))
+    files.local(f"{URL}/b")  # asked for again
+    os.utime(c, (time.time(), 1e9))  # read by a run that asked for it long ago
+    copies._own_copies.add(os.path.dirname(d))
+    assert files.local(f"{URL}/b") == b and os.path.exists(a)
+    e = files.local(f"{URL}/e")
+    assert [os.path.exists(path) for path in (a, b, c, d, e)] == [False, True, True, True, True]
+
+
+def test_a_lease_that_cannot_be_renewed_makes_no_other_request_impatient(store, monkeypatch):
+    """Catches a run that ends after seconds of an outage since a short request failed before."""
+    monkeypatch.setattr(buckets.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(buckets, "FIRST_S", 0.0)
+    files.write_file(f"{URL}/x", b"1")
+    store.every = 1
+    with pytest.raises(buckets.StoreError):
+        buckets.put(f"{URL}/.lease/1", b"", patience=0.0)
+    monkeypatch.setattr(buckets, "PATIENCE_S", 0.6)
+    before = store.requests
+    with pytest.raises(buckets.StoreError):
+        files.read_file(f"{URL}/x")
+    assert store.requests - before > 1
