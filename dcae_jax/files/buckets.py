@@ -91,7 +91,7 @@ def _request(url: str, do: Callable[[Any], T], patience: float | None = None) ->
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if any(code in PAST_END for code in _codes(error)):
-                raise EOFError(f"{url} has become shorter") from error
+                raise EOFError(url) from error
             if _is_refusal(error):
                 raise StoreError(f"{url}: no permission ({reason}); {LOGIN.get(scheme)}") from error
             if isinstance(error, TypeError | AttributeError | NotImplementedError | NameError):
@@ -179,11 +179,14 @@ def read(url: str) -> bytes | None:
 def read_range(url: str, first: int, size: int) -> bytes:
     """`size` bytes from byte `first` on, fewer at the end of the object, by one request.
 
-    Raises FileNotFoundError; EOFError if the object ends before `first`.
+    Raises FileNotFoundError.
     """
     if size <= 0:
         return b""  # a range of HTTP has a byte at least
-    return _request(url, lambda system: system.cat_file(url, start=first, end=first + size))
+    try:
+        return _request(url, lambda system: system.cat_file(url, start=first, end=first + size))
+    except EOFError:
+        return b""
 
 
 def info(url: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ AHEAD = 2**23  # bytes that `opened` reads of an object by one request
 
 
 def read_part(path: str, first: int, size: int) -> bytes:
-    """`size` bytes of a file from byte `first` on; fewer at its end. Raises OSError, EOFError."""
+    """`size` bytes of a file from byte `first` on; fewer at its end. Raises OSError."""
     if buckets.is_url(path):
         return buckets.read_range(path, first, size)
     with open(path, "rb") as file:

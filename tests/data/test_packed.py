@@ -194,7 +194,7 @@ def test_a_tar_is_indexed_once_and_again_when_it_changes(image_folder, tmp_path,
     whole = webdataset.webdataset(path)
     assert sorted(os.listdir(path)) == ["0.tar", "0.tar.index.npz", "1.tar", "1.tar.index.npz"]
     scanned, scan = [], webdataset._scan
-    monkeypatch.setattr(webdataset, "_scan", lambda tar: scanned.append(tar) or scan(tar))
+    monkeypatch.setattr(webdataset, "_scan", lambda *a: scanned.append(a) or scan(*a))
     again = webdataset.webdataset(path)
     assert again.index() == whole.index() and not scanned
     pathlib.Path(path, "0.tar.index.npz").write_bytes(b"PK half")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run in a bucket ends with the bits of one on a disk, though every tenth request fails."""
 
-import importlib.util
 import os
 import random
 import re
@@ -24,29 +23,6 @@ UPLOADS = [
     ("dcae_jax.files.buckets", "put_file", "upload"),
     ("dcae_jax.files", "write_json", "json"),
 ]
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def bucket(request, tmp_path_factory):
-    """(URL of a bucket, the proxy before its store); the clients' environment is set."""
-    for package in (stores.PACKAGES[request.param], buckets.STORES[request.param]):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; run `make test-buckets`")
-    folder = tmp_path_factory.mktemp(request.param)
-    with stores.store(request.param, folder) as (proxy, environment):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            buckets._system.cache_clear()
-            yield f"{request.param}://{stores.BUCKET}", proxy
-
-
-@pytest.fixture(scope="module")
-def run(bucket):
-    """A server that runs command lines; it has the environment of the store's clients."""
-    server = killing.Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts that run in two processes."""
+"""Scripts that run in several processes."""
 
 import json
 import os
@@ -22,18 +22,26 @@ def two_processes(script, settings, start=None):
 
     start: code before it, instead of START, which joins them.
     """
-    settings = settings | {"address": f"127.0.0.1:{free_port()}"}
+    return processes(2, (start or START) + script, settings, devices=2)
+
+
+def processes(count, script, settings, devices=1):
+    """Runs `script` in `count` processes; returns the JSON in the last line of each.
+
+    It finds `settings`, and its own number, process, as JSON in its first argument.
+    """
+    settings = settings | {"address": f"127.0.0.1:{free_port()}", "processes": count}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")]),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
     }
-    processes = [
+    started = [
         subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                (start or START) + script,
+                script,
                 json.dumps(settings | {"process": i}),
             ],
             env=environment,
@@ -41,16 +49,16 @@ def two_processes(script, settings, start=None):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(2)
+        for i in range(count)
     ]
     results = []
     try:
-        for process in processes:
+        for process in started:
             said, errors = process.communicate(timeout=400)
             assert process.returncode == 0, errors[-3000:]
             results.append(json.loads(said.splitlines()[-1]))
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
     return results
 
