@@ -42,7 +42,7 @@ lint: $(VENV)/installed  ## style, formatting, who imports whom, types
 
 test-buckets: $(VENV)/installed  ## jobs in emulated GCS and S3, whose requests fail
 	$(PY) -m pip install -q --disable-pip-version-check gcsfs s3fs gcp-storage-emulator 'moto[server]'
-	$(PY) -m pytest -s tests/reliability/test_killed_buckets.py
+	$(PY) -m pytest -s tests/reliability/test_killed_buckets.py tests/reliability/test_data_in_stores.py
 
 soak: $(VENV)/installed  ## 200 kills, each run compared bit for bit with one that was not killed
 	$(PY) tests/reliability/soak.py --kills=200

@@ -165,7 +165,7 @@ class Data:
     source: Literal["photos", "folder", "huggingface", "webdataset", "tfds", "mixture",
         "latents"] = key("photos", "where images come from; latents: for diffusion (docs/data.md)")
     path: str = key("",
-        "folder of images, of huggingface or webdataset files, or of latents (docs/data.md)")
+        "folder or bucket of images, huggingface or webdataset files, or latents (docs/data.md)")
     name: str = key("", "tfds: builder name, prepared as ArrayRecord")
     parts: tuple[tuple[float, str, str], ...] = key((),
         "mixture: ((weight, source, path), ...); path: as data.path, or tfds NAME/SPLIT")

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,15 @@ def _digest(text: str) -> str:
 
 
 # --- on their way to a bucket ---------------------------------------------------------------------
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _own() -> str:
+    """The folder of this process in the cache."""
+    with _one_at_a_time:
+        return _own_folder(os.getpid())
 
 
 @functools.cache
@@ -72,7 +82,7 @@ def spool(path: str) -> str:
     """The folder `path`; for a URL, a local folder of this process in its place."""
     if not buckets.is_url(path):
         return path
-    folder = os.path.join(_own_folder(os.getpid()), _digest(path))
+    folder = os.path.join(_own(), _digest(path))
     os.makedirs(folder, exist_ok=True)
     return folder
 
@@ -80,7 +90,7 @@ def spool(path: str) -> str:
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
     """A new local folder, removed at the end of the block."""
-    with tempfile.TemporaryDirectory(dir=_own_folder(os.getpid())) as folder:
+    with tempfile.TemporaryDirectory(dir=_own()) as folder:
         yield folder
 
 

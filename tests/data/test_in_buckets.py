@@ -8,14 +8,17 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT as ROOT_FOLDER
 from support import data
 from support.memory_store import memory_store
 
 from dcae_jax import config as config_lib
+from dcae_jax import files
 from dcae_jax.config.schema import Data
 from dcae_jax.data import contents, folders, huggingface, indexes, pipeline, sources, webdataset
 from dcae_jax.errors import MachineError, UserError
-from dcae_jax.files import buckets
+from dcae_jax.files import buckets, parts
+from dcae_jax.jobs import evaluate
 
 ROOT = "memory://bucket"
 KINDS = ["folder", "webdataset", "arrow", "parquet"]
@@ -38,6 +41,8 @@ def images(image_folder):
         image = Image.open(path)
         slope = Image.linear_gradient("L").resize(image.size).rotate(30)
         Image.merge("RGB", (*image.split()[:2], slope)).save(path)
+    noise = np.random.default_rng(0).integers(0, 256, (30, 25, 3), np.uint8)
+    Image.fromarray(noise).save(os.path.join(image_folder, "class2", "ä 5.png"))  # a larger file
     path.write_bytes(b"\x89PNG not really")
     return image_folder
 
@@ -94,7 +99,7 @@ def test_a_bucket_gives_the_batches_of_a_disk_whatever_requests_fail(
 @pytest.mark.parametrize(
     "kind, pattern, one, misspelt",
     [
-        ("webdataset", "[01].tar", "0.tar", "2*.tar"),
+        ("webdataset", "*[01].tar", "0.tar", "2*.tar"),
         ("parquet", "?.parq*", "0.parquet", "2*.parquet"),
         ("folder", "", "class0/ä 0.png", "class*"),
     ],
@@ -106,18 +111,28 @@ def test_one_object_and_a_pattern_name_what_they_name_on_a_disk(
     disk, there = _both(images, kind, tmp_path)
     path, url = disk["data__path"], there["data__path"]
     _put(path, f"{url}2")
+    if kind == "webdataset":  # a folder's own tars
+        _put(path, f"{url}/deeper")
     for name in (one, pattern) if pattern else (one,):
         left, right = (_source({**disk, "data__path": f"{p}/{name}"}) for p in (path, url))
         assert len(left) == len(right) > 0 and contents.index(left) == contents.index(right)
-    whole = len(_source(there))
-    if kind == "webdataset":  # a folder's own tars
-        _put(path, f"{url}/deeper")
-    assert (
-        len(_source(there)) == whole and len(_source({**there, "data__path": f"{url}/"})) == whole
-    )
+    for same in (url, f"{url}/"):
+        assert len(_source({**there, "data__path": same})) == len(_source(disk))
     for missing in (misspelt, "none"):
         with pytest.raises(UserError, match=r"data.path='memory://bucket/.*' (holds|is not)"):
             _source({**there, "data__path": f"{url}/{missing}"})
+
+
+@pytest.mark.parametrize("layout", ["saved", "parquet"])
+def test_splits_are_found_in_a_bucket(store, layout):
+    """Catches a dict of splits, or the splits in file names, that is looked for on the disk."""
+    saved = os.path.join(ROOT_FOLDER, "tests", "goldens", "huggingface", layout)
+    _put(saved, f"{ROOT}/{layout}")
+    for path in (saved, f"{ROOT}/{layout}"):
+        settings = Data(source="huggingface", path=path)
+        held_out = sources.held_out_source(settings)
+        assert len(sources.training_source(settings)) == 6
+        assert [held_out[i][0].getpixel((0, 0))[0] // 20 for i in range(len(held_out))] == [7, 8]
 
 
 def test_parts_of_a_mixture_and_held_out_images_are_in_buckets(images, store, tmp_path):
@@ -181,7 +196,9 @@ def test_an_outage_of_a_disk_ends_the_job_and_names_the_file(
     assert any("ä 3.png" in r.getMessage() for r in caplog.records)
 
 
-def test_an_object_that_is_gone_or_shorter_is_an_unreadable_record(images, store, caplog):
+def test_an_object_that_is_gone_or_shorter_is_an_unreadable_record(
+    images, store, caplog, monkeypatch
+):
     """Catches a job that waits a quarter of an hour, or ends, for one object that was removed."""
     _put(images, f"{ROOT}/train")
     keys = {"data__source": "folder", "data__path": f"{ROOT}/train", "data__held_out": 0.0}
@@ -196,6 +213,7 @@ def test_an_object_that_is_gone_or_shorter_is_an_unreadable_record(images, store
     class Answer(Exception):
         code = 416
 
+    monkeypatch.setattr(buckets, "PATIENCE_S", 0.0)
     store.every, store.error = 1, Answer("Requested range not satisfiable")
     assert buckets.read_range(f"{ROOT}/x", 9, 1) == b""
 
@@ -240,6 +258,36 @@ def test_a_damaged_tar_in_a_bucket_is_named(images, store, tmp_path, fault):
     buckets.put(f"{url}/0.tar", bytes(content))
     with pytest.raises(UserError, match="0.tar is (damaged|not a whole)"):
         webdataset.webdataset(url)
+
+
+def test_a_store_that_is_away_is_not_taken_for_a_damaged_file(images, store, tmp_path, monkeypatch):
+    """Catches the advice to fetch a good parquet file again, or to name another image."""
+    _, there = _both(images, "parquet", tmp_path)
+    read, tail = parts.buckets.read_range, huggingface.TAIL
+
+    def refuse(url, first, size):
+        if size != tail and "parquet" in url or "images" in url:
+            raise buckets.StoreError(f"{url}: no permission")
+        return read(url, first, size)
+
+    monkeypatch.setattr(parts.buckets, "read_range", refuse)
+    with pytest.raises(buckets.StoreError, match=r"data.path='memory.*no permission"):
+        _source(there)
+    _put(images, f"{ROOT}/images")
+    with pytest.raises(buckets.StoreError, match="no permission"):
+        evaluate.read_image(f"{ROOT}/images/class0/ä 0.png")
+
+
+def test_one_image_in_a_bucket_is_evaluated_as_one(images, store):
+    """Catches an image file taken for a folder of images, or a folder for a file."""
+    _put(images, f"{ROOT}/images")
+    for root in (images, f"{ROOT}/images"):
+        one = f"{root}/class0/ä 0.png"
+        there = [files.isfile(path) for path in (one, f"{root}/class0", f"{root}/none")]
+        assert there == [True, False, False]
+        np.testing.assert_array_equal(
+            evaluate.read_image(one), np.asarray(Image.open(f"{images}/class0/ä 0.png"))
+        )
 
 
 @pytest.mark.parametrize("source", ["folder", "webdataset", "huggingface"])

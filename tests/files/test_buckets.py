@@ -2,6 +2,7 @@
 """A URL in place of a folder: the same files, whole or not at all, whatever requests fail."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -186,14 +187,13 @@ def test_copies_that_nobody_used_for_a_month_go_when_another_comes(store):
     for name in "abcdef":
         files.write_file(f"{URL}/{name}", name.encode())
     a, b, c, d = (files.local(f"{URL}/{name}") for name in "abcd")
-    copies._own_copies.clear()  # as another process's
     for path in (a, b, c, d):
-        for place in (path, os.path.dirname(path)):
-            os.utime(place, (1e9, 1e9))
+        os.utime(path, (1e9, 1e9))
+        os.utime(os.path.dirname(path), (time.time(), 1e9))  # listed now, by this very search
     files.local(f"{URL}/b")  # asked for again
     os.utime(c, (time.time(), 1e9))  # read by a run that asked for it long ago
+    copies._own_copies.clear()  # of other processes, but for d
     copies._own_copies.add(os.path.dirname(d))
-    assert files.local(f"{URL}/b") == b and os.path.exists(a)
     e = files.local(f"{URL}/e")
     assert [os.path.exists(path) for path in (a, b, c, d, e)] == [False, True, True, True, True]
 
@@ -211,3 +211,16 @@ def test_a_lease_that_cannot_be_renewed_makes_no_other_request_impatient(store, 
     with pytest.raises(buckets.StoreError):
         files.read_file(f"{URL}/x")
     assert store.requests - before > 1
+
+
+def test_threads_that_fetch_at_once_share_the_process_own_folder(store, monkeypatch):
+    """Catches a thread that removes the folder which another one has just begun to use."""
+    listdir = os.listdir
+    monkeypatch.setattr(copies.os, "listdir", lambda path: time.sleep(0.05) or listdir(path))
+    for name in "abcd":
+        files.write_file(f"{URL}/{name}", b"1")
+    copies._own_folder.cache_clear()
+    os.makedirs(copies.cache_folder("spool"), exist_ok=True)
+    shutil.rmtree(copies.cache_folder("spool"))
+    found = files.local_files([f"{URL}/{name}" for name in "abcd"])
+    assert all(os.path.exists(path) for path in found)
