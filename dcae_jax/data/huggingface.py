@@ -69,9 +69,9 @@ class HuggingFace:
     @functools.cached_property
     def keys(self) -> Sequence[str]:
         """The images' file names, for rows that have one; else the number of the row."""
-        names = []
-        for block in self.blocks:
-            names += _paths(*block, self.column)
+        with concurrent.futures.ThreadPoolExecutor(buckets.AT_ONCE) as pool:
+            found = list(pool.map(lambda block: _paths(*block, self.column), self.blocks))
+        names = [name for block in found for name in block]
         return [name or str(i) for i, name in enumerate(names)]
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
@@ -77,8 +78,10 @@ _answered: set[str] = set()  # stores that have answered, and have not been away
 def _request(url: str, do: Callable[[Any], T], patience: float | None = None) -> T:
     """`do(file system)`, repeated with back-off. Raises StoreError, and what `open` would."""
     scheme = url.partition(":")[0]
-    # A job that ends since its store is away puts several more objects.
-    usual = PATIENCE_S if scheme in _answered else min(FIRST_S, PATIENCE_S)
+    # A job that ends since its store is away puts several more objects. A reader process begins
+    # once its job has found the store.
+    known = scheme in _answered or multiprocessing.parent_process() is not None
+    usual = PATIENCE_S if known else min(FIRST_S, PATIENCE_S)
     wait, ends = 0.25, time.monotonic() + (usual if patience is None else patience)
     while True:
         try:

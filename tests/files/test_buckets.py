@@ -213,6 +213,20 @@ def test_a_lease_that_cannot_be_renewed_makes_no_other_request_impatient(store, 
     assert store.requests - before > 1
 
 
+@pytest.mark.parametrize("parent", [None, "the job"])
+def test_the_first_request_is_impatient_in_a_job_alone(store, monkeypatch, parent):
+    """Catches a job that waits a quarter of an hour for a misspelt name, and a reader process that
+    ends its job since it began during an outage."""
+    monkeypatch.setattr(buckets.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(buckets, "FIRST_S", 0.0)
+    monkeypatch.setattr(buckets, "PATIENCE_S", 0.6)
+    buckets._answered.discard("memory")
+    store.every = 1
+    with pytest.raises(buckets.StoreError):
+        files.read_file(f"{URL}/x")
+    assert (store.requests > 1) == (parent is not None)
+
+
 def test_threads_that_fetch_at_once_share_the_process_own_folder(store, monkeypatch):
     """Catches a thread that removes the folder which another one has just begun to use."""
     listdir = os.listdir
