@@ -9,6 +9,7 @@ hosts, workers and threads.
 import dataclasses
 import errno
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
@@ -29,11 +30,12 @@ TRIES = 8  # records tried per example
 ENDLESS = 2**62  # examples; Grain divides lengths as floats, which round the longest up
 GOLDEN = (5**0.5 - 1) / 2
 BAD_FRACTION, BAD_AFTER = 0.01, 200  # an error above this fraction, after this many records
-# Errors of a disk, its network or this process, not of one file.
+# What errors of a disk, its network or this process say, whichever library raises them.
 OUTAGES = {
-    getattr(errno, name, 0)
+    os.strerror(getattr(errno, name))
     for name in "EIO ESTALE ENOTCONN ETIMEDOUT ECONNRESET ECONNREFUSED ECONNABORTED EHOSTDOWN "
     "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ENODEV ENXIO EMFILE ENFILE ENOMEM".split()
+    if hasattr(errno, name)
 }
 
 
@@ -44,10 +46,11 @@ def _raise_outage(error: Exception, name: str) -> None:
     """
     if isinstance(error, MachineError):  # of a store, after it was retried
         raise error
-    if isinstance(error, OSError) and error.errno in OUTAGES:
+    reason = " ".join(str(error).split())[:200]
+    if any(words in reason for words in OUTAGES):
         raise MachineError(
-            f"{name} cannot be read ({error.strerror}); check the disk or the network that it is "
-            "on, then rerun the command"
+            f"{name} cannot be read ({reason}); check the disk or the network that it is on, then "
+            "rerun the command"
         ) from error
 
 

@@ -167,13 +167,20 @@ def test_a_store_that_is_away_ends_the_job_and_replaces_nothing(
 
 
 @pytest.mark.parametrize("use", ["train", "evaluate"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(n, os.strerror(n)) for n in (errno.EIO, errno.ESTALE, errno.ENOTCONN)),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x"),
+        RuntimeError("pread() failed: Input/output error"),  # as ArrayRecord's
+    ],
+)
 def test_an_outage_of_a_disk_ends_the_job_and_names_the_file(
-    images, monkeypatch, number, use, caplog
+    images, monkeypatch, error, use, caplog
 ):
     """Catches examples that are replaced while a network disk is away, so that the run is another
     than it would have been. A file without permission is an unreadable record, as before."""
-    decode, error = folders.decode, OSError(number, os.strerror(number))
+    decode = folders.decode
 
     def fail(path, least):
         if path.endswith("ä 3.png"):
