@@ -106,7 +106,6 @@ def test_a_missing_file_or_flag_is_one_line_and_status_2(run, options, word):
         ("workdir", "gs://bucket/run", "pip install gcsfs"),
         ("config.init_from", "s3://bucket/run", "pip install s3fs"),
         ("config.data.path", "gs://bucket/images", "pip install gcsfs"),
-        ("config.export.calibrate", "gs://bucket/images", "copy it to a folder, or mount"),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_line(run, monkeypatch, tmp_path, key, url, remedy):

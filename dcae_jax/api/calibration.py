@@ -9,9 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
+from dcae_jax import files
 from dcae_jax.api import images
 from dcae_jax.data import folders, transforms
-from dcae_jax.errors import UserError
+from dcae_jax.errors import MachineError, UserError
 from dcae_jax.models import quantized
 from dcae_jax.models import weights as weights_lib
 from dcae_jax.models.quantized import Form
@@ -54,17 +55,21 @@ def crops(given: Images, compression: int) -> list[np.ndarray]:
 
 
 def _read(path: str) -> Iterable[Image.Image]:
+    files.check(path, "calibrate")
     try:
         source = folders.folder(path)
     except UserError as error:
         raise UserError(str(error).replace("data.path", "calibrate")) from error
     step = max(len(source) / COUNT, 1)
     for i in range(min(len(source), COUNT)):
-        name = source.name(int(i * step))
         try:
-            yield transforms.decode(name)
+            image, _ = source[int(i * step)]
+        except MachineError:
+            raise
         except Exception as error:  # Pillow raises many types for a broken file
+            name = source.name(int(i * step))
             raise UserError(f"calibrate={path!r}: {name} cannot be read; remove it") from error
+        yield image
 
 
 def _image(given: Image.Image | AnyArray) -> Image.Image:

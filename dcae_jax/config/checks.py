@@ -17,13 +17,13 @@ def check(config: Config) -> None:
         ("evaluate.lpips_weights", config.evaluate.lpips_weights),
         ("evaluate.inception_weights", config.evaluate.inception_weights),
         ("loss.lpips_weights", config.loss.lpips_weights),
+        ("export.calibrate", config.export.calibrate),
         ("export.out", config.export.out),
         ("data.path", config.data.path),
         ("data.held_out_path", config.data.held_out_path),
         *((f"data.parts, {kind}", str(path)) for _, kind, path in config.data.parts),
     ):
         files.check(path, key)
-    files.check_local(config.export.calibrate, "export.calibrate")
     low, high = config.sample.guidance_interval
     if not low <= high:
         interval = config.sample.guidance_interval

@@ -14,6 +14,7 @@ from support.memory_store import memory_store
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
+from dcae_jax.api import calibration
 from dcae_jax.config.schema import Data
 from dcae_jax.data import contents, folders, huggingface, indexes, pipeline, sources, webdataset
 from dcae_jax.errors import MachineError, UserError
@@ -286,7 +287,8 @@ def test_a_store_that_is_away_is_not_taken_for_a_damaged_file(images, store, tmp
 
 
 def test_one_image_in_a_bucket_is_evaluated_as_one(images, store):
-    """Catches an image file taken for a folder of images, or a folder for a file."""
+    """Catches an image file taken for a folder of images, or a folder for a file; and images to
+    calibrate with that are looked for on the disk."""
     _put(images, f"{ROOT}/images")
     for root in (images, f"{ROOT}/images"):
         one = f"{root}/class0/ä 0.png"
@@ -295,6 +297,13 @@ def test_one_image_in_a_bucket_is_evaluated_as_one(images, store):
         np.testing.assert_array_equal(
             evaluate.read_image(one), np.asarray(Image.open(f"{images}/class0/ä 0.png"))
         )
+    left, right = (calibration.crops(f"{r}/class0", 8) for r in (images, f"{ROOT}/images"))
+    np.testing.assert_array_equal(left, right)
+    with pytest.raises(UserError, match="calibrate=.*ä 8.png cannot be read; remove it"):
+        calibration.crops(f"{ROOT}/images", 8)
+    store.every, store.error = 1, PermissionError("Access Denied")
+    with pytest.raises(buckets.StoreError, match="no permission"):
+        calibration.crops(f"{ROOT}/images", 8)
 
 
 @pytest.mark.parametrize("source", ["folder", "webdataset", "huggingface"])
