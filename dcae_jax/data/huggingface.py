@@ -70,7 +70,7 @@ class HuggingFace:
     def keys(self) -> Sequence[str]:
         """The images' file names, for rows that have one; else the number of the row."""
         with concurrent.futures.ThreadPoolExecutor(buckets.AT_ONCE) as pool:
-            found = list(pool.map(lambda block: _paths(*block, self.column), self.blocks))
+            found = list(pool.map(lambda b: _paths(b[0], b[1], self.column), self.blocks))
         names = [name for block in found for name in block]
         return [name or str(i) for i, name in enumerate(names)]
 
