@@ -2,6 +2,7 @@
 """Training images in a bucket: the batches and the training of a disk, though requests fail."""
 
 import pathlib
+import threading
 import time
 
 import numpy as np
@@ -64,6 +65,30 @@ def test_a_failing_store_gives_the_batches_of_a_disk(bucket, sets, kind, monkeyp
     broken = [r.getMessage() for r in caplog.records if "unreadable" in r.getMessage()]
     assert len(broken) == 3 and len({line.rpartition("/")[2] for line in broken}) == 1, broken
     print(f"{kind}: requests failed:", proxy.failed - failed)
+
+
+@pytest.mark.xdist_group("buckets")
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_outage_of_twenty_seconds_changes_nothing_but_time(bucket, sets, workers, caplog):
+    """Catches examples that are replaced, or a job that ends, while a store is away for a while."""
+    _, proxy = bucket
+    disk, there = sets["webdataset"]
+    wanted = data_lib.take(data_lib.config(**disk), 24)
+    batches = data_lib.batches(data_lib.config(**there, data__workers=workers, data__prefetch=1))
+    found, began = [next(batches)], time.monotonic()
+    proxy.answer = 503
+    end = threading.Timer(20, lambda: setattr(proxy, "answer", 0))
+    end.start()
+    try:
+        found += [next(batches) for _ in wanted[1:]]
+    finally:
+        end.join()
+    assert time.monotonic() - began > 20
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+    said = [r.getMessage() for r in caplog.records if "unreadable" in r.getMessage()]
+    assert len(said) == 2, said  # the image that is broken, on the disk and in the bucket
 
 
 @pytest.mark.xdist_group("buckets")
