@@ -136,6 +136,16 @@ def test_splits_are_found_in_a_bucket(store, layout):
         assert [held_out[i][0].getpixel((0, 0))[0] // 20 for i in range(len(held_out))] == [7, 8]
 
 
+def test_a_file_is_identified_by_its_size_and_its_end(store, tmp_path, monkeypatch):
+    """Catches a digest of the beginning, which files of one data set share."""
+    monkeypatch.setattr(huggingface, "TAIL", 4)
+    for place in (str(tmp_path / "x"), f"{ROOT}/x"):
+        files.write_file(place, b"0123456789")
+        assert huggingface._end(place) == (10, b"6789")
+        files.write_file(place, b"012")
+        assert huggingface._end(place) == (3, b"012")
+
+
 def test_parts_of_a_mixture_and_held_out_images_are_in_buckets(images, store, tmp_path):
     """Catches a key that still reads folders alone."""
     _put(images, f"{ROOT}/train")
