@@ -3,6 +3,7 @@
 
 import importlib.util
 
+import fsspec
 import pytest
 from support import killing, stores
 
@@ -35,6 +36,7 @@ def bucket(request, tmp_path_factory):
             for name, value in environment.items():
                 patch.setenv(name, value)
             buckets._system.cache_clear()
+            fsspec.get_filesystem_class(request.param).clear_instance_cache()  # of other modules
             yield f"{request.param}://{stores.BUCKET}", proxy
 
 
