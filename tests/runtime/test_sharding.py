@@ -40,9 +40,12 @@ def _mesh(axes):
 
 
 def _config(kind):
-    """The shipped config of 'phase1', ..., 'uvit' or 'dit', narrow; 'phase1@128': at 128 pixels."""
+    """The shipped config of 'phase1', ..., 'uvit' or 'dit', narrow; 'phase1@128': at 128 pixels;
+    'uvit muon': its kernels trained by Muon."""
+    kind, _, muon = kind.partition(" ")
     name, _, size = kind.partition("@")
     config = config_lib.load_file(os.path.join(CONFIGS, f"{name}.py"), "tiny")
+    config.optimizer.muon = (".*kernel",) if muon else ()
     config.batch_size = 8
     config.optimizer.warmup_steps = 0
     # Where a gradient is zero but for rounding, Adam would make a step of its sign.
@@ -139,6 +142,8 @@ def _assert_alike(rows, wanted, first=False):
         pytest.param("uvit", (("fsdp", 8),), marks=slow),
         pytest.param("uvit", (("fsdp", 2), ("tensor", 4)), marks=slow),
         pytest.param("dit", (("fsdp", 2), ("tensor", 4)), marks=slow),
+        pytest.param("phase1 muon", FSDP, marks=slow),
+        pytest.param("uvit muon", (("fsdp", 2), ("tensor", 4)), marks=slow),
     ],
 )
 def test_a_mesh_trains_as_one_device_does(kind, axes):
