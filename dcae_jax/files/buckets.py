@@ -44,7 +44,7 @@ class StoreError(MachineError, OSError):
 
 def is_url(path: str) -> bool:
     """Whether `path` is a URL, as of a bucket: os.path would make a local folder of it."""
-    return bool(re.match(r"\w[\w+.-]*:/", path))
+    return bool(re.match(r"\w[\w+.-]*:/", os.fspath(path)))
 
 
 def check(path: str, key: str) -> None:

@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -175,6 +176,13 @@ def test_loading_takes_little_more_memory_than_the_weights(kind, tmp_path):
         if peak <= 1.3 * size:
             return
     pytest.fail(f"peak {peak / size:.2f} times")
+
+
+def test_a_path_may_be_a_pathlib_path(autoencoder_export):
+    """Catches a TypeError for what most users of Python have as a path."""
+    expected, _ = checkpoint_weights.load_weights(autoencoder_export)
+    found, _ = checkpoint_weights.load_weights(pathlib.Path(autoencoder_export))
+    assert checkpoint_weights.checksum(found) == checkpoint_weights.checksum(expected)
 
 
 def test_a_shipped_model_loads_by_its_name_unless_a_folder_has_it(
