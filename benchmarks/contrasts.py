@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's three claims about training, each with both arms, on `small` (docs/results.md).
+"""The paper's three claims about training, each with both arms, on `small`.
 
     python benchmarks/contrasts.py --photos=photos residual
     python benchmarks/contrasts.py --photos=photos --run=runs/small adaptation
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def cost(run: config_lib.Config, folder: str) -> dict[str, float]:
     traced = setup.trace_steps(built)
     memory = traced[max(traced)].lower().compile().memory_analysis()
     return {
-        "step_s": sum(steps) / max(len(steps), 1),
+        "step_s": statistics.mean(steps),
         "activations_gb": memory.temp_size_in_bytes / 1e9,
     }
 
@@ -115,41 +116,41 @@ def residual(photos: str, workdir: str, steps: int) -> dict[str, Any]:
 
 
 def adaptation(photos: str, workdir: str, chain: str) -> dict[str, Any]:
-    """{arm: scores at WIDE pixels, cost, rows}."""
-    first, second = (os.path.join(chain, phase) for phase in ("phase1", "phase2"))
-    whole = os.path.join(workdir, "everything")
-    steps = files.read_rows(second)[-1]["step"]
-    run = config("phase2.py", photos, init_from=first, steps=steps)
-    middle, run = run.trainable, dataclasses.replace(run, trainable=(".*",))
-    arm(run, whole)
-    found = {}
-    for name, folder in (("no phase 2", first), ("phase 2", second), ("everything", whole)):
-        rows = files.read_rows(folder)
-        found[name] = {"scores": scores(folder, photos, WIDE, 4)}
-        if folder != first:
-            of = run if folder == whole else dataclasses.replace(run, trainable=middle)
-            found[name] |= {"rows": _evaluated(rows), **cost(of, folder)}
-        print(name, found[name], flush=True)
-    return found
+    """`compare` of no phase 2, phase 2, and everything trained in it, at WIDE pixels."""
+    names = ("no phase 2", "phase 2", "everything")
+    return compare(photos, workdir, chain, 2, names, (".*",), WIDE, 4)
 
 
 def gan(photos: str, workdir: str, chain: str) -> dict[str, Any]:
-    """{arm: scores, whether the latents are unchanged, cost, rows}."""
-    second, third = (os.path.join(chain, phase) for phase in ("phase2", "phase3"))
-    whole = os.path.join(workdir, "decoder")
-    steps = files.read_rows(third)[-1]["step"]
-    run = config("phase3.py", photos, init_from=second, steps=steps)
-    head, run = run.trainable, dataclasses.replace(run, trainable=(r"decoder\..*",))
-    arm(run, whole)
+    """`compare` of before phase 3, and its GAN on the head and on the whole decoder."""
+    names = ("before phase 3", "head", "whole decoder")
+    return compare(photos, workdir, chain, 3, names, (r"decoder\..*",), small.SIZES, small.CROPS)
+
+
+def compare(
+    photos: str,
+    workdir: str,
+    chain: str,
+    phase: int,
+    names: tuple[str, str, str],
+    trainable: tuple[str, ...],
+    sizes: tuple[int, ...],
+    crops: int,
+) -> dict[str, Any]:
+    """{name: scores, whether the latents are those before `phase`, cost, rows} of three arms:
+    before the phase, after it in `chain`, and after as many steps that train `trainable`."""
+    before, after = (os.path.join(chain, f"phase{number}") for number in (phase - 1, phase))
+    steps = files.read_rows(after)[-1]["step"]
+    run = config(f"phase{phase}.py", photos, init_from=before, steps=steps)
+    wide = dataclasses.replace(run, trainable=trainable)
+    folder = os.path.join(workdir, names[2].replace(" ", "-"))
+    arm(wide, folder)
     found = {}
-    before = _encoder(second)
-    for name, folder in (("before phase 3", second), ("head", third), ("whole decoder", whole)):
-        rows = files.read_rows(folder)
-        found[name] = {"scores": scores(folder, photos, small.SIZES, small.CROPS)}
-        found[name]["latents unchanged"] = _encoder(folder) == before
-        if folder != second:
-            of = run if folder == whole else dataclasses.replace(run, trainable=head)
-            found[name] |= {"rows": _evaluated(rows), **cost(of, folder)}
+    for name, where, of in zip(names, (before, after, folder), (None, run, wide), strict=True):
+        found[name] = {"scores": scores(where, photos, sizes, crops)}
+        found[name]["same latents"] = _encoder(where) == _encoder(before)
+        if of:
+            found[name] |= {"rows": _evaluated(files.read_rows(where)), **cost(of, where)}
         print(name, found[name], flush=True)
     return found
 
