@@ -58,11 +58,11 @@ def get_config(variant="f32c32"):
         config.data.source = "folder"
         config.data.path = "photos/train"  # python benchmarks/photos.py --out=photos
         config.data.held_out_path = "photos/held_out"
-        config.steps = 400
+        config.steps = 300
         config.batch_size = 4
         config.loss.lpips_weight = 0.0
         config.loss.gan_channels = 32
-        config.loss.gan_warmup_steps = 100
+        config.loss.gan_warmup_steps = 75
         config.loss.gan_learning_rate = 3e-4
         config.optimizer.learning_rate = 2e-4
         config.optimizer.warmup_steps = 20
