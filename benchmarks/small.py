@@ -7,7 +7,7 @@
 Every photograph gives CROPS fixed crops of each of SIZES at its own scale. The spectrum column is
 the power above half the Nyquist frequency relative to the photographs: 1 is as sharp as they are.
 PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it has
-converged. Appends a JSON line per model to --out.
+converged. --pca writes the latter, as the package ships it. Appends a JSON line per model to --out.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--photos", default="photos")
     parser.add_argument("--only", default="", help="score the held-out files whose names have this")
     parser.add_argument("--out", default="")
+    parser.add_argument("--pca", default="", help="write the fitted PCA to this file")
     given = parser.parse_args()
     settings = Evaluate(resolutions=SIZES, crops=CROPS, count=0)
     train = sources.folder(os.path.join(given.photos, "train"))
@@ -87,6 +88,8 @@ def main() -> None:
     for patches in PATCHES:
         linear = pca.fit(train, 32, 32, patches)
         add(f"PCA, {patches} patches", linear.reconstruct)
+        if given.pca:
+            pca.save(linear, given.pca)
     for model in given.models:
         add(model, reconstruction(model))
     print(files.table([["model", *rows[0][1]], *([name, *r.values()] for name, r in rows)]))

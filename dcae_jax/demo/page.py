@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: trains a tiny autoencoder and a tiny USiT on the embedded photographs.
+"""`make demo`: the shipped model, then the training of tiny models that a person can watch.
 
     dcae-jax demo --workdir=demo-run
 
-Writes WORKDIR/index.html, a self-contained page with curves, a table and images, and
-WORKDIR/overview.jpg, the image in README.md. Takes 15 to 25 minutes on two CPU cores; rerun the
-command to resume.
+Writes WORKDIR/index.html, a self-contained page with images, tables and curves, and
+WORKDIR/overview.jpg, the image in README.md. The page has its first part, `small` beside PCA, after
+seconds; then it trains a tiny autoencoder and a tiny USiT on the embedded photographs, which takes
+about 8 minutes on two CPU cores. Rerun the command to resume.
 """
 
-import base64
-import html
-import io
 import logging
 import os
 import time
 
 import jax
 import numpy as np
-from PIL import Image
 
 from dcae_jax import config as config_lib
 from dcae_jax import files
@@ -25,7 +22,8 @@ from dcae_jax.api import autoencoder
 from dcae_jax.config import Config
 from dcae_jax.config.loading import PHASES
 from dcae_jax.data import sources
-from dcae_jax.demo import diffusion, overview, pca
+from dcae_jax.demo import diffusion, markup, overview, pca, shipped
+from dcae_jax.demo.markup import Scores
 from dcae_jax.evaluation import networks, reconstruction
 from dcae_jax.jobs import train
 from dcae_jax.runtime import mesh as mesh_lib
@@ -37,27 +35,41 @@ PCA_PATCHES = 20_000
 def run(workdir: str) -> int:
     """Trains, evaluates and writes the page; work that an earlier call finished is not repeated."""
     began = time.perf_counter()
+    first = shipped.evaluate()
+    write_overview(workdir, first)
+    known = [_opening(first)]
+    page = write_page(workdir, [*known, "<p>Training runs: reload this page in some minutes.</p>"])
+    logging.info("the shipped model:\n%s\n\npage: %s", _text(first.rows), page)
     given = config_lib.load_file(os.path.join(config_lib.SHIPPED, "phases.py"), "tiny")
     phases = config_lib.validate_phases(given)
-    status = train.run_phases(phases, workdir) or diffusion.make(workdir)
+    status = train.run_phases(phases, workdir)
     if status != train.DONE:
         return status
     rows, shown = evaluate(phases["phase1"], workdir)
+    known.append(_phases(workdir, rows, shown))
+    write_page(workdir, [*known, "<p>The diffusion model trains: reload this page.</p>"])
+    logging.info("tiny:\n%s", _text(rows))
+    status = diffusion.make(workdir)
+    if status != train.DONE:
+        return status
     samples = diffusion.evaluate(workdir)
-    head = ["on held-out crops", *rows[0][1]]
-    text = files.table([head, *([name, *scores.values()] for name, scores in rows)])
-    write_overview(workdir, shown[max(shown, key=int)], samples)
-    page = write_page(workdir, rows, shown, samples, time.perf_counter() - began)
+    where = f"On {jax.devices()[0].platform.upper()}, this run took"
+    note = f"<p class='cap'>{where} {(time.perf_counter() - began) / 60:.1f} minutes.</p>"
+    write_page(workdir, [*known, _diffusion(workdir, samples), note])
     logging.info(
-        "%s\n\nnearest neighbour of the same class:\n%s\n\npage with curves and images: %s",
-        text,
+        "nearest neighbour of the same class:\n%s\n\npage with curves and images: %s",
         files.table(diffusion.table(samples)),
         page,
     )
     return 0
 
 
-def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, list[np.ndarray]]]:
+def _text(rows: Scores) -> str:
+    head = ["on held-out crops", *rows[0][1]]
+    return files.table([head, *([name, *scores.values()] for name, scores in rows)])
+
+
+def evaluate(config: Config, workdir: str) -> tuple[Scores, dict[str, list[np.ndarray]]]:
     """([(name, {score: value})] for PCA and each phase, {size: photographs and reconstructions}).
 
     The latter are arrays [N, size, size, 3] uint8: photographs, then one array per phase.
@@ -71,7 +83,7 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, list[np.ndar
     f, channels = models[0].compression, models[0].latent_channels
     name = f"PCA at the same size (f{f}, {channels} channels)"
     linear = pca.fit(sources.training_source(config.data), f, channels, PCA_PATCHES, config.seed)
-    rows = [(name, pca.scores(linear, config.evaluate, source))]
+    rows = [(name, pca.scores(linear.reconstruct, config.evaluate, source))]
     metric_networks = networks.load_networks(config.evaluate, mesh)
     shown: dict[str, list[np.ndarray]] = {}
     for phase, model in zip(PHASES, models, strict=True):
@@ -90,16 +102,17 @@ def evaluate(config: Config, workdir: str) -> tuple[list, dict[str, list[np.ndar
     return rows, shown
 
 
-def write_overview(workdir: str, shown: list[np.ndarray], samples: diffusion.Samples) -> None:
-    """Writes WORKDIR/overview.jpg: one crop of each held-out photograph, samples of each class."""
-    captions = ["held-out photograph", *(f"after {p.replace('phase', 'phase ')}" for p in PHASES)]
-    columns = [(c, images[:2]) for c, images in zip(captions, shown, strict=True)]
-    rows = [
-        ("a crop of each training photograph, reconstructed", samples.crops[0]),
-        ("diffusion samples, with that photograph as class label", samples.images[0]),
-        ("more samples", samples.images[1]),
-    ]
-    overview.write(os.path.join(workdir, "overview.jpg"), columns, rows)
+def write_overview(workdir: str, first: shipped.Shipped) -> None:
+    """Writes WORKDIR/overview.jpg: a crop of each held-out photograph, from PCA and from small."""
+    size = max(first.images)
+    columns = zip(_captions(first), first.images[size], strict=True)
+    overview.write(os.path.join(workdir, "overview.jpg"), list(columns))
+
+
+def _captions(first: shipped.Shipped) -> list[str]:
+    """Of the columns of `first.images`."""
+    scores = [f"{name}: {values['psnr_512']:.1f} dB" for name, values in first.rows]
+    return ["held-out photograph", *scores]
 
 
 def columns(images: list[np.ndarray]) -> list[np.ndarray]:
@@ -110,16 +123,44 @@ def columns(images: list[np.ndarray]) -> list[np.ndarray]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def write_page(
-    workdir: str,
-    rows: list,
-    shown: dict[str, list[np.ndarray]],
-    samples: diffusion.Samples,
-    seconds: float,
-) -> str:
+def write_page(workdir: str, sections: list[str]) -> str:
     """Writes WORKDIR/index.html; returns its path."""
-    head = ["", *(key.replace("_", " at ").upper().replace("AT", "at") for key in rows[0][1])]
-    cells = [[name, *(f"{value:.3f}" for value in scores.values())] for name, scores in rows]
+    path = os.path.join(workdir, "index.html")
+    files.write_file(path, markup.document(sections).encode())
+    return path
+
+
+def _opening(first: shipped.Shipped) -> str:
+    """What `small` reconstructs, and what is what on the page."""
+    images = "".join(
+        f"<h3>{size} pixels</h3><p class='cap'>{' | '.join(['photograph', 'PCA', 'small'])}</p>"
+        + markup.png(files.image_grid(columns), f"reconstructions at {size} pixels")
+        for size, columns in sorted(first.images.items(), reverse=True)
+    )
+    return f"""<h1>Deep compression autoencoders</h1>
+<p>Two photographs that no model on this page has seen. In the middle and on the right they are
+decoded from a latent with 96 times fewer numbers than the image has: 32 for every 32x32
+pixels.</p>
+{images}
+{markup.scores(first.rows)}
+<p>PSNR in dB and SSIM, higher is better, on {shipped.SETTINGS.crops} fixed crops of each
+photograph. PCA, solved in closed form, is the best <em>linear</em> autoencoder of the same latent
+size.</p>
+<h2>What is what</h2>
+{markup.table(_WHAT, "words")}"""
+
+
+_WHAT = [
+    ["", "what it is", "a 256x256 image becomes", "trained on"],
+    ["small", "the autoencoder in this package", "8x8x32", "150 photographs (its README.md)"],
+    ["tiny", "an autoencoder of 1.5 M parameters", "16x16x32", "9 photographs, by this command"],
+    ["PCA", "the best linear autoencoder", "as the model beside it", "the same photographs"],
+    ["UViT", "a diffusion model", "on tiny's latents", "crops of the 9 photographs"],
+]
+
+
+def _phases(workdir: str, rows: Scores, shown: dict[str, list[np.ndarray]]) -> str:
+    """What the three phases did to `tiny`."""
     curves = [_curve(workdir, "loss", "training loss (L1)"), _curve(workdir, "psnr", "PSNR, dB")]
     third = files.read_rows(os.path.join(workdir, "phase3"))
     gan = {
@@ -127,125 +168,56 @@ def write_page(
         "logits_fake": "logits on fake",
         "gan_accuracy": "accuracy",
     }
-    curves.append(_lines([(gan[k], _points(third, k)) for k in gan], "phase 3: the discriminator"))
-    uvit, few = (
-        files.read_rows(os.path.join(workdir, run)) for run in (diffusion.RUN, diffusion.FEW)
-    )
+    lines = [(gan[k], markup.points(third, k)) for k in gan]
+    curves.append(markup.curves(lines, "phase 3: the discriminator"))
     images = "".join(
         f"<h3>{size} pixels</h3><p class='cap'>photograph | {' | '.join(PHASES)} | four times "
         "the change of phase 3, on grey: the texture that it learned</p>"
-        + _png(files.image_grid(columns(c), tile=256), "reconstructions")
+        + markup.png(files.image_grid(columns(c), tile=256), "reconstructions")
         for size, c in shown.items()
     )
-    gap = np.full_like(samples.crops[0], 255)
-    grid = [*samples.crops, gap, *samples.images]
-    page = _PAGE.format(
-        table=_html_table([head, *cells]),
-        curves="".join(curves),
-        images=images,
-        samples=_png(files.image_grid(grid, tile=64), "crops and samples of each class"),
-        classes=", ".join(name.rpartition(".")[0] for name in samples.classes),
-        crops=diffusion.SHOWN[0],
-        known=samples.known,
-        neighbours=diffusion.NEIGHBOURS,
-        held_out=samples.held_out,
-        sampled=samples.sampled,
-        ratio=samples.sampled / samples.held_out,
-        few_table=_html_table(diffusion.table(samples)),
-        few=_png(samples.few_grid, "samples by number of steps"),
-        groups=" | ".join(f"{d.name}, {d.steps}" for d in samples.drawn),
-        few_curve=_lines([("", _points(few, "mse"))], "few-step UViT: error of the velocity"),
-        uvit=_lines([("", _points(uvit, "loss"))], "UViT: training loss"),
-        note=f"{jax.devices()[0].platform.upper()}, this run took {seconds / 60:.1f} minutes.",
-    )
-    path = os.path.join(workdir, "index.html")
-    files.write_file(path, page.encode())
-    return path
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>dcae_jax demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 82rem; margin: 2rem auto }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd }}
-td:not(:first-child) {{ text-align: right; font-variant-numeric: tabular-nums }}
-img {{ max-width: 100%; margin-right: 1rem }} .cap {{ color: #555 }}
-</style></head><body>
-<h1>A deep compression autoencoder, trained in three phases</h1>
+    return f"""<h2>An autoencoder, trained in three phases</h2>
 <p>The model <code>tiny</code> (16 pixels per side of a latent position, 32 channels), on the
-photographs that ship inside scikit-image and scikit-learn. Two of them, a flower and a cat, are
-held out; all figures and images below are on fixed crops of those two. {note}</p>
-<h2>Reconstruction of held-out images</h2>{table}
-<p>PSNR in dB and SSIM, higher is better. Phase 1 trains everything at low resolution; phase 2 the
-middle of the model at higher resolution; phase 3 the decoder's head with a discriminator, which
-trades some PSNR for texture. PCA, solved in closed form, is the best <em>linear</em> autoencoder
-of the same latent size: the baseline for a few minutes of training.</p>
-<h2>Curves</h2>{curves}
-<h2>Images</h2>{images}
-<h2>Diffusion on its latents</h2>
-<p>A tiny UViT is trained with SiT's objective on the latents of {known} crops of each photograph,
-4x4 positions for 64x64 pixels; each photograph is a class. Rows are classes, from the top:
-{classes}. Left: {crops} crops as the autoencoder reconstructs them. Right: samples with
-guidance.</p>
-{samples}
-<p>The nearest neighbour among {neighbours} training crops per class, in the autoencoder's latents,
-has the same class for {held_out:.1%} of the crops unseen in training, and for {sampled:.1%} of
-the samples: {ratio:.2f} times as often.</p>{uvit}
+photographs inside scikit-image and scikit-learn but those two.</p>
+{markup.scores(rows)}
+<p>Phase 1 trains everything at low resolution; phase 2 the middle of the model at higher
+resolution; phase 3 the decoder's head with a discriminator, which trades some PSNR for
+texture.</p>
+{"".join(curves)}{images}"""
+
+
+def _diffusion(workdir: str, samples: diffusion.Samples) -> str:
+    """Samples of the diffusion models on tiny's latents."""
+    uvit, few = (
+        files.read_rows(os.path.join(workdir, run)) for run in (diffusion.RUN, diffusion.FEW)
+    )
+    gap = np.full_like(samples.crops[0], 255)
+    grid = files.image_grid([*samples.crops, gap, *samples.images], tile=64)
+    classes = ", ".join(name.rpartition(".")[0] for name in samples.classes)
+    groups = " | ".join(f"{d.name}, {d.steps}" for d in samples.drawn)
+    return f"""<h2>Diffusion on its latents</h2>
+<p>A tiny UViT is trained with SiT's objective on the latents of {samples.known} crops of each
+photograph, 4x4 positions for 64x64 pixels; each photograph is a class. Rows are classes, from the
+top: {classes}. Left: {diffusion.SHOWN[0]} crops as the autoencoder reconstructs them. Right:
+samples with guidance.</p>
+{markup.png(grid, "crops and samples of each class")}
+<p>The nearest neighbour among {diffusion.NEIGHBOURS} training crops per class, in the autoencoder's
+latents, has the same class for {samples.held_out:.1%} of the crops unseen in training, and for
+{samples.sampled:.1%} of the samples: {samples.sampled / samples.held_out:.2f} times as often.</p>
+{markup.curves([("", markup.points(uvit, "loss"))], "UViT: training loss")}
 <h2>In one to four steps</h2>
 <p>The same network, trained further on average velocities (docs/fewstep.md): it jumps from noise to
 data in one to four evaluations, with its guidance folded in, where the flow model evaluates itself
-twice per step. For contrast, one step of the flow model.</p>{few_table}
-<p class='cap'>model, steps: {groups}</p>{few}{few_curve}
-</body></html>
-"""
-
-
-def _html_table(rows: list[list[str]]) -> str:
-    out = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        out.append("".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row))
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in out) + "</table>"
-
-
-def _png(pixels: np.ndarray, alt: str) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
-    return _image("png", file.getvalue(), alt)
-
-
-def _image(kind: str, data: bytes, alt: str) -> str:
-    """An image embedded in the page as base64."""
-    text = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{text}" alt="{html.escape(alt)}">'
-
-
-def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+twice per step. For contrast, one step of the flow model.</p>
+{markup.table(diffusion.table(samples))}
+<p class='cap'>model, steps: {groups}</p>
+{markup.png(samples.few_grid, "samples by number of steps")}
+{markup.curves([("", markup.points(few, "mse"))], "few-step UViT: error of the velocity")}"""
 
 
 def _curve(workdir: str, key: str, title: str) -> str:
-    lines = [(p, _points(files.read_rows(os.path.join(workdir, p)), key)) for p in PHASES]
-    return _lines(lines, title)
-
-
-def _lines(lines: list[tuple[str, list[tuple[float, float]]]], title: str) -> str:
-    """(name, points) curves over steps, as an embedded image; '' if there are no points."""
-    if not any(points for _, points in lines):
-        return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4, 2.6), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step")
-    for name, points in lines:
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, gid="curve")
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:  # beside the curves, never on them
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return _image("svg+xml", file.getvalue(), title)
+    rows = [(p, files.read_rows(os.path.join(workdir, p))) for p in PHASES]
+    return markup.curves([(p, markup.points(r, key)) for p, r in rows], title)
 
 
 def main(arguments: list[str] | None = None) -> int:
