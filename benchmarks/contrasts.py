@@ -6,10 +6,10 @@
     python benchmarks/contrasts.py --photos=photos --run=runs/small gan
 
 `residual` trains phase 1 with and without the shortcuts at f32 and f64, with Muon, as in
-configs/phase1.py, and with AdamW, all at half of `small`'s widths. `adaptation` compares phase 2 of the chain in --run with no phase
-2 and with training everything in it; `gan`, phase 3 of that chain with the GAN on the whole
-decoder. Arms of a contrast have the same steps, data and seed. Writes WORKDIR/PART.json and .svg,
-and goes on where it was stopped.
+configs/phase1.py, and with AdamW, all at half of `small`'s widths. `adaptation` compares phase 2 of
+the chain in --run with no phase 2 and with training everything in it; `gan`, phase 3 of that chain
+with the GAN on the whole decoder. Arms of a contrast have the same steps, data and seed. Writes
+WORKDIR/PART.json and .svg, and goes on where it was stopped. What came out: docs/results.md.
 """
 
 import argparse
@@ -120,13 +120,13 @@ def residual(photos: str, workdir: str, steps: int) -> dict[str, Any]:
 def adaptation(photos: str, workdir: str, chain: str) -> dict[str, Any]:
     """`compare` of no phase 2, phase 2, and everything trained in it, at WIDE pixels."""
     names = ("no phase 2", "phase 2", "everything")
-    return compare(photos, workdir, chain, 2, names, (".*",), WIDE, 4)
+    return compare(photos, workdir, chain, 2, names, (".*",), WIDE, 1)
 
 
 def gan(photos: str, workdir: str, chain: str) -> dict[str, Any]:
     """`compare` of before phase 3, and its GAN on the head and on the whole decoder."""
     names = ("before phase 3", "head", "whole decoder")
-    return compare(photos, workdir, chain, 3, names, (r"decoder\..*",), small.SIZES, small.CROPS)
+    return compare(photos, workdir, chain, 3, names, (r"decoder\..*",), small.SIZES, 2)
 
 
 def compare(

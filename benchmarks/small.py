@@ -3,11 +3,13 @@
 
     python benchmarks/photos.py --out=photos
     python benchmarks/small.py --photos=photos runs/small/phase1 runs/small/phase2 runs/small/phase3
+    python benchmarks/small.py --photos=photos --image=small.jpg --only=flower,bee runs/small/phase3
 
 Every photograph gives CROPS fixed crops of each of SIZES at its own scale. The spectrum column is
 the power above half the Nyquist frequency relative to the photographs: 1 is as sharp as they are.
 PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it has
 converged. --pca writes the latter, as the package ships it. Appends a JSON line per model to --out.
+--image writes an image instead: centre crops of 512 pixels, and what the models make of them.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import dcae_jax
 from dcae_jax import files
 from dcae_jax.config.schema import Evaluate
 from dcae_jax.data import sources, transforms
-from dcae_jax.demo import pca
+from dcae_jax.demo import overview, pca, shipped
 
 SIZES, CROPS = (256, 512), 8
 PATCHES = (100_000, 200_000)
@@ -61,12 +63,26 @@ def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, 
     return result
 
 
+def draw(path: str, models: list[str], held_out: sources.Source) -> None:
+    """A JPEG: a photograph per row; PCA and the models in columns, with their mean PSNR."""
+    settings = Evaluate(resolutions=(512,), count=0, batch_size=len(held_out))
+    each = [("PCA", pca.load(shipped.LINEAR).reconstruct)]
+    each += [(os.path.basename(os.path.abspath(m)), reconstruction(m)) for m in models]
+    columns = []
+    for name, reconstruct in each:
+        x, y = next(pca.pairs(reconstruct, settings, held_out, 512))
+        columns = columns or [("photograph", x)]
+        columns.append((f"{name}: {pca.psnr_and_ssim(x, y)[0].mean():.1f} dB", y))
+    overview.write(path, columns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="workdirs or exports")
     parser.add_argument("--photos", default="photos")
     parser.add_argument("--only", default="", help="score the held-out files whose names have this")
     parser.add_argument("--out", default="")
+    parser.add_argument("--image", default="", help="write this JPEG instead of scores")
     parser.add_argument("--pca", default="", help="write the fitted PCA to this file")
     given = parser.parse_args()
     settings = Evaluate(resolutions=SIZES, crops=CROPS, count=0)
@@ -75,6 +91,8 @@ def main() -> None:
     if given.only:
         names = [name for name in held_out.files if any(o in name for o in given.only.split(","))]
         held_out = sources.Folder(held_out.root, tuple(names), ())
+    if given.image:
+        return draw(given.image, given.models, held_out)
     rows = []
 
     def add(name: str, reconstruct) -> None:

@@ -92,6 +92,9 @@ def test_the_wheel_has_the_configs_and_finds_them(tmp_path):
     info = f"dcae_jax-{dcae_jax.__version__}.dist-info"
     weights = "dcae_jax/models/lpips_linear"
     assert shipped | {"dcae_jax/py.typed", f"{weights}.safetensors"} <= names
+    model = (path for path in (HERE / "dcae_jax" / "shipped").rglob("*") if path.is_file())
+    assert {str(path.relative_to(HERE)) for path in model} <= names
+    assert {f"dcae_jax/shipped/small/{name}" for name in ("model.json", "README.md")} <= names
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/{weights}.LICENSE"} <= names
     assert {name.partition("/")[0] for name in names} == {"dcae_jax", info}
     scripts = (tmp_path / "site" / info / "entry_points.txt").read_text()

@@ -7,6 +7,7 @@
 
 The size is that of float32 weights. A published name is a model of mit-han-lab on the Hugging Face
 hub (docs/weights.md); its weights are not part of this package, and have a licence of their own.
+"this package": --model and load_autoencoder take the variant's name, without a download.
 Parameters of a diffusion model are counted for f32c32 latents at 512 pixels (16x16x32, one token
 per position) and ImageNet's 1000 classes.
 """
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
-    """Rows for an autoencoder module: one per published name, or one for an unpublished variant.
+    """Rows for an autoencoder module: one per published name, or one for another variant.
 
     f: pixels per side of a latent position. The scaling factor is that of the published weights;
     '-' if there is none.
@@ -75,8 +76,11 @@ def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
         count = sum(leaf.size for leaf in params.values())
         for published in [n for n, base in bases.items() if base == name] or [name]:
             scale = str(module.variant(published).scaling_factor or "-")  # every digit counts
-            of_weights = published if published in bases else "-"
-            licence = LICENCES.get(published, "see the hub") if published in bases else "-"
+            of_weights, licence = "-", "-"
+            if published in bases:
+                of_weights, licence = published, LICENCES.get(published, "see the hub")
+            elif name in checkpoint_weights.shipped():
+                of_weights, licence = "this package", "Apache-2.0"
             row = [name, count, arch.compression, arch.latent_channels, scale, of_weights]
             rows.append([*row, megabytes(4 * count), licence])
     return rows

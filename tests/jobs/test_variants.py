@@ -17,8 +17,10 @@ DIT = {"s": 33, "b": 130, "l": 458, "xl": 675}
 
 def test_every_variant_and_published_name_has_a_row():
     """Catches a variant that is missing, and a scaling factor of other weights."""
-    rows = {row[0] if row[5] == "-" else row[5]: row for row in variants.autoencoder_rows(dcae)}
-    assert rows.keys() >= dcae.PUBLISHED.keys() | {"tiny"}
+    ours = ("-", "this package")
+    rows = {row[0] if row[5] in ours else row[5]: row for row in variants.autoencoder_rows(dcae)}
+    assert rows.keys() >= dcae.PUBLISHED.keys() | {"tiny", "small"}
+    assert rows["small"][5] == "this package" and rows["small-lite"][5] == "-"
     assert {row[0] for row in rows.values()} == dcae.VARIANTS.keys()
     assert (
         rows["dc-ae-f32c32-in-1.0"][4] == "0.3189" and rows["dc-ae-f32c32-mix-1.0"][4] == "0.4552"
