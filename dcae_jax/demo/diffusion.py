@@ -22,7 +22,7 @@ from dcae_jax.data import latents, pipeline, sources, transforms
 from dcae_jax.jobs import encode, train
 
 RUN, FEW = "usit", "fewstep"  # folders of the diffusion models' runs
-FEW_STEPS = 400  # of the fine-tune, which the configuration gives 600
+STEPS, FEW_STEPS = 1500, 300  # of training and fine-tuning: half of the configurations'
 JUMPS = (1, 2, 4)
 NEIGHBOURS = 200  # crops per class: training crops to search, and as many held out
 SAMPLED = 50  # samples per class
@@ -71,7 +71,7 @@ def make(workdir: str) -> int:
         return status
     data, flow = {"path": os.path.join(workdir, "latents")}, os.path.join(workdir, RUN)
     few = _config("fewstep.py", data=data, init_from=flow, steps=FEW_STEPS)
-    return train.run(_config("usit.py", data=data), flow) or train.run(
+    return train.run(_config("usit.py", data=data, steps=STEPS), flow) or train.run(
         few, os.path.join(workdir, FEW)
     )
 
