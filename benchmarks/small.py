@@ -8,7 +8,8 @@
 Every photograph gives CROPS fixed crops of each of SIZES at its own scale. The spectrum column is
 the power above half the Nyquist frequency relative to the photographs: 1 is as sharp as they are.
 PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it has
-converged. --pca writes the latter, as the package ships it. Appends a JSON line per model to --out.
+converged. --pca writes the latter, as the package ships it, or reads it if it is there. Appends a
+JSON line per model to --out.
 --image writes an image instead: centre crops of 512 pixels, and what the models make of them.
 """
 
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="score the held-out files whose names have this")
     parser.add_argument("--out", default="")
     parser.add_argument("--image", default="", help="write this JPEG instead of scores")
-    parser.add_argument("--pca", default="", help="write the fitted PCA to this file")
+    parser.add_argument("--pca", default="", help="the fitted PCA: read, or written")
     given = parser.parse_args()
     settings = Evaluate(resolutions=SIZES, crops=CROPS, count=0)
     train = sources.folder(os.path.join(given.photos, "train"))
@@ -103,9 +104,12 @@ def main() -> None:
             with open(given.out, "a") as file:
                 file.write(json.dumps({"model": name, **rows[-1][1]}) + "\n")
 
-    for patches in PATCHES:
-        linear = pca.fit(train, 32, 32, patches)
-        add(f"PCA, {patches} patches", linear.reconstruct)
+    if os.path.exists(given.pca):
+        add("PCA", pca.load(given.pca).reconstruct)
+    else:
+        for patches in PATCHES:
+            linear = pca.fit(train, 32, 32, patches)
+            add(f"PCA, {patches} patches", linear.reconstruct)
         if given.pca:
             pca.save(linear, given.pca)
     for model in given.models:

@@ -71,10 +71,10 @@ def get_config(variant="f32c32"):
         config.ema_warmup = 20
         config.log_every = 20
         config.save_every = 50
-        config.evaluate_every = 50
+        config.evaluate_every = 75
         config.evaluate.resolutions = (256, 512)
         config.evaluate.count = 0
-        config.evaluate.crops = 2
+        config.evaluate.crops = 1
     if "1.5" in variant:  # structured latents (docs/structured.md): 16, 20, ..., 128 channels
         full = 32 if variant == "tiny-1.5" else 128
         config.structured.channels = tuple(range(full // 8, full + 1, 4))
