@@ -49,6 +49,9 @@ def run(config: Config, workdir: str) -> int:
         weights, saved = checkpoint_weights.load_weights(
             config.init_from, config.weights, config.model.variant
         )
+        if factor := config.model.scaling_factor:  # the user's comes before that of the weights
+            model = dataclasses.replace(saved.model, scaling_factor=factor)
+            saved = dataclasses.replace(saved, model=model)
         if channels := config.export.channels:
             module = models.find(saved.model)
             models.check_channels(module.architecture(saved.model), [channels], "export.channels")

@@ -60,6 +60,13 @@ def test_an_export_of_ours_holds_all_that_loading_needs(run_export, source, one_
     assert not [name for name in os.listdir(os.path.dirname(out)) if name.endswith(".tmp")]
 
 
+def test_a_given_scaling_factor_comes_before_that_of_the_weights(run_export, source, one_device):
+    """Catches the key ignored: a diffusion model then trains on latents of another scale."""
+    status, _, out = run_export(source[0], "orbax", "--config.model.scaling_factor=0.25")
+    assert status == 0
+    assert dcae_jax.load_autoencoder(out, mesh=one_device).scaling_factor == 0.25
+
+
 def test_ours_to_diffusers_to_ours_is_bit_identical(run_export, source):
     """Catches a tensor rounded or permuted by the file formats on the way."""
     path, weights = source
