@@ -126,7 +126,7 @@ def adaptation(photos: str, workdir: str, chain: str) -> dict[str, Any]:
 def gan(photos: str, workdir: str, chain: str) -> dict[str, Any]:
     """`compare` of before phase 3, and its GAN on the head and on the whole decoder."""
     names = ("before phase 3", "head", "whole decoder")
-    return compare(photos, workdir, chain, 3, names, (r"decoder\..*",), small.SIZES, 2)
+    return compare(photos, workdir, chain, 3, names, (r"decoder\..*",), small.SIZES, 1)
 
 
 def compare(

@@ -10,7 +10,8 @@ the power above half the Nyquist frequency relative to the photographs: 1 is as 
 PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it has
 converged. --pca writes the latter, as the package ships it, or reads it if it is there. Appends a
 JSON line per model to --out.
---image writes an image instead: centre crops of 512 pixels, and what the models make of them.
+--image writes an image instead: the middle of centre crops of 512 pixels, and what the models make
+of it.
 """
 
 import argparse
@@ -65,15 +66,19 @@ def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, 
 
 
 def draw(path: str, models: list[str], held_out: sources.Source) -> None:
-    """A JPEG: a photograph per row; PCA and the models in columns, with their mean PSNR."""
+    """A JPEG: a photograph per row; PCA and the models in columns, with their mean PSNR.
+
+    PSNR is of centre crops of 512 pixels, whose middle is shown.
+    """
     settings = Evaluate(resolutions=(512,), count=0, batch_size=len(held_out))
     each = [("PCA", pca.load(shipped.LINEAR).reconstruct)]
     each += [(os.path.basename(os.path.abspath(m)), reconstruction(m)) for m in models]
     columns = []
     for name, reconstruct in each:
         x, y = next(pca.pairs(reconstruct, settings, held_out, 512))
-        columns = columns or [("photograph", x)]
-        columns.append((f"{name}: {pca.psnr_and_ssim(x, y)[0].mean():.1f} dB", y))
+        columns = columns or [("photograph", x[:, 128:384, 128:384])]
+        psnr = pca.psnr_and_ssim(x, y)[0].mean()
+        columns.append((f"{name}: {psnr:.1f} dB", y[:, 128:384, 128:384]))
     overview.write(path, columns)
 
 
