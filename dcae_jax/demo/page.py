@@ -66,10 +66,9 @@ def run(workdir: str) -> int:
 def _settings() -> dict[str, Config]:
     """phases.py:tiny with Muon in phase 1, which gets further in fewer steps."""
     given = config_lib.load_file(os.path.join(config_lib.SHIPPED, "phases.py"), "tiny")
-    given.phase1.steps = 800
-    given.phase1.optimizer.muon = (".*kernel",)
-    given.phase1.optimizer.learning_rate = 1e-3
-    return config_lib.validate_phases(given)
+    phases = config_lib.validate_phases(given)
+    muon = {"muon": (".*kernel",), "learning_rate": 1e-3}
+    return phases | {"phase1": config_lib.replace(phases["phase1"], steps=800, optimizer=muon)}
 
 
 def _text(rows: Scores) -> str:
