@@ -169,7 +169,7 @@ def _evaluated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plot(part: str, found: Mapping[str, Any], path: str) -> None:
     """PSNR against steps, a line per arm."""
     panels = {"residual": ("f32", "f64")}.get(part, ("psnr_256", "psnr_512"))
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 2), panels, strict=True):
         axes.set(xlabel="step", ylabel="PSNR (dB), held-out crops", title=panel)
         for name, value in found.items():
@@ -185,7 +185,7 @@ def plot(part: str, found: Mapping[str, Any], path: str) -> None:
                     *([style] if part == "residual" else []),
                     label=name.removeprefix(f"{panel}, "),
                 )
-        axes.legend(frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # never on curves
     common.save_svg(figure, path)
 
 
