@@ -81,6 +81,8 @@ def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
                 of_weights, licence = published, LICENCES.get(published, "see the hub")
             elif name in checkpoint_weights.shipped():
                 of_weights, licence = "this package", "Apache-2.0"
+                where = os.path.join(checkpoint_weights.SHIPPED, name, checkpoint_weights.EXPORT)
+                scale = str((files.read_object(where) or {})["scaling_factor"])
             row = [name, count, arch.compression, arch.latent_channels, scale, of_weights]
             rows.append([*row, megabytes(4 * count), licence])
     return rows
