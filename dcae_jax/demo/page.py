@@ -6,7 +6,7 @@
 Writes WORKDIR/index.html, a self-contained page with images, tables and curves, and
 WORKDIR/overview.jpg, the image in README.md. The page has its first part, `small` beside PCA, after
 seconds; then it trains a tiny autoencoder and a tiny USiT on the embedded photographs, which takes
-about 8 minutes on two CPU cores. Rerun the command to resume.
+about 10 minutes on two CPU cores. Rerun the command to resume.
 """
 
 import logging
