@@ -2,7 +2,7 @@
 """How many layers should phases 2 and 3 train? A small study on `tiny`; prints a table, writes
 docs/layer_study.svg.
 
-    python benchmarks/layer_study.py --run=demo-run
+    python benchmarks/layer_study.py --run=runs/tiny
 
 Each row starts from the same phase 1 (phase 2's rows) or phase 2 (phase 3's rows) and trains more
 layers, outwards from the latent or inwards from the image.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does phase 3 diverge? 300 steps of `tiny` from the same phase 2, with five seeds; prints a table.
 
-python benchmarks/phase3_seeds.py --init_from=demo-run/phase2
+python benchmarks/phase3_seeds.py --init_from=runs/tiny/phase2
 """
 
 import argparse
