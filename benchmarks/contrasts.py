@@ -30,6 +30,7 @@ from dcae_jax import files
 from dcae_jax.checkpoints import weights as checkpoint_weights
 from dcae_jax.config.schema import Evaluate
 from dcae_jax.data import sources
+from dcae_jax.demo import shipped
 from dcae_jax.jobs import train
 from dcae_jax.models import dcae
 from dcae_jax.runtime import mesh as mesh_lib
@@ -49,7 +50,7 @@ F64 = dataclasses.replace(
     },
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "AdamW": {"muon": (), "learning_rate": 4e-4},  # as in the paper
+    "AdamW": {"muon": (), "learning_rate": 4e-4},  # the paper's optimizer
     "Muon": {},  # as in configs/phase1.py
 }
 ARMS = ((64, "AdamW"), (32, "AdamW"), (64, "Muon"))
@@ -89,7 +90,7 @@ def scores(model: str, photos: str, sizes: tuple[int, ...], crops: int) -> dict[
     """PSNR, SSIM and spectrum of a model on crops of the held-out photographs."""
     held_out = sources.folder(os.path.join(photos, "held_out"))
     settings = Evaluate(resolutions=sizes, crops=crops, count=0, batch_size=8)
-    return small.score(small.reconstruction(model), settings, held_out)
+    return small.score(shipped.reconstruction(model), settings, held_out)
 
 
 def residual(photos: str, workdir: str, steps: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ the power above half the Nyquist frequency relative to the photographs: 1 is as 
 PCA is fitted on patches of the training photographs; a fit on twice the patches shows that it has
 converged. --pca writes the latter, as the package ships it, or reads it if it is there. Appends a
 JSON line per model to --out.
+
 --image writes an image instead: the middle of centre crops of 512 pixels, and what the models make
 of it.
 """
@@ -21,10 +22,9 @@ import time
 
 import numpy as np
 
-import dcae_jax
 from dcae_jax import files
 from dcae_jax.config.schema import Evaluate
-from dcae_jax.data import sources, transforms
+from dcae_jax.data import sources
 from dcae_jax.demo import overview, pca, shipped
 
 SIZES, CROPS = (256, 512), 8
@@ -39,12 +39,6 @@ def high_power(images: np.ndarray) -> float:
     power = np.abs(np.fft.fft2((luma - luma.mean((1, 2), keepdims=True)) * window)) ** 2
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     return float(power[:, (frequency > 0.25) & (frequency <= 0.5)].mean())
-
-
-def reconstruction(model: str):
-    """uint8 images -> the same from the autoencoder at `model`, in float32."""
-    ae = dcae_jax.load_autoencoder(model, dtype="float32")
-    return lambda x: transforms.to_uint8(np.asarray(ae.decode(ae.encode(transforms.to_float(x)))))
 
 
 def score(reconstruct, settings: Evaluate, source: sources.Source) -> dict[str, float]:
@@ -72,7 +66,7 @@ def draw(path: str, models: list[str], held_out: sources.Source) -> None:
     """
     settings = Evaluate(resolutions=(512,), count=0, batch_size=len(held_out))
     each = [("PCA", pca.load(shipped.LINEAR).reconstruct)]
-    each += [(os.path.basename(os.path.abspath(m)), reconstruction(m)) for m in models]
+    each += [(os.path.basename(os.path.abspath(m)), shipped.reconstruction(m)) for m in models]
     columns = []
     for name, reconstruct in each:
         x, y = next(pca.pairs(reconstruct, settings, held_out, 512))
@@ -118,7 +112,7 @@ def main() -> None:
         if given.pca:
             pca.save(linear, given.pca)
     for model in given.models:
-        add(model, reconstruction(model))
+        add(model, shipped.reconstruction(model))
     print(files.table([["model", *rows[0][1]], *([name, *r.values()] for name, r in rows)]))
 
 

@@ -52,9 +52,8 @@ def run(workdir: str) -> int:
     if status != train.DONE:
         return status
     samples = diffusion.evaluate(workdir)
-    where = f"On {jax.devices()[0].platform.upper()}, this run took"
-    note = f"<p class='cap'>{where} {(time.perf_counter() - began) / 60:.1f} minutes.</p>"
-    write_page(workdir, [*known, _diffusion(workdir, samples), note])
+    known.append(_diffusion(workdir, samples))
+    write_page(workdir, [*known, _taken(time.perf_counter() - began)])
     logging.info(
         "nearest neighbour of the same class:\n%s\n\npage with curves and images: %s",
         files.table(diffusion.table(samples)),
@@ -137,10 +136,15 @@ def write_page(workdir: str, sections: list[str]) -> str:
     return path
 
 
+def _taken(seconds: float) -> str:
+    where = jax.devices()[0].platform.upper()
+    return f"<p class='cap'>On {where}, this run took {seconds / 60:.1f} minutes.</p>"
+
+
 def _opening(first: shipped.Shipped) -> str:
     """What `small` reconstructs, and what is what on the page."""
     images = "".join(
-        f"<h3>{size} pixels</h3><p class='cap'>{' | '.join(['photograph', 'PCA', 'small'])}</p>"
+        f"<h3>{size} pixels</h3><p class='cap'>photograph | PCA | small</p>"
         + markup.png(files.image_grid(columns), f"reconstructions at {size} pixels")
         for size, columns in sorted(first.images.items(), reverse=True)
     )

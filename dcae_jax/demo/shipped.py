@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -20,28 +21,28 @@ SETTINGS = Evaluate(resolutions=(256, 512), crops=8, count=0, batch_size=8)
 
 @dataclasses.dataclass(frozen=True)
 class Shipped:
-    """Scores and images on fixed crops of the two held-out photographs of scikit-image."""
+    """Scores and images on fixed crops of flower and chelsea, which no model here has seen."""
 
     rows: Scores
     images: dict[int, list[np.ndarray]]  # {size: [photographs, PCA's, small's]}, [2, S, S, 3] uint8
 
 
+def reconstruction(model: str) -> Callable[[np.ndarray], np.ndarray]:
+    """[B, H, W, 3] uint8 -> the same from the autoencoder at `model`, in float32."""
+    ae = autoencoder.load_autoencoder(model, dtype="float32")
+    return lambda x: transforms.to_uint8(np.asarray(ae.decode(ae.encode(transforms.to_float(x)))))
+
+
 def evaluate() -> Shipped:
-    """Reconstructs with the shipped model and PCA. Takes seconds."""
-    model = autoencoder.load_autoencoder(MODEL)
-    linear = pca.load(LINEAR)
-
-    def reconstruct(images: np.ndarray) -> np.ndarray:
-        z = model.encode(transforms.to_float(images))
-        return transforms.to_uint8(np.asarray(model.decode(z)))
-
+    """Reconstructs with the shipped model and PCA, in under a minute on two CPU cores."""
+    reconstruct, linear = reconstruction(MODEL), pca.load(LINEAR)
     source = sources.photos(sources.HELD_OUT_PHOTOS)
     # Crop n is of photograph n % 2, so the first two show both.
     images = {}
     for size in SETTINGS.resolutions:
         photographs, shown = next(pca.pairs(reconstruct, SETTINGS, source, size))
         images[size] = [photographs[:2], linear.reconstruct(photographs[:2]), shown[:2]]
-    size = f"f{model.compression}, {model.latent_channels} channels"
+    size = f"f{linear.compression}, {len(linear.components)} channels"
     rows = [
         (f"PCA ({size})", pca.scores(linear.reconstruct, SETTINGS, source)),
         (f"small ({size})", pca.scores(reconstruct, SETTINGS, source)),

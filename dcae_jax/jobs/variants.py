@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
     """Rows for an autoencoder module: one per published name, or one for another variant.
 
-    f: pixels per side of a latent position. The scaling factor is that of the published weights;
+    f: pixels per side of a latent position. The scaling factor is that of the weights named;
     '-' if there is none.
     """
     bases = {name: base for name, (base, _) in getattr(module, "PUBLISHED", {}).items()}
@@ -82,7 +82,7 @@ def autoencoder_rows(module: AutoencoderModule) -> list[list[object]]:
             elif name in checkpoint_weights.shipped():
                 of_weights, licence = "this package", "Apache-2.0"
                 where = os.path.join(checkpoint_weights.SHIPPED, name, checkpoint_weights.EXPORT)
-                scale = str((files.read_object(where) or {})["scaling_factor"])
+                scale = str((files.read_object(where) or {}).get("scaling_factor") or "-")
             row = [name, count, arch.compression, arch.latent_channels, scale, of_weights]
             rows.append([*row, megabytes(4 * count), licence])
     return rows

@@ -37,11 +37,12 @@ def test_the_page_stands_alone_and_shows_every_figure(tmp_path):
         page_lib._opening(first),
         page_lib._phases(str(tmp_path), rows, {"64": [crops] * 4}),
         page_lib._diffusion(str(tmp_path), samples),
+        page_lib._taken(90.0),
     ]
     path = page_lib.write_page(str(tmp_path), sections)
     page = open(path, encoding="utf-8").read()
     assert "27.321" in page and "28.765" in page and page.index("<img") < page.index("<table")
-    assert "29.123" in page and "23.456" in page
+    assert "29.123" in page and "23.456" in page and "1.5 minutes" in page
     drawn = []
     for image in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
         axes, _, legend = base64.b64decode(image).partition(b'id="legend_1"')

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def stated() -> dict[str, list[float]]:
-    """{model: [PSNR at 256, SSIM, PSNR at 512, SSIM]} on the two photographs of scikit-image."""
+    """{model: [PSNR at 256, SSIM, PSNR at 512, SSIM]} on flower and chelsea."""
     with open(os.path.join(shipped.MODEL, "README.md"), encoding="utf-8") as file:
         _, _, table = file.read().partition("flower and chelsea")
     rows = re.findall(r"^\| (\w+) \|((?: [\d.]+ \|){4})$", table, re.M)
@@ -64,7 +64,7 @@ def test_small_reconstructs_as_its_card_states(tmp_path, monkeypatch):
 
 
 def test_small_is_bit_equal_on_reload():
-    """Catches weights converted by way of another dtype or in a random order."""
+    """Catches weights that depend on the order or the time of loading."""
     x = transforms.to_float(np.asarray(sources.photos(sources.HELD_OUT_PHOTOS)[0][0])[None])
     x = x[:, :256, :256]
     first, again = (
